@@ -1,0 +1,88 @@
+"""Files written whole or not at all, and tensors read without trusting who wrote them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import UserError
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; it becomes `path` if the block ends well, else it goes.
+
+    A reader therefore sees the old file or the new one, never a part of either.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    os.close(handle)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, target)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: str | os.PathLike[str], value: object) -> None:
+    """Write `value` as indented JSON, atomically. NaN is refused: it is not JSON."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike[str]) -> object:
+    """Read a JSON file. Raises UserError when it is missing or broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from None
+
+
+def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], about: Mapping[str, object]) -> None:
+    """Write tensors and a JSON-able description `about` to one safetensors file, atomically."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {name: json.dumps(value) for name, value in about.items()}
+    with atomic(path) as temporary:
+        save_file(plain, temporary, metadata)
+
+
+def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """Read what `save_tensors` wrote with `about["kind"] == kind`: (tensors, about).
+
+    Raises UserError when the file is missing, is not safetensors, is of another kind, or holds a
+    floating-point tensor that is not finite. Nothing in the file is executed.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such {kind} file") from None
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not a {kind} file ({error})") from None
+    if about.get("kind") != kind:
+        raise UserError(f"{path}: expected a {kind} file, found {about.get('kind') or 'plain tensors'}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: tensor '{name}' has values that are not finite")
+    return tensors, about

@@ -1,0 +1,83 @@
+"""One results.json a run: what was measured, of what, with what. Tables read these files and never a log."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UserError
+from .files import read_json, write_json
+
+SCHEMA = 1
+RESULTS = "results.json"
+
+
+def harmonic_mean(a: float, b: float) -> float:
+    """2ab / (a + b), and 0 where both are 0."""
+    return 2 * a * b / (a + b) if a + b else 0.0
+
+
+def per_class_mean(per_class: Sequence[dict[str, Any]]) -> float:
+    """Mean over classes of the accuracy within the class, in percent (the GZSL protocol's U and S)."""
+    seen = [100.0 * row["correct"] / row["total"] for row in per_class if row["total"]]
+    return sum(seen) / len(seen) if seen else 0.0
+
+
+def peak_memory() -> int:
+    """Highest memory of this process so far in bytes: of the GPU where one is used, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def write_results(path: str | os.PathLike[str], cfg: Any, **measured: Any) -> None:
+    """Write one run's results with its whole config and the versions it ran on."""
+    write_json(
+        path,
+        {
+            "schema": SCHEMA,
+            "trainer": cfg.TRAINER.NAME,
+            "dataset": cfg.DATASET.NAME,
+            "backbone": cfg.MODEL.BACKBONE.NAME,
+            "classes": cfg.DATASET.SUBSAMPLE_CLASSES,
+            "shots": cfg.DATASET.NUM_SHOTS,
+            "seed": cfg.SEED,
+            **measured,
+            "config": cfg.dump(),
+            "versions": _versions(),
+        },
+    )
+
+
+def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a results.json. Raises UserError for a missing or broken file and for another schema."""
+    results = read_json(path)
+    if not isinstance(results, dict) or "schema" not in results:
+        raise UserError(f"{path}: not a results file of this project")
+    if results["schema"] != SCHEMA:
+        raise UserError(f"{path}: schema {results['schema']}, this version reads {SCHEMA}; run it again")
+    return results
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("dfzsl", "dassl", "torch", "open_clip_torch"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed as a package"
+    git = subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    found["revision"] = git.stdout.strip() or "unknown"
+    return found

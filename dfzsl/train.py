@@ -1,0 +1,157 @@
+"""One run, by CoOp's command line: train and test, or with --eval-only load and test."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from dassl.config import get_cfg_default
+from dassl.data.datasets import DATASET_REGISTRY
+from dassl.engine import TRAINER_REGISTRY, build_trainer
+from dassl.utils import set_random_seed, setup_logger
+from yaml import YAMLError
+
+import dfzsl.datasets
+import dfzsl.trainers  # noqa: F401
+
+from .errors import UserError, unknown
+from .files import atomic
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of CoOp's train.py, under their own names."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--root", default="", help="data folder (or the file, for features and csv)")
+    flags.add_argument("--output-dir", default="", help="where logs, checkpoints and results.json go")
+    flags.add_argument("--resume", default="", help="output folder of an interrupted run to go on with")
+    flags.add_argument("--seed", type=int, default=-1, help="0 or more fixes the seed")
+    flags.add_argument("--source-domains", nargs="+", help="source domains (domain generalisation)")
+    flags.add_argument("--target-domains", nargs="+", help="target domains (domain generalisation)")
+    flags.add_argument("--transforms", nargs="+", help="training transforms")
+    flags.add_argument("--config-file", default="", help="the trainer's config")
+    flags.add_argument("--dataset-config-file", default="", help="the data set's config")
+    flags.add_argument("--trainer", default="", help="name of a registered trainer")
+    flags.add_argument("--backbone", default="", help="open_clip model name")
+    flags.add_argument("--head", default="", help="name of a head")
+    flags.add_argument("--eval-only", action="store_true", help="load --model-dir and test")
+    flags.add_argument("--model-dir", default="", help="output folder to load from with --eval-only")
+    flags.add_argument("--load-epoch", type=int, help="epoch to load with --eval-only")
+    flags.add_argument("--no-train", action="store_true", help="build everything, train nothing")
+    flags.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
+    return flags
+
+
+def setup_cfg(args: argparse.Namespace):
+    """The frozen config of a run: defaults, the data set's file, the trainer's file, flags, KEY VALUE pairs."""
+    cfg = get_cfg_default()
+    for path in filter(None, (args.dataset_config_file, args.config_file)):
+        _merge(path, cfg.merge_from_file, path)
+    overrides = {
+        "DATASET.ROOT": args.root,
+        "OUTPUT_DIR": args.output_dir,
+        "RESUME": args.resume,
+        "SEED": args.seed if args.seed >= 0 else None,
+        "DATASET.SOURCE_DOMAINS": args.source_domains,
+        "DATASET.TARGET_DOMAINS": args.target_domains,
+        "INPUT.TRANSFORMS": args.transforms,
+        "TRAINER.NAME": args.trainer,
+        "MODEL.BACKBONE.NAME": args.backbone,
+        "MODEL.HEAD.NAME": args.head,
+    }
+    for key, value in overrides.items():
+        if value:
+            cfg.merge_from_list([key, value])
+    if args.seed == 0:
+        cfg.SEED = 0
+    _merge("command line", cfg.merge_from_list, args.opts)
+    cfg.freeze()
+    return cfg
+
+
+def _merge(source: str, merge, what) -> None:
+    """Merge into the config, telling a user's slip (missing file, bad YAML, unknown key) in one line."""
+    try:
+        merge(what)
+    except FileNotFoundError:
+        raise UserError(f"{source}: no such config file") from None
+    except (AssertionError, AttributeError, KeyError, ValueError, YAMLError, UnicodeDecodeError) as error:
+        said = " ".join(str(error.args[0] if error.args else error).split())
+        raise UserError(f"{source}: {said}") from None
+
+
+def check(cfg) -> None:
+    """Refuse what can be seen to be wrong before anything is written. Raises UserError."""
+    for kind, name, registry in (
+        ("trainer", cfg.TRAINER.NAME, TRAINER_REGISTRY),
+        ("data set", cfg.DATASET.NAME, DATASET_REGISTRY),
+    ):
+        if name not in registry.registered_names():
+            raise unknown(kind, name, registry.registered_names())
+    if cfg.TEACHER.FILE and not re.match(r"https?://", cfg.TEACHER.FILE) and not Path(cfg.TEACHER.FILE).is_file():
+        raise UserError(f"TEACHER.FILE {cfg.TEACHER.FILE}: no such file; train.py --trainer TeacherZeroshot makes one")
+
+
+def claim(cfg) -> None:
+    """Write the config into the output folder, or refuse a folder that holds another experiment."""
+    described = cfg.clone()
+    described.defrost()
+    described.OUTPUT_DIR = described.RESUME = ""
+    path = Path(cfg.OUTPUT_DIR) / "config.yaml"
+    if path.exists():
+        if path.read_text(encoding="utf-8") != described.dump():
+            raise UserError(f"{cfg.OUTPUT_DIR} holds another experiment (see {path}); choose another --output-dir")
+        return
+    with atomic(path) as temporary:
+        temporary.write_text(described.dump(), encoding="utf-8")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one experiment. Raises UserError for a user's mistake."""
+    args = parser().parse_args(argv)
+    cfg = setup_cfg(args)
+    check(cfg)
+    claim(cfg)
+    if cfg.SEED >= 0:
+        set_random_seed(cfg.SEED)
+    setup_logger(cfg.OUTPUT_DIR)
+    print(f"Setting fixed seed: {cfg.SEED}" if cfg.SEED >= 0 else "No seed is set: this run cannot be repeated")
+    print(f"** Config **\n{cfg}")
+    trainer = build_trainer(cfg)
+    if args.eval_only:
+        trainer.load_model(args.model_dir, epoch=args.load_epoch)
+        trainer.test()
+    elif not args.no_train:
+        trainer.train()
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that the user can do something about; None for a defect of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return (
+            "out of memory; lower DATALOADER.TRAIN_X.BATCH_SIZE, DATALOADER.TEST.BATCH_SIZE or "
+            "MODEL.CLASS_CHUNK, or use a smaller backbone"
+        )
+    if isinstance(error, OSError):
+        return " ".join(str(error).split())
+    return None
+
+
+def cli(run=main) -> None:
+    """Entry point: a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        run()
+    except Exception as error:
+        said = explain(error)
+        if said is None:
+            raise
+        print(f"error: {said}", file=sys.__stderr__)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.__stderr__)
+        raise SystemExit(130) from None

@@ -1,0 +1,57 @@
+"""Installs the top-level folders as dfzsl.trainers, dfzsl.datasets and dfzsl.configs.
+
+A top-level package called `datasets` or `trainers` in site-packages would shadow other people's, so
+the folders keep the toolbox's names in the checkout and get the prefix `dfzsl.` on installation.
+"""
+
+from setuptools import setup
+
+setup(
+    name="dfzsl",
+    version="0.1.0",
+    description="Data-free generalized zero-shot learning for the CoOp/Dassl prompt-learning toolbox",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=[
+        "dfzsl",
+        "dfzsl.trainers",
+        "dfzsl.trainers.generators",
+        "dfzsl.datasets",
+        "dfzsl.configs",
+    ],
+    package_dir={
+        "dfzsl": "dfzsl",
+        "dfzsl.trainers": "trainers",
+        "dfzsl.datasets": "datasets",
+        "dfzsl.configs": "configs",
+    },
+    package_data={
+        "dfzsl": ["py.typed"],
+        "dfzsl.datasets": ["*/*.safetensors", "*/*.json"],
+        "dfzsl.configs": ["*/*.yaml", "*/*/*.yaml"],
+    },
+    install_requires=[
+        "torch>=2.4",
+        "torchvision",
+        "open_clip_torch>=3.3",
+        "numpy",
+        "pillow",
+        "safetensors",
+        "scikit-learn",
+        "scipy",
+        "tabulate",
+        "tqdm",
+        "yacs",
+    ],
+    extras_require={
+        "report": ["matplotlib"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,253 @@
+"""What every trainer here shares: a frozen CLIP, test features encoded once, virtual or real training data.
+
+A trainer on top of `CLIPTrainer` defines `build_model`, `forward_backward` and `model_inference`, in the
+toolbox's own style; see docs/new_trainer.md.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from dassl.data import DataManager
+from dassl.data.transforms import build_transform
+from dassl.engine import TrainerX
+from dassl.utils import load_checkpoint
+from tqdm import tqdm
+
+from dfzsl.datasets.features import FeatureDatum, FeatureLoader, encode_datums
+from dfzsl.datasets.virtual import DataFreeManager, VirtualLoader
+from dfzsl.errors import UserError
+from dfzsl.results import RESULTS, peak_memory, write_results
+from dfzsl.toolbox import add_keys
+
+from .backbone import FeatureBackbone, load_backbone
+from .oracles import open_oracle
+from .recovery import VirtualClasses, recover, settings_keys
+
+add_keys("MODEL.BACKBONE", WEIGHTS="openai")
+add_keys("TEACHER", FILE="", ACCESS="logits")
+add_keys("RECOVERY", **settings_keys())
+
+# The transforms of Dassl that give the same picture every time: without others, an image is encoded once.
+DETERMINISTIC = {"normalize", "center_crop", "instance_norm"}
+
+
+class CLIPTrainer(TrainerX):
+    """A Dassl trainer around a frozen CLIP.
+
+    Set for subclasses before `build_model` runs:
+        backbone: the frozen model (trainers/backbone.py).
+        classnames: names of this run's classes, in label order.
+        template, templates: the data set's prompt, and its ensemble.
+
+    A run is data-free when `TEACHER.FILE` is set: the data set then knows names and test images only, and
+    training batches are drawn from the vMF distributions recovered from the teacher (stage 1).
+    """
+
+    @property
+    def data_free(self) -> bool:
+        return bool(self.cfg.TEACHER.FILE)
+
+    def build_data_loader(self) -> None:
+        self.stage_seconds: dict[str, float] = {}
+        self.virtual: VirtualClasses | None = None
+        self.queries = 0
+        cfg = self.cfg
+        backbone_cfg = cfg.MODEL.BACKBONE
+        backbone = None
+        if backbone_cfg.NAME:
+            backbone = load_backbone(backbone_cfg.NAME, backbone_cfg.WEIGHTS, self.device)
+            cfg = self.cfg = _with_input_of(cfg, backbone)
+        self.dm = DataFreeManager(cfg) if self.data_free else DataManager(cfg)
+        dataset = self.dm.dataset
+        if backbone is None:
+            backbone = _feature_backbone(dataset)
+        self.backbone = backbone
+        self.classnames = list(dataset.classnames)
+        self.template, self.templates = dataset.template, dataset.templates
+        self.num_classes = self.dm.num_classes
+        self.num_source_domains = self.dm.num_source_domains
+        self.lab2cname = self.dm.lab2cname
+        self.train_loader_u = None
+        self.val_loader = self._feature_loader(dataset.val) if dataset.val else None
+        self.test_loader = self._feature_loader(dataset.test)
+        self.train_loader_x = None if self.data_free else self._train_loader(dataset.train_x)
+
+    def encode(self, datums: list) -> tuple[torch.Tensor, torch.Tensor]:
+        """Unit features (n, d) and labels (n,) of a list of Datum, encoded once and kept on disk."""
+        cfg = self.cfg
+        features = encode_datums(
+            self.backbone,
+            datums,
+            build_transform(cfg, is_train=False),
+            batch_size=cfg.DATALOADER.TEST.BATCH_SIZE,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            device=self.device,
+        )
+        return features, torch.tensor([datum.label for datum in datums])
+
+    def _feature_loader(self, datums: list) -> FeatureLoader:
+        return FeatureLoader(*self.encode(datums), batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE)
+
+    def _train_loader(self, datums: list):
+        augmented = not self.cfg.INPUT.NO_TRANSFORM and not set(self.cfg.INPUT.TRANSFORMS) <= DETERMINISTIC
+        if augmented and not isinstance(datums[0], FeatureDatum):
+            return self.dm.train_loader_x
+        batch_size = self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE
+        return FeatureLoader(
+            *self.encode(datums), batch_size=batch_size, shuffle=True, drop_last=len(datums) >= batch_size
+        )
+
+    def parse_batch_train(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        return batch["img"].to(self.device), batch["label"].to(self.device)
+
+    def before_train(self) -> None:
+        super().before_train()
+        self.train_started = time.perf_counter()
+        if self.data_free:
+            self.train_loader_x = self.recover_virtual_features()
+
+    def after_epoch(self) -> None:
+        super().after_epoch()
+        self.stage_seconds["train"] = time.perf_counter() - self.train_started
+
+    def recover_virtual_features(self) -> VirtualLoader:
+        """Stage 1: vMF distributions of the base classes from the teacher, and the loader of their draws.
+
+        Writes OUTPUT_DIR/virtual.safetensors, and reads it instead of asking the teacher again.
+        """
+        started = time.perf_counter()
+        cfg = self.cfg.RECOVERY
+        oracle = open_oracle(self.cfg.TEACHER.FILE, self.cfg.TEACHER.ACCESS)
+        missing = sorted(set(self.classnames) ^ set(oracle.classnames))
+        if missing:
+            raise UserError(
+                f"{self.cfg.TEACHER.FILE}: the teacher's classes are not the base classes of "
+                f"{self.cfg.DATASET.NAME}; they differ in {', '.join(missing[:5])}"
+            )
+        generator = torch.Generator().manual_seed(max(self.cfg.SEED, 0))
+        path = Path(self.cfg.OUTPUT_DIR) / "virtual.safetensors"
+        if path.exists():
+            self.virtual = VirtualClasses.load(path)
+        else:
+            text = self.backbone.class_features(oracle.classnames, self.templates).cpu()
+            settings = {key.lower(): value for key, value in cfg.items()}
+            self.virtual = recover(oracle, text, generator=generator, **settings)
+            self.virtual.save(path)
+        self.virtual = self.virtual.ordered_as(self.classnames)
+        loader = VirtualLoader(
+            self.virtual,
+            batch_size=self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE,
+            num_per_class=cfg.NUM_PER_CLASS,
+            oracle=oracle if cfg.FILTER else None,
+            generator=generator,
+        )
+        self.queries = self.virtual.queries
+        self.stage_seconds["recovery"] = time.perf_counter() - started
+        return loader
+
+    def load_model(self, directory: str, epoch: int | None = None) -> None:
+        """Load what was trained: the given epoch, else the best on validation, else the last saved.
+
+        The name-dependent buffers are dropped, so that a model trained on base classes runs on any others.
+        """
+        if not directory:
+            return
+        for name in self.get_model_names():
+            folder = Path(directory) / name
+            best = folder / "model-best.pth.tar"
+            if epoch is not None:
+                path = folder / f"model.pth.tar-{epoch}"
+            elif best.exists() or not (folder / "checkpoint").exists():
+                path = best
+            else:
+                path = folder / (folder / "checkpoint").read_text().strip()
+            if not path.exists():
+                raise UserError(f"{path}: no such checkpoint; give --model-dir the folder of a finished run")
+            checkpoint = load_checkpoint(str(path))
+            state = {
+                key: value
+                for key, value in checkpoint["state_dict"].items()
+                if not key.endswith(("token_prefix", "token_suffix"))
+            }
+            print(f'Loading weights to {name} from "{path}" (epoch = {checkpoint["epoch"]})')
+            self._models[name].load_state_dict(state, strict=False)
+
+    @property
+    def images_used(self) -> int:
+        """Training images this run could see."""
+        return 0 if self.data_free else len(self.dm.dataset.train_x)
+
+    @torch.no_grad()
+    def test(self, split: str | None = None) -> float:
+        """Evaluate, print the toolbox's log lines, and write OUTPUT_DIR/results.json for the test split."""
+        self.set_model_mode("eval")
+        self.evaluator.reset()
+        split = split or self.cfg.TEST.SPLIT
+        if split == "val" and self.val_loader is not None:
+            loader = self.val_loader
+        else:
+            split, loader = "test", self.test_loader
+        print(f"Evaluate on the *{split}* set")
+        correct = torch.zeros(self.num_classes, dtype=torch.long)
+        total = torch.zeros(self.num_classes, dtype=torch.long)
+        for batch in tqdm(loader):
+            features, label = self.parse_batch_test(batch)
+            output = self.model_inference(features)
+            self.evaluator.process(output, label)
+            total += torch.bincount(label.cpu(), minlength=self.num_classes)
+            hit = (output.argmax(1) == label).cpu()
+            correct += torch.bincount(label.cpu()[hit], minlength=self.num_classes)
+        results = self.evaluator.evaluate()
+        for key, value in results.items():
+            self.write_scalar(f"{split}/{key}", value, self.epoch)
+        if split == "test":
+            self._write_results(correct.tolist(), total.tolist())
+        return next(iter(results.values()))
+
+    def _write_results(self, correct: list[int], total: list[int]) -> None:
+        dataset = self.dm.dataset
+        per_class = [
+            {"class": name, "correct": c, "total": t, "new": name in set(dataset.new_classnames)}
+            for name, c, t in zip(self.classnames, correct, total, strict=True)
+        ]
+        write_results(
+            Path(self.cfg.OUTPUT_DIR) / RESULTS,
+            cfg=self.cfg,
+            accuracy=100.0 * sum(correct) / max(sum(total), 1),
+            per_class=per_class,
+            trained_parameters=sum(
+                p.numel() for m in self._models.values() for p in m.parameters() if p.requires_grad
+            ),
+            images_used=self.images_used,
+            queries=self.queries,
+            seconds=self.stage_seconds,
+            peak_memory=peak_memory(),
+            notes=self.notes(),
+        )
+
+    def notes(self) -> list[str]:
+        """Sentences that belong beside this run's numbers in every table."""
+        return []
+
+
+def _with_input_of(cfg, backbone):
+    """The config with the picture format of the backbone: size and normalisation belong to the model."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    preprocess = backbone.preprocess_cfg
+    cfg.INPUT.SIZE = tuple(preprocess["size"])
+    cfg.INPUT.PIXEL_MEAN = list(preprocess["mean"])
+    cfg.INPUT.PIXEL_STD = list(preprocess["std"])
+    cfg.INPUT.INTERPOLATION = preprocess["interpolation"]
+    cfg.freeze()
+    return cfg
+
+
+def _feature_backbone(dataset) -> FeatureBackbone:
+    text = getattr(dataset, "text_features", None)
+    if text is None:
+        raise UserError("no backbone: set MODEL.BACKBONE.NAME, or use a feature file that holds text features")
+    return FeatureBackbone(len(next(iter(text.values()))), text)
