@@ -95,18 +95,24 @@ def check(cfg) -> None:
         raise UserError(f"TEACHER.FILE {cfg.TEACHER.FILE}: no such file; train.py --trainer TeacherZeroshot makes one")
 
 
-def claim(cfg) -> None:
-    """Write the config into the output folder, or refuse a folder that holds another experiment."""
-    described = cfg.clone()
-    described.defrost()
-    described.OUTPUT_DIR = described.RESUME = ""
-    path = Path(cfg.OUTPUT_DIR) / "config.yaml"
-    if path.exists():
-        if path.read_text(encoding="utf-8") != described.dump():
-            raise UserError(f"{cfg.OUTPUT_DIR} holds another experiment (see {path}); choose another --output-dir")
-        return
-    with atomic(path) as temporary:
-        temporary.write_text(described.dump(), encoding="utf-8")
+class Folder:
+    """The output folder of one experiment: its config.yaml says which, once the run has been built."""
+
+    def __init__(self, cfg):
+        described = cfg.clone()
+        described.defrost()
+        described.OUTPUT_DIR = described.RESUME = ""
+        self.config = described.dump()
+        self.path = Path(cfg.OUTPUT_DIR) / "config.yaml"
+        if self.path.exists() and self.path.read_text(encoding="utf-8") != self.config:
+            raise UserError(
+                f"{cfg.OUTPUT_DIR} holds another experiment (see its config.yaml); choose another --output-dir"
+            )
+
+    def claim(self) -> None:
+        """Write config.yaml. Not before the run is built: a wrong path must not mark the folder."""
+        with atomic(self.path) as temporary:
+            temporary.write_text(self.config, encoding="utf-8")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -114,13 +120,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     cfg = setup_cfg(args)
     check(cfg)
-    claim(cfg)
+    folder = Folder(cfg)
     if cfg.SEED >= 0:
         set_random_seed(cfg.SEED)
     setup_logger(cfg.OUTPUT_DIR)
     print(f"Setting fixed seed: {cfg.SEED}" if cfg.SEED >= 0 else "No seed is set: this run cannot be repeated")
     print(f"** Config **\n{cfg}")
     trainer = build_trainer(cfg)
+    folder.claim()
     if args.eval_only:
         trainer.load_model(args.model_dir, epoch=args.load_epoch)
         trainer.test()

@@ -1,0 +1,26 @@
+# Sourced by every script: goes to the project's root and puts a complete Python first on PATH.
+# The active environment is used when it is complete; otherwise .venv is made once, and never twice.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+complete() {
+    "$1" - <<'PYTHON' 2>/dev/null
+import importlib.util as util
+for name in "torch torchvision open_clip dassl yacs tabulate pytest xdist hypothesis matplotlib ruff mypy dfzsl.trainers".split():
+    assert util.find_spec(name), name
+PYTHON
+}
+
+if ! complete python; then
+    if ! complete .venv/bin/python; then
+        python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+            { echo "error: Python 3.10 or newer is needed as python3" >&2; exit 2; }
+        python3 -m venv .venv ||
+            { echo "error: python3 cannot make a virtual environment; install python3-venv" >&2; exit 2; }
+        .venv/bin/python -m pip install --quiet --constraint constraints.txt torch torchvision open_clip_torch
+        .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("dassl"))' ||
+            .venv/bin/python -m pip install --quiet --editable compat/dassl
+        .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+        complete .venv/bin/python || { echo "error: the installation into .venv is not complete; see above" >&2; exit 2; }
+    fi
+    export PATH="$PWD/.venv/bin:$PATH"
+fi

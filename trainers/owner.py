@@ -1,0 +1,53 @@
+"""The owner's side: fit the base classifier on training images, hand over teacher.safetensors.
+
+Tested on classes the teacher knows it is the teacher, on others zero-shot CLIP: "teacher for base,
+zero-shot for new", the free baseline that any data-free method has to beat.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from dassl.engine import TRAINER_REGISTRY
+
+from dfzsl.toolbox import register
+
+from .base import CLIPTrainer
+from .teacher import Teacher, fit_teacher
+
+TEACHER = "teacher.safetensors"
+
+
+@register(TRAINER_REGISTRY)
+class TeacherZeroshot(CLIPTrainer):
+    """Multinomial logistic regression on the image features of the base classes; text for all others."""
+
+    trains = True
+
+    def build_model(self) -> None:
+        self.text = self.backbone.class_features(self.classnames, self.templates)
+        self.teacher: Teacher | None = None
+
+    def train(self) -> None:
+        """Fit on all training images (or NUM_SHOTS a class), save, test."""
+        started = time.perf_counter()
+        features, labels = self.encode(self.dm.dataset.train_x)
+        self.teacher = fit_teacher(features, labels, self.classnames, self.backbone.identity)
+        self.teacher.save(Path(self.cfg.OUTPUT_DIR) / TEACHER)
+        self.stage_seconds["teacher"] = time.perf_counter() - started
+        self.test()
+
+    def load_model(self, directory: str, epoch: int | None = None) -> None:
+        self.teacher = Teacher.load(Path(directory) / TEACHER)
+
+    def model_inference(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits (n, C): cosines to the teacher's rows where it knows the class, to the text elsewhere."""
+        rows = self.text.clone()
+        weight = torch.nn.functional.normalize(self.teacher.weight, dim=1).to(rows)
+        known = {name: row for row, name in enumerate(self.teacher.classnames)}
+        for column, name in enumerate(self.classnames):
+            if name in known:
+                rows[column] = weight[known[name]]
+        return self.backbone.logit_scale * self.backbone.encode_image(features) @ rows.T
