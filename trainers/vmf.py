@@ -228,7 +228,7 @@ class VonMisesFisher(Distribution):
         # Without a gradient every step reuses the draw's memory: then a draw costs little more than a normal.
         buffer = None if torch.is_grad_enabled() and self.loc.requires_grad else normal
         tangent = normal
-        # In few dimensions a draw can lie so near mu that one projection leaves rounding: a second removes it.
+        # In few dimensions a draw can lie so near mu that a projection leaves rounding: a second removes it.
         for _ in range(1 if self._dim > 16 else 2):
             along = torch.einsum("...d,...d->...", tangent, self.loc)
             tangent = torch.addcmul(tangent, along[..., None], self.loc, value=-1, out=buffer)
