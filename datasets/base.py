@@ -1,0 +1,255 @@
+"""What every data set shares: a split's rows become CoOp's base, new or all classes, some shots or all.
+
+A data set is a class with a `read` method that returns a `Split`; everything else happens here, once.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from dassl.data.datasets import DatasetBase, Datum
+
+from dfzsl.errors import UserError
+from dfzsl.files import read_json
+from dfzsl.toolbox import add_keys
+
+from .templates import SELECTED
+
+add_keys("DATASET", SUBSAMPLE_CLASSES="all")
+add_keys("TEACHER", FILE="")
+
+
+class Row(NamedTuple):
+    """One example of a split. Making a Row touches no file; `feature` is its (d,) row in a feature file."""
+
+    path: str
+    label: int
+    classname: str
+    feature: torch.Tensor | None = None
+
+
+class Split(NamedTuple):
+    """A whole data set: `classnames[label]`, the rows, and which labels are new (None: the second half)."""
+
+    classnames: list[str]
+    train: list[Row]
+    val: list[Row]
+    test: list[Row]
+    new: Sequence[int] | None = None
+
+
+class ClassDataset(DatasetBase):
+    """A Dassl data set with CoOp's protocol. Subclasses define `read`, and `folder` where they have one.
+
+    Config: `DATASET.ROOT`, `DATASET.NUM_SHOTS` (every image if below 1), `SEED` (which shots),
+    `DATASET.SUBSAMPLE_CLASSES` (base, new or all) and `TEACHER.FILE`. If the last is set the run is
+    data-free: no training or validation file is named, counted or opened.
+
+    Attributes: `classnames` of this run; `all_classnames`, `base_classnames`, `new_classnames` in label
+    order; `template` and `templates` (prompt ensemble); `text_features` (dict of name to (d,) unit row, or
+    None); `test_only`: there is nothing to train on and `train_x` merely repeats `test`, because Dassl's
+    data manager wants one (as CoOp does for ImageNet-A and its like).
+
+    Raises UserError for whatever is wrong with the data: a folder, file, image or class that is missing.
+    """
+
+    folder = ""
+    template = "a photo of a {}."
+    test_only = False
+    text_features: dict[str, torch.Tensor] | None = None
+
+    def __init__(self, cfg: Any) -> None:
+        self.data_free = bool(cfg.TEACHER.FILE)
+        if not cfg.DATASET.ROOT:
+            raise UserError("DATASET.ROOT is empty; name the folder of the data sets with --root")
+        self.dataset_dir = os.path.join(os.path.abspath(os.path.expanduser(cfg.DATASET.ROOT)), self.folder)
+        self.dataset_dir = self.dataset_dir.rstrip(os.sep) or os.sep
+        require(self.dataset_dir, self.how_to_get())
+
+        split = self.read()
+        check(split, self.dataset_dir)
+        new = list(split.new) if split.new is not None else second_half(len(split.classnames))
+        base = [label for label in range(len(split.classnames)) if label not in set(new)]
+        self.all_classnames = list(split.classnames)
+        self.base_classnames = [split.classnames[label] for label in base]
+        self.new_classnames = [split.classnames[label] for label in new]
+
+        choices = {"all": range(len(split.classnames)), "base": base, "new": new}
+        if (subsample := cfg.DATASET.SUBSAMPLE_CLASSES) not in choices:
+            raise UserError(f"DATASET.SUBSAMPLE_CLASSES is '{subsample}'; use base, new or all")
+        relabel = {label: place for place, label in enumerate(choices[subsample])}
+
+        train, val = ([], []) if self.data_free else self.few_shots(split, cfg.DATASET.NUM_SHOTS, cfg.SEED)
+        train, val, test = (self.datums(rows, relabel) for rows in (train, val, split.test))
+        if not test:
+            raise UserError(f"{self.dataset_dir}: no test image of the {subsample} classes")
+        if not train and not self.data_free:
+            self.test_only, train = True, test
+        self._run_classnames = [split.classnames[label] for label in relabel]
+        super().__init__(train_x=train, val=val, test=test)
+
+    def read(self) -> Split:
+        """The whole data set under `self.dataset_dir`; no training files if `self.data_free`."""
+        raise NotImplementedError
+
+    def how_to_get(self) -> str:
+        """What to do if a file is missing; ends the error's line."""
+        return f"get it with: python scripts/data/prepare.py {type(self).__name__}"
+
+    @property
+    def templates(self) -> list[str]:
+        """The prompt ensemble: the seven templates that CLIP's authors selected, and the data set's own."""
+        return [*SELECTED, *([self.template] if self.template not in SELECTED else [])]
+
+    def few_shots(self, split: Split, shots: int, seed: int) -> tuple[list[Row], list[Row]]:
+        """`shots` training and min(shots, 4) validation rows a class; all rows if `shots` < 1.
+
+        CoOp draws once with Python's `random` fresh from `SEED`, train before val, and keeps the draw in
+        split_fewshot/shot_K-seed_S.pkl. Such a file decides where there is one; without one the same
+        draw is made again, and the state of `random` is left as it was, so no run differs from the first.
+        """
+        if shots < 1:
+            return split.train, split.val
+        kept = os.path.join(self.dataset_dir, "split_fewshot", f"shot_{shots}-seed_{seed}.pkl")
+        if os.path.exists(kept):
+            drawn = read_fewshot(kept)
+            return relocate(drawn["train"], split.train, kept), relocate(
+                drawn.get("val", []), split.val, kept
+            )
+        state = random.getstate()
+        if seed >= 0:
+            random.seed(seed)
+        train = self.generate_fewshot_dataset(split.train, num_shots=shots)
+        val = self.generate_fewshot_dataset(split.val, num_shots=min(shots, 4))
+        if seed >= 0:
+            random.setstate(state)
+        return train, val
+
+    def datums(self, rows: Iterable[Row], relabel: dict[int, int]) -> list[Datum]:
+        """Datums of the rows whose label is in `relabel`, in their order."""
+        return [self.datum(row, relabel[row.label]) for row in rows if row.label in relabel]
+
+    def datum(self, row: Row, label: int) -> Datum:
+        if not os.path.isfile(row.path):
+            raise UserError(f"{row.path}: no such image (class '{row.classname}'); {self.how_to_get()}")
+        return Datum(impath=row.path, label=label, classname=row.classname)
+
+    # The classes of a run are those of its split, not those that happen to have a training image.
+    def get_num_classes(self, data_source: object) -> int:
+        return len(self._run_classnames)
+
+    def get_lab2cname(self, data_source: object) -> tuple[dict[int, str], list[str]]:
+        return dict(enumerate(self._run_classnames)), list(self._run_classnames)
+
+
+def second_half(n: int) -> list[int]:
+    """The labels of CoOp's new classes: all after the first ceil(n / 2)."""
+    return list(range(math.ceil(n / 2), n))
+
+
+def require(path: str | os.PathLike[str], how: str) -> str:
+    """`path` itself. Raises UserError if nothing is there; `how` says how to get it."""
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such {'file' if os.path.splitext(path)[1] else 'folder'}; {how}")
+    return os.fspath(path)
+
+
+def check(split: Split, place: str) -> None:
+    """Raise UserError unless each class has a name and an image, and a training image if it is learned."""
+    names, new = split.classnames, set(split.new or ())
+    if len(names) < 2:
+        raise UserError(f"{place}: {len(names)} class; a classification data set has at least 2")
+    trained = {row.label for row in split.train}
+    seen = trained | {row.label for row in split.val} | {row.label for row in split.test}
+    if stray := [label for label in seen if not 0 <= label < len(names)]:
+        raise UserError(
+            f"{place}: label {stray[0]} has no class name (labels count from 0 to {len(names) - 1})"
+        )
+    for label, name in enumerate(names):
+        if not name.strip():
+            raise UserError(f"{place}: the class with label {label} has no name")
+        if label not in seen:
+            raise UserError(f"{place}: class '{name}' is in the split but has no image")
+        if trained and label not in trained and label not in new:
+            raise UserError(f"{place}: class '{name}' has no training image")
+
+
+def read_split(path: str, image_dir: str, how: str) -> Split:
+    """A split_zhou_*.json: {"train": [[path in image_dir, label, name], ...], "val": ..., "test": ...}."""
+    require(path, how)
+    content = read_json(path)
+    names: dict[int, str] = {}
+    parts: dict[str, list[Row]] = {}
+    for part in ("train", "val", "test"):
+        if not isinstance(content, dict) or not isinstance(content.get(part), list):
+            raise UserError(f"{path}: not a split file: it has no list '{part}'; {how}")
+        parts[part] = []
+        for entry in content[part]:
+            try:
+                image, label, name = entry
+                label = int(label)
+            except (TypeError, ValueError):
+                text = json.dumps(entry)[:80]
+                raise UserError(
+                    f"{path}: an entry of '{part}' is not [path, label, class name]: {text}"
+                ) from None
+            if os.path.isabs(image) or ".." in image.split("/"):
+                raise UserError(f"{path}: '{image}' leads out of {image_dir}")
+            if names.setdefault(label, name) != name:
+                raise UserError(f"{path}: label {label} is called both '{names[label]}' and '{name}'")
+            parts[part].append(Row(os.path.join(image_dir, image), label, name))
+    if sorted(names) != list(range(len(names))):
+        raise UserError(
+            f"{path}: labels must be 0 to {len(names) - 1} without a gap; found {sorted(names)[:5]}..."
+        )
+    return Split([names[label] for label in range(len(names))], parts["train"], parts["val"], parts["test"])
+
+
+class _Item:
+    """Stands for Dassl's Datum while a pickle is read: holds attributes and does nothing."""
+
+
+class _FewshotUnpickler(pickle.Unpickler):
+    """Admits Dassl's Datum and nothing else, so a file can hold lists, numbers and text but run no code."""
+
+    def find_class(self, module: str, name: str) -> type:
+        if name == "Datum" and module.split(".")[0] == "dassl":
+            return _Item
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def read_fewshot(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, int]]]:
+    """CoOp's pickled few-shot draw as {"train": [(path, label), ...], "val": [...]}; no code in it is run."""
+    try:
+        with open(path, "rb") as file:
+            content = _FewshotUnpickler(file).load()
+        return {
+            part: [(str(item._impath), int(item._label)) for item in items] for part, items in content.items()
+        }
+    except Exception as error:  # a broken pickle raises nearly anything
+        raise UserError(f"{path}: not a few-shot file of CoOp's ({error}); delete it to draw anew") from None
+
+
+def relocate(drawn: Iterable[tuple[str, int]], rows: Sequence[Row], source: str) -> list[Row]:
+    """The rows that a few-shot file names. It was written with absolute paths, perhaps on another machine."""
+    prefix = os.path.commonpath([os.path.dirname(row.path) for row in rows]) if rows else ""
+    known = {row.path[len(prefix) :].lstrip(os.sep): row for row in rows}
+    found = []
+    for path, label in drawn:
+        parts = Path(path).parts
+        ends = (os.path.join(*parts[start:]) for start in range(len(parts)))
+        row = next((known[end] for end in ends if end in known), None)
+        if row is None or row.label != label:
+            raise UserError(
+                f"{source}: names {path} (label {label}), which the split does not have; delete the file"
+            )
+        found.append(row)
+    return found
