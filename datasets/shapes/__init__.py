@@ -1,0 +1,85 @@
+"""The data set `Shapes`: 120 classes of the built-in world, drawn and written as PNG files at first use."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dassl.data.datasets import DATASET_REGISTRY
+from PIL import Image
+from tqdm import tqdm
+
+from dfzsl.errors import UserError
+from dfzsl.toolbox import register
+
+from ..base import ClassDataset, Row, Split
+from .world import LAMPLIGHT, VERSION, classes, render
+
+PICTURES = {"train": 30, "val": 5, "test": 20}  # of each class
+
+
+@register(DATASET_REGISTRY)
+class Shapes(ClassDataset):
+    """Compositions such as "striped teal leaf in the snow", 60 base and 60 new, 64 x 64 pixels.
+
+    The pictures lie under `DATASET.ROOT`/shapes, in a folder for each part, and are the same everywhere.
+    A part is written when it is first needed: a data-free run never makes the training pictures.
+    """
+
+    folder = os.path.join("shapes", f"v{VERSION}")
+
+    def __init__(self, cfg: Any) -> None:
+        if cfg.DATASET.ROOT:  # without one the base class raises
+            for part in ("test",) if cfg.TEACHER.FILE else PICTURES:
+                write_part(Path(cfg.DATASET.ROOT).expanduser() / self.folder, part)
+        super().__init__(cfg)
+
+    def how_to_get(self) -> str:
+        return f"delete {self.dataset_dir}, and the next run draws it anew"
+
+    def read(self) -> Split:
+        parts = {part: list(rows(self.dataset_dir, part)) for part in PICTURES}
+        if self.data_free:
+            parts["train"] = parts["val"] = []
+        return Split([c.name for c in classes()], parts["train"], parts["val"], parts["test"])
+
+
+def rows(folder: str | os.PathLike[str], part: str) -> Iterator[Row]:
+    """The pictures of a part, class by class: folder/part/017-striped-teal-leaf-in-the-snow/04.png."""
+    for label, composition in enumerate(classes()):
+        of_class = f"{label:03d}-{composition.name.replace(' ', '-')}"
+        for number in range(PICTURES[part]):
+            yield Row(os.path.join(folder, part, of_class, f"{number:02d}.png"), label, composition.name)
+
+
+def write_part(folder: Path, part: str) -> None:
+    """Draw the pictures of `part` into folder/part, unless they are there: all of them or none.
+
+    They are written to a folder of their own, which is renamed at the end. Of two processes at once one
+    comes first, and the other drops its equal work. Raises UserError if the place cannot be written.
+    """
+    target = folder / part
+    if target.is_dir():
+        return
+    draft = folder / f".{part}-{uuid.uuid4().hex}"
+    try:
+        draft.mkdir(parents=True)
+        bar = tqdm(rows("", part), f"drawing the {part} pictures of shapes", len(classes()) * PICTURES[part])
+        for number, row in enumerate(bar):
+            rng = np.random.default_rng((list(PICTURES).index(part), row.label, number))
+            path = draft / Path(row.path).relative_to(part)
+            path.parent.mkdir(exist_ok=True)
+            Image.fromarray(render(classes()[row.label], rng, LAMPLIGHT)).save(path, compress_level=1)
+        draft.rename(target)
+    except OSError as error:
+        if not target.is_dir():  # else another process has just put it there
+            raise UserError(
+                f"{folder}: cannot write the pictures ({error.strerror}); choose another --root"
+            ) from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
