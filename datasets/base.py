@@ -213,6 +213,22 @@ def read_split(path: str, image_dir: str, how: str) -> Split:
     return Split([names[label] for label in range(len(names))], parts["train"], parts["val"], parts["test"])
 
 
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+def folders_in(directory: str, how: str) -> list[str]:
+    """Names of the folders in `directory`, sorted, without hidden ones."""
+    require(directory, how)
+    return sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
+
+
+def images_in(directory: str) -> list[str]:
+    """Paths of the images in `directory`, sorted by name, without hidden ones."""
+    names = (entry.name for entry in os.scandir(directory))
+    kept = sorted(name for name in names if name.lower().endswith(IMAGES) and name[0] != ".")
+    return [os.path.join(directory, name) for name in kept]
+
+
 class _Item:
     """Stands for Dassl's Datum while a pickle is read: holds attributes and does nothing."""
 

@@ -1,0 +1,139 @@
+"""Anybody's own images: a folder of class folders, or a CSV file of paths and labels."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+
+from dassl.data.datasets import DATASET_REGISTRY
+
+from dfzsl.errors import UserError
+from dfzsl.toolbox import register
+
+from .base import ClassDataset, Row, Split, folders_in, images_in
+from .images import read_names
+
+PARTS = ("train", "val", "test")
+
+
+def shares(rows: list[Row]) -> tuple[list[Row], list[Row], list[Row]]:
+    """Half of each class for training, 20 % for validation, the rest for testing: CoOp's shares.
+
+    The order is shuffled by a fixed seed, so that the same images always fall into the same part.
+    """
+    parts: tuple[list[Row], list[Row], list[Row]] = ([], [], [])
+    by_label: dict[int, list[Row]] = {}
+    for row in rows:
+        by_label.setdefault(row.label, []).append(row)
+    for own in by_label.values():
+        random.Random(0).shuffle(own)
+        first, second = round(0.5 * len(own)), round(0.7 * len(own))
+        for part, piece in zip(parts, (own[:first], own[first:second], own[second:]), strict=True):
+            part.extend(piece)
+    return parts
+
+
+@register(DATASET_REGISTRY)
+class Folder(ClassDataset):
+    """`DATASET.ROOT` holds a folder for each class, or train/, val/ and test/ that hold those.
+
+    Classes are the folders in alphabetical order; a file classnames.txt of lines "folder name" gives them
+    readable names and its own order. Of train/, val/ and test/ only one of the last two is necessary;
+    without test/, val/ is the test set. Undivided folders are divided by `shares`.
+    """
+
+    def how_to_get(self) -> str:
+        return "DATASET.ROOT names a folder that holds a folder of images for each class"
+
+    def read(self) -> Split:
+        root, how = self.dataset_dir, self.how_to_get()
+        there = {part for part in PARTS if os.path.isdir(os.path.join(root, part))}
+        divided = bool(there & {"val", "test"})
+        tested = "test" if "test" in there else "val"
+        listed = os.path.join(root, "classnames.txt")
+        if os.path.exists(listed):
+            names = read_names(listed, how)
+        else:
+            names = {name: name for name in folders_in(os.path.join(root, tested) if divided else root, how)}
+
+        def rows(directory: str) -> list[Row]:
+            unknown = [name for name in folders_in(directory, how) if name not in names]
+            if unknown:
+                raise UserError(
+                    f"{directory}: '{unknown[0]}' is no class of the test set or of classnames.txt"
+                )
+            places = [(label, os.path.join(directory, folder)) for label, folder in enumerate(names)]
+            called = list(names.values())
+            return [
+                Row(path, label, called[label])
+                for label, place in places
+                if os.path.isdir(place)
+                for path in images_in(place)
+            ]
+
+        classnames = list(names.values())
+        if not divided:
+            train, val, test = shares(rows(root))
+            return Split(classnames, train, val, test)
+        test = rows(os.path.join(root, tested))
+        if self.data_free:
+            return Split(classnames, [], [], test)
+        parts = {part: rows(os.path.join(root, part)) if part in there else [] for part in ("train", "val")}
+        return Split(classnames, parts["train"], parts["val"] if tested == "test" else [], test)
+
+
+@register(DATASET_REGISTRY)
+class Csv(ClassDataset):
+    """`DATASET.ROOT` is a CSV file with a header: `path`, `label` and, as you like, `classname` and `split`.
+
+    Paths count from the file's folder. Labels are class names, taken in alphabetical order, or, where
+    there is a column `classname`, numbers from 0. `split` says train, val or test; without it the rows
+    are divided by `shares`.
+    """
+
+    def how_to_get(self) -> str:
+        return "DATASET.ROOT names the CSV file; its paths count from its folder"
+
+    def read(self) -> Split:
+        path = self.dataset_dir
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                table = csv.DictReader(file)
+                columns = set(table.fieldnames or ())
+                entries = list(table)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{path}: not a readable CSV file ({error})") from None
+        if not {"path", "label"} <= columns:
+            raise UserError(f"{path}: its first line must name the columns path and label")
+        for line, entry in enumerate(entries, start=2):
+            if not entry["path"] or not entry["label"] or entry.get("split", "train") not in PARTS:
+                raise UserError(
+                    f"{path}: line {line} needs a path, a label, and train, val or test as its split"
+                )
+        names = self._names(entries) if "classname" in columns else _themselves(entries)
+        number = {label: place for place, label in enumerate(names)}
+        home = os.path.dirname(path)
+        parts: dict[str, list[Row]] = {part: [] for part in PARTS}
+        for entry in entries:
+            label = entry["label"]
+            row = Row(os.path.join(home, entry["path"]), number[label], names[label])
+            parts[entry.get("split", "train")].append(row)
+        if "split" not in columns:
+            return Split(list(names.values()), *shares(parts["train"]))
+        return Split(list(names.values()), parts["train"], parts["val"], parts["test"])
+
+    def _names(self, entries: list[dict[str, str]]) -> dict[str, str]:
+        """Number as it is written to class name, in numerical order."""
+        pairs = {(entry["label"], entry["classname"] or "") for entry in entries}
+        names = dict(pairs)
+        wanted = [str(label) for label in range(len(pairs))]
+        if set(names) != set(wanted):
+            raise UserError(
+                f"{self.dataset_dir}: with a column classname, labels are 0 to C-1, with one name each"
+            )
+        return {label: names[label] for label in wanted}
+
+
+def _themselves(entries: list[dict[str, str]]) -> dict[str, str]:
+    return {label: label for label in sorted({entry["label"] for entry in entries})}

@@ -1,0 +1,194 @@
+"""The five data sets of generalized zero-shot learning, in the xlsa17 format (Xian et al., TPAMI 2019).
+
+Seen classes are base, unseen classes new. `DATASET.SUBSAMPLE_CLASSES` base: seen classes, trainval images and
+test_seen; new: unseen classes and test_unseen; all: every class in the files' order and both test sets.
+U, S and H are per-class accuracies over `all` (harmonic mean H = 2US / (U + S)).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import numpy as np
+import torch
+from dassl.data.datasets import DATASET_REGISTRY, Datum
+from scipy.io import loadmat
+
+from dfzsl.errors import UserError
+from dfzsl.toolbox import add_keys, register
+
+from .base import ClassDataset, Row, Split, require
+from .features import FeatureDatum, unit_rows
+from .images import read_lines
+
+add_keys("DATASET", FEATURES="")
+
+
+class XLSA17(ClassDataset):
+    """`folder` holds att_splits.mat or clip_splits.mat (preferred), and one of two sources of examples:
+
+    - `DATASET.FEATURES` empty: pictures, under `folder/images`; res101.mat names them, in the splits' order.
+    - `DATASET.FEATURES` a file such as ViTB16.mat with `features` (d, n): image features, of a CLIP model.
+
+    Splits: `trainval_loc`, `test_seen_loc`, `test_unseen_loc`, places in that order counted from 1, and
+    `allclasses_names`; where those lack (FLO), classnames.txt has a name a line in label order. The
+    `cls_features` (d, C) of a clip_splits.mat become `text_features`. `labels` count from 1.
+    """
+
+    def read(self) -> Split:
+        how = self.how_to_get()
+        clip = os.path.join(self.dataset_dir, "clip_splits.mat")
+        path = clip if os.path.exists(clip) else os.path.join(self.dataset_dir, "att_splits.mat")
+        splits = load_mat(path, how)
+        source = os.path.join(self.dataset_dir, self.features_file or "res101.mat")
+        data = load_mat(source, how, ["labels", "features" if self.features_file else "image_files"])
+        labels = _whole(data, "labels", source) - 1
+        n = len(labels)
+        names = self._classnames_of(splits, path)
+        if n == 0 or labels.min() < 0 or labels.max() >= len(names):
+            raise UserError(f"{source}: labels must lie in 1 to {len(names)}, the classes of {path}")
+
+        places = {
+            name: _places(splits, name, n, path)
+            for name in ("trainval_loc", "test_seen_loc", "test_unseen_loc")
+        }
+        if len(np.unique(np.concatenate(list(places.values())))) < sum(map(len, places.values())):
+            raise UserError(f"{path}: trainval_loc, test_seen_loc and test_unseen_loc share images")
+        seen, unseen = (np.unique(labels[places[name]]) for name in ("test_seen_loc", "test_unseen_loc"))
+        if np.intersect1d(seen, unseen).size or not np.isin(labels[places["trainval_loc"]], seen).all():
+            raise UserError(f"{path}: a class is both seen and unseen; {how}")
+        if "cls_features" in splits:
+            self.text_features = self._text_features(splits["cls_features"], names, path)
+
+        make = self._feature_rows if self.features_file else self._image_rows
+        train = [] if self.data_free else make(data, labels, names, places["trainval_loc"], source)
+        test = np.sort(np.concatenate([places["test_seen_loc"], places["test_unseen_loc"]]))
+        return Split(names, train, [], make(data, labels, names, test, source), unseen.tolist())
+
+    def __init__(self, cfg: Any) -> None:
+        self.features_file = cfg.DATASET.FEATURES
+        super().__init__(cfg)
+
+    def datum(self, row: Row, label: int) -> Datum:
+        if row.feature is None:
+            return super().datum(row, label)
+        return FeatureDatum(row.feature, row.path, label, classname=row.classname)
+
+    def _classnames_of(self, splits: dict[str, np.ndarray], path: str) -> list[str]:
+        if "allclasses_names" in splits:
+            return [readable(str(np.squeeze(name).item())) for name in splits["allclasses_names"].ravel()]
+        names = os.path.join(self.dataset_dir, "classnames.txt")
+        return read_lines(names, f"{path} has no allclasses_names; write a class name a line, in label order")
+
+    def _text_features(self, table: np.ndarray, names: list[str], path: str) -> dict[str, torch.Tensor]:
+        if table.ndim != 2 or table.shape[1] != len(names):
+            raise UserError(
+                f"{path}: cls_features must be (d, {len(names)}), a column a class; it is {table.shape}"
+            )
+        return dict(
+            zip(names, unit_rows(torch.from_numpy(table.T.copy()), f"{path}: cls_features"), strict=True)
+        )
+
+    def _feature_rows(self, data, labels, names, places, source: str) -> list[Row]:
+        table = data["features"]
+        if table.ndim != 2 or table.shape[1] != len(labels):
+            raise UserError(
+                f"{source}: features must be (d, {len(labels)}), a column an image; they are {table.shape}"
+            )
+        rows = unit_rows(torch.from_numpy(table.T[places]), f"{source}: features")
+        return [Row(source, int(c), names[c], row) for row, c in zip(rows, labels[places], strict=True)]
+
+    def _image_rows(self, data, labels, names, places, source: str) -> list[Row]:
+        files = [str(np.squeeze(name).item()).strip() for name in data["image_files"].ravel()]
+        if len(files) != len(labels):
+            raise UserError(f"{source}: {len(files)} image_files for {len(labels)} labels")
+        image_dir = require(os.path.join(self.dataset_dir, "images"), self.how_to_get())
+        skip = _foreign_parts(files[places[0]], image_dir)
+        paths = [os.path.join(image_dir, *files[place].split("/")[skip:]) for place in places]
+        return [Row(path, int(c), names[c]) for path, c in zip(paths, labels[places], strict=True)]
+
+
+@register(DATASET_REGISTRY)
+class AWA2(XLSA17):
+    folder = "AWA2"
+    template = "a photo of a {}, a type of animal."
+
+
+@register(DATASET_REGISTRY)
+class CUB(XLSA17):
+    folder = "CUB"
+    template = "a photo of a {}, a type of bird."
+
+
+@register(DATASET_REGISTRY)
+class SUN(XLSA17):
+    folder = "SUN"
+
+
+@register(DATASET_REGISTRY)
+class FLO(XLSA17):
+    folder = "FLO"
+    template = "a photo of a {}, a type of flower."
+
+
+@register(DATASET_REGISTRY)
+class APY(XLSA17):
+    folder = "APY"
+
+
+def load_mat(path: str, how: str, names: list[str] | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a MATLAB file (v7 or older), only `names` if given. Raises UserError if it is broken."""
+    require(path, how)
+    try:
+        content = loadmat(path, variable_names=names)
+    except Exception as error:  # scipy raises many kinds for a broken file
+        raise UserError(f"{path}: not a readable MATLAB file ({error}); {how}") from None
+    for name in names or []:
+        if name not in content:
+            raise UserError(f"{path}: it has no '{name}'; {how}")
+    return {name: array for name, array in content.items() if isinstance(array, np.ndarray)}
+
+
+def readable(name: str) -> str:
+    """'001.Black_footed_Albatross' -> 'Black footed Albatross', 'grizzly+bear' -> 'grizzly bear'."""
+    return re.sub(r"[+_]", " ", re.sub(r"^\d+\.", "", name.strip())).strip()
+
+
+def _whole(content: dict[str, np.ndarray], name: str, path: str) -> np.ndarray:
+    """The whole numbers of a column or row `name`, int64."""
+    if name not in content:
+        raise UserError(f"{path}: it has no '{name}'")
+    array = content[name]
+    flat = array.ravel()
+    if (
+        flat.size != max(array.shape, default=0)
+        or flat.dtype.kind not in "iuf"
+        or (flat != np.floor(flat)).any()
+    ):
+        raise UserError(
+            f"{path}: '{name}' must be one column of whole numbers; it is {array.dtype}, {array.shape}"
+        )
+    return flat.astype(np.int64)
+
+
+def _places(splits: dict[str, np.ndarray], name: str, n: int, path: str) -> np.ndarray:
+    """Places counted from 0 of the images of a split."""
+    places = _whole(splits, name, path)
+    if places.size == 0:
+        raise UserError(f"{path}: '{name}' is empty")
+    if places.min() < 1:
+        raise UserError(f"{path}: '{name}' counts from {places.min()}; xlsa17 counts from 1")
+    if places.max() > n:
+        raise UserError(f"{path}: '{name}' names image {places.max()} of {n}")
+    return places - 1
+
+
+def _foreign_parts(file: str, image_dir: str) -> int:
+    """How many leading parts of a path on the authors' machine to drop to find it under `image_dir`."""
+    parts = file.split("/")
+    for skip in range(len(parts)):
+        if ".." not in parts[skip:] and os.path.isfile(os.path.join(image_dir, *parts[skip:])):
+            return skip
+    raise UserError(f"{image_dir}: no end of '{file}' is a file in it; put the data set's images there")

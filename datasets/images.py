@@ -1,0 +1,197 @@
+"""CoOp's eleven data sets and four variants of ImageNet, in the very layout of CoOp's data folder.
+
+Names, folders, splits and class names are CoOp's (its DATASETS.md); docs/DATASETS.md says how to get each.
+"""
+
+from __future__ import annotations
+
+import os
+
+from dassl.data.datasets import DATASET_REGISTRY
+
+from dfzsl.errors import UserError
+from dfzsl.toolbox import register
+
+from .base import ClassDataset, Row, Split, folders_in, images_in, read_split, require
+
+
+class SplitDataset(ClassDataset):
+    """Images under `folder/images` and a fixed split in `folder/split_zhou_NAME.json`."""
+
+    images = "images"
+
+    def read(self) -> Split:
+        split = f"split_zhou_{type(self).__name__}.json"
+        image_dir = os.path.join(self.dataset_dir, self.images)
+        require(image_dir, self.how_to_get())
+        return read_split(os.path.join(self.dataset_dir, split), image_dir, self.how_to_get())
+
+
+@register(DATASET_REGISTRY)
+class Caltech101(SplitDataset):
+    folder, images = "caltech-101", "101_ObjectCategories"
+
+
+@register(DATASET_REGISTRY)
+class OxfordPets(SplitDataset):
+    folder = "oxford_pets"
+    template = "a photo of a {}, a type of pet."
+
+
+@register(DATASET_REGISTRY)
+class StanfordCars(SplitDataset):
+    folder, images = "stanford_cars", ""
+
+
+@register(DATASET_REGISTRY)
+class OxfordFlowers(SplitDataset):
+    folder, images = "oxford_flowers", "jpg"
+    template = "a photo of a {}, a type of flower."
+
+
+@register(DATASET_REGISTRY)
+class Food101(SplitDataset):
+    folder = "food-101"
+    template = "a photo of {}, a type of food."
+
+
+@register(DATASET_REGISTRY)
+class SUN397(SplitDataset):
+    folder, images = "sun397", "SUN397"
+
+
+@register(DATASET_REGISTRY)
+class DescribableTextures(SplitDataset):
+    folder = "dtd"
+    template = "{} texture."
+
+
+@register(DATASET_REGISTRY)
+class EuroSAT(SplitDataset):
+    folder, images = "eurosat", "2750"
+    template = "a centered satellite photo of {}."
+
+
+@register(DATASET_REGISTRY)
+class UCF101(SplitDataset):
+    folder, images = "ucf101", "UCF-101-midframes"
+    template = "a photo of a person doing {}."
+
+
+@register(DATASET_REGISTRY)
+class FGVCAircraft(ClassDataset):
+    """The split of the data set's own text files: lines of "image variant" in images_variant_PART.txt."""
+
+    folder = "fgvc_aircraft"
+    template = "a photo of a {}, a type of aircraft."
+
+    def read(self) -> Split:
+        names = read_lines(os.path.join(self.dataset_dir, "variants.txt"), self.how_to_get())
+        labels = {name: label for label, name in enumerate(names)}
+
+        def rows(part: str) -> list[Row]:
+            path = os.path.join(self.dataset_dir, f"images_variant_{part}.txt")
+            found = []
+            for line in read_lines(path, self.how_to_get()):
+                image, _, name = line.partition(" ")
+                if name not in labels:
+                    raise UserError(f"{path}: '{name}' is not in variants.txt")
+                found.append(
+                    Row(os.path.join(self.dataset_dir, "images", f"{image}.jpg"), labels[name], name)
+                )
+            return found
+
+        if self.data_free:
+            return Split(names, [], [], rows("test"))
+        return Split(names, rows("train"), rows("val"), rows("test"))
+
+
+@register(DATASET_REGISTRY)
+class ImageNet(ClassDataset):
+    """images/train, images/val with a folder a class; classnames.txt has lines of "folder name".
+
+    As in CoOp the test set is val. CoOp also calls it the validation set; here there is none, so that
+    nothing can be chosen on it. A few-shot draw is CoOp's own where split_fewshot/ holds CoOp's file; CoOp
+    drew from an unsorted listing of the folders, so no other draw can be made again.
+    """
+
+    folder = "imagenet"
+
+    def read(self) -> Split:
+        names = read_names(os.path.join(self.dataset_dir, "classnames.txt"), self.how_to_get())
+        test = os.path.join(self.dataset_dir, "images", "val")
+        folders = folders_in(test, self.how_to_get())
+        rows = by_folder(test, folders, names, self.how_to_get())
+        if self.data_free:
+            return Split([names[name] for name in folders], [], [], rows)
+        train = os.path.join(self.dataset_dir, "images", "train")
+        if folders_in(train, self.how_to_get()) != folders:
+            raise UserError(f"{train}: its folders are not those of {test}; {self.how_to_get()}")
+        train_rows = by_folder(train, folders, names, self.how_to_get())
+        return Split([names[name] for name in folders], train_rows, [], rows)
+
+
+class ImageNetVariant(ClassDataset):
+    """A test set for ImageNet's classes, or some of them: a folder a class, and ImageNet's classnames.txt."""
+
+    images = "images"
+
+    def folders(self, image_dir: str, names: dict[str, str]) -> dict[str, str]:
+        """Folder to ImageNet's folder name (WordNet id), in label order."""
+        return {name: name for name in folders_in(image_dir, self.how_to_get())}
+
+    def read(self) -> Split:
+        names = read_names(os.path.join(self.dataset_dir, "classnames.txt"), self.how_to_get())
+        image_dir = require(os.path.join(self.dataset_dir, self.images), self.how_to_get())
+        folders = self.folders(image_dir, names)
+        called = {folder: names.get(wordnet_id, "") for folder, wordnet_id in folders.items()}
+        rows = by_folder(image_dir, list(folders), called, self.how_to_get())
+        return Split(list(called.values()), [], [], rows)
+
+
+@register(DATASET_REGISTRY)
+class ImageNetV2(ImageNetVariant):
+    """Its folders are the labels 0 to 999, in the order of classnames.txt."""
+
+    folder, images = "imagenetv2", "imagenetv2-matched-frequency-format-val"
+
+    def folders(self, image_dir: str, names: dict[str, str]) -> dict[str, str]:
+        return {str(label): wordnet_id for label, wordnet_id in enumerate(names)}
+
+
+@register(DATASET_REGISTRY)
+class ImageNetSketch(ImageNetVariant):
+    folder = "imagenet-sketch"
+
+
+@register(DATASET_REGISTRY)
+class ImageNetA(ImageNetVariant):
+    folder, images = "imagenet-adversarial", "imagenet-a"
+
+
+@register(DATASET_REGISTRY)
+class ImageNetR(ImageNetVariant):
+    folder, images = "imagenet-rendition", "imagenet-r"
+
+
+def read_lines(path: str, how: str) -> list[str]:
+    """The non-empty lines of a text file, stripped."""
+    with open(require(path, how), encoding="utf-8") as file:
+        return [line.strip() for line in file if line.strip()]
+
+
+def read_names(path: str, how: str) -> dict[str, str]:
+    """Folder to class name, in the file's order, from lines of "folder name"."""
+    pairs = (line.partition(" ") for line in read_lines(path, how))
+    return {folder: name for folder, _, name in pairs}
+
+
+def by_folder(directory: str, folders: list[str], names: dict[str, str], how: str) -> list[Row]:
+    """Rows of all images, labels counted in the order of `folders`."""
+    rows = []
+    for label, folder in enumerate(folders):
+        if not names.get(folder):
+            raise UserError(f"{directory}: the folder '{folder}' has no line in classnames.txt")
+        images = images_in(require(os.path.join(directory, folder), how))
+        rows += [Row(path, label, names[folder]) for path in images]
+    return rows
