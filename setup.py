@@ -4,13 +4,15 @@ A top-level package called `datasets` or `trainers` in site-packages would shado
 the folders keep the toolbox's names in the checkout and get the prefix `dfzsl.` on installation.
 """
 
+from pathlib import Path
+
 from setuptools import setup
 
 setup(
     name="dfzsl",
     version="0.1.0",
     description="Data-free generalized zero-shot learning for the CoOp/Dassl prompt-learning toolbox",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
@@ -36,11 +38,13 @@ setup(
         "torch>=2.4",
         "torchvision",
         "open_clip_torch>=3.3",
+        "filelock",
         "numpy",
         "pillow",
         "safetensors",
         "scikit-learn",
         "scipy",
+        "submitit",
         "tabulate",
         "tqdm",
         "yacs",

@@ -1,4 +1,4 @@
-"""CoOp's command line. `python train.py --trainer CoOp --dataset-config-file ... --config-file ... KEY VALUE`"""
+"""CoOp's command line: python train.py --trainer CoOp --config-file FILE ... KEY VALUE"""
 
 from dfzsl.train import cli
 

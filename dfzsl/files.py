@@ -58,7 +58,9 @@ def read_json(path: str | os.PathLike[str]) -> object:
         raise UserError(f"{path}: not a JSON file ({error})") from None
 
 
-def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], about: Mapping[str, object]) -> None:
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], about: Mapping[str, object]
+) -> None:
     """Write tensors and a JSON-able description `about` to one safetensors file, atomically."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {name: json.dumps(value) for name, value in about.items()}
@@ -66,7 +68,9 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tenso
         save_file(plain, temporary, metadata)
 
 
-def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+def load_tensors(
+    path: str | os.PathLike[str], kind: str
+) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Read what `save_tensors` wrote with `about["kind"] == kind`: (tensors, about).
 
     Raises UserError when the file is missing, is not safetensors, is of another kind, or holds a
@@ -75,7 +79,7 @@ def load_tensors(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, tor
     try:
         with safe_open(path, framework="pt") as file:
             about = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"{path}: no such {kind} file") from None
     except (SafetensorError, OSError, json.JSONDecodeError) as error:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import os
 import sys
 import time
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 import yaml
 from dassl.engine import TRAINER_REGISTRY
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import dfzsl.configs
@@ -35,10 +35,22 @@ from .results import RESULTS
 CONFIGS = Path(dfzsl.configs.__file__).parent
 FREE = ("ZeroshotCLIP", "TeacherZeroshot", "TextTeacherMix")
 METHODS = (*FREE, "CoOp", "CoCoOp", "DFZSL")
-XD_TARGETS = (
-    "caltech101 oxford_pets stanford_cars oxford_flowers food101 fgvc_aircraft sun397 dtd eurosat ucf101 "
-    "imagenetv2 imagenet_sketch imagenet_a imagenet_r"
-).split()
+XD_TARGETS = [
+    "caltech101",
+    "oxford_pets",
+    "stanford_cars",
+    "oxford_flowers",
+    "food101",
+    "fgvc_aircraft",
+    "sun397",
+    "dtd",
+    "eurosat",
+    "ucf101",
+    "imagenetv2",
+    "imagenet_sketch",
+    "imagenet_a",
+    "imagenet_r",
+]
 
 
 @dataclass(frozen=True)
@@ -134,8 +146,14 @@ class Job:
         config = self.config_file.stem if self.config_file else "default"
         name = (data or self.data).name
         return (
-            self.output / self.protocol / part / name / f"shots_{shots if shots > 0 else 'all'}"
-            / self.method / config / f"seed{self.seed}"
+            self.output
+            / self.protocol
+            / part
+            / name
+            / f"shots_{shots if shots > 0 else 'all'}"
+            / self.method
+            / config
+            / f"seed{self.seed}"
         )
 
     @property
@@ -169,7 +187,9 @@ class Job:
         wanted += [(f"test_{classes}", classes, self.data) for classes in protocol.tests]
         if not protocol.tests:
             wanted += [("test_all", "all", Data(name, self.data.root)) for name in XD_TARGETS]
-        return [(self.folder(part, data), self.arguments(part, classes, data)) for part, classes, data in wanted]
+        return [
+            (self.folder(part, data), self.arguments(part, classes, data)) for part, classes, data in wanted
+        ]
 
     @property
     def finished(self) -> bool:
@@ -190,13 +210,16 @@ class Job:
         """Hold this job against other workers and sweeps; yields whether it was free."""
         folder = self.parts()[0][0]
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / ".lock", "w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-                return
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            yield False
+            return
+        try:
             yield True
+        finally:
+            lock.release()
 
     @property
     def failure(self) -> Path:
@@ -215,20 +238,22 @@ def _own_console() -> Iterator[None]:
 
 
 def work(jobs: Sequence[Job], threads: int) -> None:
-    """One worker: take each job that nobody has taken, run it, note what failed and go on."""
+    """One worker: take each job that nobody has taken, run it, note what failed and go on.
+
+    A second round waits for those that others had taken, and takes over what they left unfinished.
+    """
     torch.set_num_threads(threads)
-    for job in jobs:
-        if job.finished:
-            continue
-        with job.locked() as free:
-            if not free or job.finished:
-                continue
-            job.failure.unlink(missing_ok=True)
-            try:
-                job.run()
-            except Exception as error:
-                said = train.explain(error) or f"{type(error).__name__}: {error}"
-                job.failure.write_text(said + "\n", encoding="utf-8")
+    for wait in (False, True):
+        for job in jobs:
+            with job.locked(wait) as free:
+                if not free or job.finished or (wait and job.failure.exists()):
+                    continue
+                job.failure.unlink(missing_ok=True)
+                try:
+                    job.run()
+                except Exception as error:
+                    said = train.explain(error) or f"{type(error).__name__}: {error}"
+                    job.failure.write_text(said + "\n", encoding="utf-8")
 
 
 def launch(jobs: list[Job], launcher: str, workers: int, output: Path) -> None:
@@ -277,10 +302,19 @@ def plan(args: argparse.Namespace) -> list[Job]:
     given, seeds = words[0], words[1:] or ["1", "2", "3"]
     if not all(seed.isdecimal() for seed in seeds):
         raise UserError(f"seeds are whole numbers, not {' '.join(seeds)}; usage: DATASET [SEED...]")
-    sets = [Data(name, args.root) for name in ([given] if given != "all" else XD_TARGETS[:10] + ["imagenet"])]
+    sets = [Data(name, args.root) for name in ([given] if given != "all" else [*XD_TARGETS[:10], "imagenet"])]
     jobs = [
-        Job(args.protocol, method, data, int(seed), args.shots, args.teacher_shots, Path(args.output), args.config,
-            tuple(args.opts))
+        Job(
+            args.protocol,
+            method,
+            data,
+            int(seed),
+            args.shots,
+            args.teacher_shots,
+            Path(args.output),
+            args.config,
+            tuple(args.opts),
+        )
         for data in sets
         for seed in seeds
         for method in dict.fromkeys(methods)
@@ -293,18 +327,30 @@ def plan(args: argparse.Namespace) -> list[Job]:
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m dfzsl.launch", description=__doc__.splitlines()[0])
     flags.add_argument("protocol", choices=PROTOCOLS)
-    flags.add_argument("--methods", nargs="+", default=[*FREE, "DFZSL"], help="trainers, TRAINER@virtual, or all")
+    flags.add_argument(
+        "--methods", nargs="+", default=[*FREE, "DFZSL"], help="trainers, TRAINER@virtual, or all"
+    )
     flags.add_argument("--root", default=os.environ.get("DATA", "data"), help="data folder (or env DATA)")
     flags.add_argument("--output", default="output", help="where all runs and tables go")
-    flags.add_argument("--shots", type=int, default=16, help="images a class for methods that train on images")
+    flags.add_argument(
+        "--shots", type=int, default=16, help="images a class for methods that train on images"
+    )
     flags.add_argument("--teacher-shots", type=int, default=-1, help="images a class for the owner; -1: all")
     flags.add_argument("--config", default="", help="config in configs/trainers/TRAINER/, without .yaml")
     flags.add_argument("--launcher", choices=("local", "slurm"), default="local")
-    flags.add_argument("--workers", type=int, default=0, help="processes at once; 0: one a GPU, else one a core")
+    flags.add_argument(
+        "--workers", type=int, default=0, help="processes at once; 0: one a GPU, else one a core"
+    )
     flags.add_argument("--dry-run", action="store_true", help="list the runs and stop")
-    flags.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config overrides for all runs")
-    flags.add_argument("dataset", nargs="*", metavar="DATASET [SEED...]", help="name, folder:PATH, csv:PATH, "
-                       "features:PATH, or all; seeds default to 1 2 3")
+    flags.add_argument(
+        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="config overrides for all runs"
+    )
+    flags.add_argument(
+        "dataset",
+        nargs="*",
+        metavar="DATASET [SEED...]",
+        help="name, folder:PATH, csv:PATH, features:PATH, or all; seeds default to 1 2 3",
+    )
     return flags
 
 

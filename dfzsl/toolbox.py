@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,11 @@ def add_keys(node: str, **keys: Any) -> None:
     for key, value in keys.items():
         if key not in place:
             place[key] = value
+
+
+def keys_of(settings: type) -> dict[str, Any]:
+    """Config keys for the fields of a settings dataclass, upper case, with the defaults."""
+    return {field.name.upper(): field.default for field in dataclasses.fields(settings)}
 
 
 def register(registry: Any) -> Callable[[type], type]:

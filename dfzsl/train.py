@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def setup_cfg(args: argparse.Namespace):
-    """The frozen config of a run: defaults, the data set's file, the trainer's file, flags, KEY VALUE pairs."""
+    """The frozen config of a run: defaults, data set's file, trainer's file, flags, KEY VALUE pairs."""
     cfg = get_cfg_default()
     for path in filter(None, (args.dataset_config_file, args.config_file)):
         _merge(path, cfg.merge_from_file, path)
@@ -91,8 +91,14 @@ def check(cfg) -> None:
     ):
         if name not in registry.registered_names():
             raise unknown(kind, name, registry.registered_names())
-    if cfg.TEACHER.FILE and not re.match(r"https?://", cfg.TEACHER.FILE) and not Path(cfg.TEACHER.FILE).is_file():
-        raise UserError(f"TEACHER.FILE {cfg.TEACHER.FILE}: no such file; train.py --trainer TeacherZeroshot makes one")
+    if (
+        cfg.TEACHER.FILE
+        and not re.match(r"https?://", cfg.TEACHER.FILE)
+        and not Path(cfg.TEACHER.FILE).is_file()
+    ):
+        raise UserError(
+            f"TEACHER.FILE {cfg.TEACHER.FILE}: no such file; train.py --trainer TeacherZeroshot makes one"
+        )
 
 
 class Folder:
@@ -106,7 +112,7 @@ class Folder:
         self.path = Path(cfg.OUTPUT_DIR) / "config.yaml"
         if self.path.exists() and self.path.read_text(encoding="utf-8") != self.config:
             raise UserError(
-                f"{cfg.OUTPUT_DIR} holds another experiment (see its config.yaml); choose another --output-dir"
+                f"{cfg.OUTPUT_DIR} holds another experiment (its config.yaml); choose another --output-dir"
             )
 
     def claim(self) -> None:
@@ -124,7 +130,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cfg.SEED >= 0:
         set_random_seed(cfg.SEED)
     setup_logger(cfg.OUTPUT_DIR)
-    print(f"Setting fixed seed: {cfg.SEED}" if cfg.SEED >= 0 else "No seed is set: this run cannot be repeated")
+    print(
+        f"Setting fixed seed: {cfg.SEED}" if cfg.SEED >= 0 else "No seed is set: this run cannot be repeated"
+    )
     print(f"** Config **\n{cfg}")
     trainer = build_trainer(cfg)
     folder.claim()

@@ -20,15 +20,15 @@ from dfzsl.datasets.features import FeatureDatum, FeatureLoader, encode_datums
 from dfzsl.datasets.virtual import DataFreeManager, VirtualLoader
 from dfzsl.errors import UserError
 from dfzsl.results import RESULTS, peak_memory, write_results
-from dfzsl.toolbox import add_keys
+from dfzsl.toolbox import add_keys, keys_of
 
 from .backbone import FeatureBackbone, load_backbone
 from .oracles import open_oracle
-from .recovery import VirtualClasses, recover, settings_keys
+from .recovery import RecoverySettings, VirtualClasses, recover
 
 add_keys("MODEL.BACKBONE", WEIGHTS="openai")
 add_keys("TEACHER", FILE="", ACCESS="logits")
-add_keys("RECOVERY", **settings_keys())
+add_keys("RECOVERY", **keys_of(RecoverySettings))
 
 # The transforms of Dassl that give the same picture every time: without others, an image is encoded once.
 DETERMINISTIC = {"normalize", "center_crop", "instance_norm"}
@@ -40,11 +40,15 @@ class CLIPTrainer(TrainerX):
     Set for subclasses before `build_model` runs:
         backbone: the frozen model (trainers/backbone.py).
         classnames: names of this run's classes, in label order.
-        template, templates: the data set's prompt, and its ensemble.
+        template: the data set's prompt, such as "a photo of a {}."
 
     A run is data-free when `TEACHER.FILE` is set: the data set then knows names and test images only, and
     training batches are drawn from the vMF distributions recovered from the teacher (stage 1).
     """
+
+    recipe = ""  # the config in configs/trainers/NAME/ that a protocol takes unless told otherwise
+    trains = True  # False: nothing is learned, there is nothing to load for a test
+    needs_teacher = False  # True: always data-free
 
     @property
     def data_free(self) -> bool:
@@ -66,7 +70,7 @@ class CLIPTrainer(TrainerX):
             backbone = _feature_backbone(dataset)
         self.backbone = backbone
         self.classnames = list(dataset.classnames)
-        self.template, self.templates = dataset.template, dataset.templates
+        self.template = dataset.template
         self.num_classes = self.dm.num_classes
         self.num_source_domains = self.dm.num_source_domains
         self.lab2cname = self.dm.lab2cname
@@ -132,7 +136,7 @@ class CLIPTrainer(TrainerX):
         if path.exists():
             self.virtual = VirtualClasses.load(path)
         else:
-            text = self.backbone.class_features(oracle.classnames, self.templates).cpu()
+            text = self.backbone.class_features(oracle.classnames, [self.template]).cpu()
             settings = {key.lower(): value for key, value in cfg.items()}
             self.virtual = recover(oracle, text, generator=generator, **settings)
             self.virtual.save(path)
@@ -147,6 +151,10 @@ class CLIPTrainer(TrainerX):
         self.queries = self.virtual.queries
         self.stage_seconds["recovery"] = time.perf_counter() - started
         return loader
+
+    def resume_model_if_exist(self, directory: str) -> int:
+        """The epoch to go on from; 0 for a trainer whose training has no epochs to resume."""
+        return super().resume_model_if_exist(directory) if self.get_model_names() else 0
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
         """Load what was trained: the given epoch, else the best on validation, else the last saved.
@@ -178,7 +186,7 @@ class CLIPTrainer(TrainerX):
     @property
     def images_used(self) -> int:
         """Training images this run could see."""
-        return 0 if self.data_free else len(self.dm.dataset.train_x)
+        return 0 if self.data_free or self.dm.dataset.test_only else len(self.dm.dataset.train_x)
 
     @torch.no_grad()
     def test(self, split: str | None = None) -> float:
@@ -249,5 +257,7 @@ def _with_input_of(cfg, backbone):
 def _feature_backbone(dataset) -> FeatureBackbone:
     text = getattr(dataset, "text_features", None)
     if text is None:
-        raise UserError("no backbone: set MODEL.BACKBONE.NAME, or use a feature file that holds text features")
+        raise UserError(
+            "no backbone: set MODEL.BACKBONE.NAME, or use a feature file that holds text features"
+        )
     return FeatureBackbone(len(next(iter(text.values()))), text)

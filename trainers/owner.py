@@ -27,7 +27,7 @@ class TeacherZeroshot(CLIPTrainer):
     trains = True
 
     def build_model(self) -> None:
-        self.text = self.backbone.class_features(self.classnames, self.templates)
+        self.text = self.backbone.class_features(self.classnames, [self.template])
         self.teacher: Teacher | None = None
 
     def train(self) -> None:

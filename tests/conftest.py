@@ -1,0 +1,60 @@
+"""Fixtures shared by all tests: a quiet, isolated machine and a small world of features."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent))
+
+CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path_factory, monkeypatch):
+    """Caches go to a temporary folder, and a replaced sys.stdout (Dassl's logger) is put back."""
+    monkeypatch.setenv("DFZSL_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def write_features(path: Path, seed: int = 0, per_class: int = 24, dim: int = 32, **changes) -> Path:
+    """A feature file whose geometry is CLIP's in small: concentrated classes, a modality gap, text that
+    points only roughly at its class. `changes` replace or (None) drop arrays."""
+    rng = np.random.default_rng(seed)
+    means = unit(unit(rng.normal(size=dim)) + 0.35 * rng.normal(size=(len(CLASSES), dim)) / dim**0.5 * 3)
+    text = unit(
+        unit(rng.normal(size=dim)) + means - means.mean(0) + 0.25 * rng.normal(size=means.shape) / dim**0.5
+    )
+    arrays: dict[str, object] = {"text": text.astype("float16"), "classnames": np.array(CLASSES)}
+    for split in ("val", "test"):
+        labels = np.repeat(np.arange(len(CLASSES)), per_class)
+        noise = rng.normal(size=(len(labels), dim)) / dim**0.5
+        arrays[f"x_{split}"] = unit(means[labels] + 0.8 * noise).astype("float16")
+        arrays[f"y_{split}"] = labels
+    arrays.update(changes)
+    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+    return path
+
+
+@pytest.fixture
+def feature_file(tmp_path: Path) -> Path:
+    return write_features(tmp_path / "animals.npz")
+
+
+@pytest.fixture(scope="session")
+def real_features() -> Path:
+    """The folder of real CLIP ViT-B/32 features, where the machine has it."""
+    folder = Path(os.environ.get("DFZSL_REAL", Path(__file__).parents[2] / "shared/data/real_clip_vitb32"))
+    if not folder.is_dir():
+        pytest.skip("the real CLIP features are not on this machine")
+    return folder

@@ -1,0 +1,102 @@
+"""The method: FLPT on virtual features (stages 1 and 2), then generated new features and one classifier.
+
+Tang et al., Data-Free Generalized Zero-Shot Learning, AAAI 2024.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from dassl.engine import TRAINER_REGISTRY
+
+from dfzsl.errors import UserError
+from dfzsl.toolbox import add_keys, keys_of, register
+
+from .classifier import Classifier
+from .flpt import FLPT
+from .pipeline import StageThreeSettings, build_classifier
+
+add_keys("TRAINER.DFZSL", FLPT=True, NEW_CLASSES=())
+add_keys("GENERATOR", **keys_of(StageThreeSettings))
+
+CLASSIFIER = "classifier.safetensors"
+
+
+@register(TRAINER_REGISTRY)
+class DFZSL(FLPT):
+    """Data-free generalized zero-shot learning.
+
+    Reads TEACHER.FILE, class names and nothing else of the training set. Writes virtual.safetensors
+    (stage 1), prompt_learner/ (stage 2) and classifier.safetensors (stage 3: one for base and new).
+    Without a text encoder, or with TRAINER.DFZSL.FLPT False, stage 2 is left out: text features stay CLIP's.
+    """
+
+    recipe = "dfzsl"
+    needs_teacher = True
+
+    def check_cfg(self, cfg) -> None:
+        if not cfg.TEACHER.FILE:
+            raise UserError(
+                "DFZSL needs the owner's teacher: set TEACHER.FILE (train.py --trainer TeacherZeroshot)"
+            )
+
+    def build_model(self) -> None:
+        self.classifier: Classifier | None = None
+        self.tuned = self.cfg.TRAINER.DFZSL.FLPT and self.backbone.has_text_encoder
+        if self.tuned:
+            super().build_model()
+        else:
+            print("FLPT is left out: " + self.notes()[0])
+            self.max_epoch = 0
+
+    def notes(self) -> list[str]:
+        if self.tuned:
+            return []
+        if self.backbone.has_text_encoder:
+            return ["FLPT left out (TRAINER.DFZSL.FLPT False)"]
+        return ["FLPT left out (features without a text encoder)"]
+
+    @property
+    def new_classnames(self) -> list[str]:
+        """The classes to add: TRAINER.DFZSL.NEW_CLASSES, else the new classes of the data set."""
+        return list(self.cfg.TRAINER.DFZSL.NEW_CLASSES) or list(self.dm.dataset.new_classnames)
+
+    @torch.no_grad()
+    def after_train(self) -> None:
+        started = time.perf_counter()
+        self.classifier = self.generate()
+        self.classifier.save(Path(self.output_dir) / CLASSIFIER)
+        self.stage_seconds["generate"] = time.perf_counter() - started
+        super().after_train()
+
+    @torch.enable_grad()
+    def generate(self) -> Classifier:
+        """Stage 3: train the generator on aligned virtual features, make new ones, fit one classifier."""
+        base, new = self.classnames, self.new_classnames
+        if self.tuned:
+            self.set_model_mode("eval")
+            base_text, new_text = self.text_features(base).detach(), self.text_features(new).detach()
+            shift = self.shift().detach()
+        else:
+            base_text = self.backbone.class_features(base, [self.template])
+            new_text = self.backbone.class_features(new, [self.template])
+            shift = None
+        settings = {key.lower(): value for key, value in self.cfg.GENERATOR.items()}
+        return build_classifier(
+            self.virtual,
+            base_text,
+            new_text,
+            new_classnames=new,
+            shift=shift,
+            settings=StageThreeSettings(**settings),
+            generator=torch.Generator().manual_seed(max(self.cfg.SEED, 0)),
+        )
+
+    def load_model(self, directory: str, epoch: int | None = None) -> None:
+        """Load the classifier: it is all that testing needs, `epoch` means nothing to it."""
+        self.classifier = Classifier.load(Path(directory) / CLASSIFIER)
+
+    def model_inference(self, input: torch.Tensor) -> torch.Tensor:
+        return self.classifier.logits(self.backbone.encode_image(input), self.classnames)
