@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from yacs.config import CfgNode
 
-from dassl.utils import read_image
-
+from ..utils import read_image
 from .datasets import build_dataset
 from .samplers import build_sampler
 from .transforms import build_img0_transform, build_transform

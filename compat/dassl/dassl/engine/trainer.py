@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from dassl.data import DataManager
-from dassl.evaluation import build_evaluator
-from dassl.modeling import build_backbone, build_head
-from dassl.optim import build_lr_scheduler, build_optimizer
-from dassl.utils import (
+from ..data import DataManager
+from ..evaluation import build_evaluator
+from ..modeling import build_backbone, build_head
+from ..optim import build_lr_scheduler, build_optimizer
+from ..utils import (
     AverageMeter,
     MetricMeter,
     count_num_param,
@@ -41,9 +41,9 @@ from dassl.utils import (
     save_checkpoint,
     tolist_if_not,
 )
-from dassl.utils.rng import get_random_state, set_random_state
-from dassl.utils.torchtools import resume_training
-from dassl.utils.writer import SummaryWriter
+from ..utils.rng import get_random_state, set_random_state
+from ..utils.torchtools import resume_training
+from ..utils.writer import SummaryWriter
 
 __all__ = [
     "AverageMeter",

@@ -6,7 +6,7 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from dassl.utils import Registry, check_availability
+from ..utils import Registry, check_availability
 
 EVALUATOR_REGISTRY = Registry("EVALUATOR")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from dassl.utils import Registry, check_availability
+from ..utils import Registry, check_availability
 
 BACKBONE_REGISTRY = Registry("BACKBONE")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from dassl.utils import Registry, check_availability
+from ..utils import Registry, check_availability
 
 HEAD_REGISTRY = Registry("HEAD")
 

@@ -1,7 +1,7 @@
 """Checkpoints of the original, which pickle whole schedulers and optimizers, read without running code.
 
 A pickle can call anything it names. Here it can name only what such a checkpoint needs: containers, tensors
-and numpy numbers as they are, and schedulers and optimizers as inert objects that merely hold their attributes.
+and numpy numbers as they are, and schedulers and optimizers as inert objects that only hold their attributes.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from dassl.utils import check_isfile, download_url
+from ...utils import check_isfile, download_url
 
 __all__ = ["DatasetBase", "Datum"]
 
@@ -155,9 +155,9 @@ class DatasetBase:
     def generate_fewshot_dataset(self, *data_sources: Any, num_shots: int = -1, repeat: bool = False) -> Any:
         """Draw `num_shots` items of each class, in the order in which the classes appear.
 
-        All items of a class that has fewer, or, with `repeat`, draws with replacement. Below 1: the input itself.
-        Python's `random` is used, so that a seed gives the same items as ever. Returns a list of items, or,
-        for several sources, a list of such lists.
+        Of a class with fewer, all items are taken, or, with `repeat`, draws with replacement. Below 1: the
+        input itself. Python's `random` is used, so that a seed gives the same items as ever.
+        Returns a list of items, or, for several sources, a list of such lists.
         """
         if num_shots < 1:
             return data_sources[0] if len(data_sources) == 1 else data_sources

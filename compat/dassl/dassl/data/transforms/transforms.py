@@ -1,7 +1,8 @@
 """Image transforms by name.
 
 Resizing, cropping, flipping and colour changes are torchvision's own, so that they draw from torch's
-generator in torchvision's order. torchvision is imported when a transform is first built, not with this module.
+generator in torchvision's order. torchvision is imported when a transform is first built, not with this
+module.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from PIL import Image
 from torch import Tensor
 from yacs.config import CfgNode
 
-from dassl.utils.vision import import_torchvision
+from ...utils.vision import import_torchvision
+from .autoaugment import CIFAR10Policy, ImageNetPolicy, SVHNPolicy
+from .randaugment import RandAugment, RandAugment2, RandAugmentFixMatch
 
 AVAI_CHOICES = [
     "random_flip",
@@ -206,7 +209,27 @@ def _train_steps(cfg: CfgNode, choices: Sequence[str]) -> list[Callable]:
 
 def _policy_steps(cfg: CfgNode, choices: Sequence[str]) -> list[Callable]:
     """The learned and the random augmentation policies."""
-    return []
+    n, m = cfg.INPUT.RANDAUGMENT_N, cfg.INPUT.RANDAUGMENT_M
+    steps: list[Callable] = []
+    if "imagenet_policy" in choices:
+        print("+ imagenet policy")
+        steps.append(ImageNetPolicy())
+    if "cifar10_policy" in choices:
+        print("+ cifar10 policy")
+        steps.append(CIFAR10Policy())
+    if "svhn_policy" in choices:
+        print("+ svhn policy")
+        steps.append(SVHNPolicy())
+    if "randaugment" in choices:
+        print(f"+ randaugment (n={n}, m={m})")
+        steps.append(RandAugment(n, m))
+    if "randaugment_fixmatch" in choices:
+        print(f"+ randaugment_fixmatch (n={n})")
+        steps.append(RandAugmentFixMatch(n))
+    if "randaugment2" in choices:
+        print(f"+ randaugment2 (n={n})")
+        steps.append(RandAugment2(n))
+    return steps
 
 
 def _test_steps(cfg: CfgNode, choices: Sequence[str]) -> list[Callable]:
