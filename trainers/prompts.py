@@ -1,0 +1,365 @@
+"""Context tokens that are learned, and the text encoder that runs them: exact, and fast where it can be.
+
+A prompt is `[start] v_1 .. v_M [class name] . [end]` with learned vectors v (Zhou et al., CoOp, IJCV 2022).
+CLIP's text transformer is causal: what stands after the end token cannot matter, and positions before the
+first class name are the same for every class. So those are run once, and of each class only the tokens from
+its name to its end. The rows of all classes lie behind one another in one matrix, without padding to speak of.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dfzsl.errors import UserError
+
+from .backbone import Backbone, FeatureBackbone, TextTower
+
+POSITIONS = ("end", "middle", "front")
+# Token rows whose activations are kept for the backward pass at once (about 0.4 MB each in ViT-B/16's text
+# tower, float32); more of them are cut into chunks, recomputed when their gradient is asked for.
+ROWS_AT_ONCE = 8192
+# Padding tolerated where classes of different lengths share one attention call.
+WASTE = 1 / 8
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of one text encoder call: the shared prefix, then classes with padding at most at their ends.
+
+    Attributes:
+        order: (n,) the classes, in the order of their rows.
+        ids, slots, positions: (R,) of each row: token id, context vector in its place (-1: none), position.
+        owner: (R,) the class of each row, 0 in the prefix.
+        groups: (classes, length) of consecutive rows with the same length.
+        last: (n,) the row of each class's end token.
+    """
+
+    order: Tensor
+    ids: Tensor
+    slots: Tensor
+    positions: Tensor
+    owner: Tensor
+    groups: tuple[tuple[int, int], ...]
+    last: Tensor
+
+
+class Prompts:
+    """The token layout of one prompt a class, and its text features for any context.
+
+    Args:
+        backbone: the frozen model.
+        classnames: C names; "_" counts as a blank.
+        n_ctx: M, the number of context tokens.
+        position: where the class name stands: after the context, in its middle or before it.
+        class_specific: each class has its own context vectors, so that no prefix but the start is shared.
+
+    Raises UserError for an empty or repeated name, a name that leaves no room for the context, and an
+    `n_ctx` larger than the text tower.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        classnames: Sequence[str],
+        n_ctx: int,
+        position: str = "end",
+        class_specific: bool = False,
+    ) -> None:
+        if position not in POSITIONS:
+            raise UserError(f"unknown class token position '{position}'; known: {', '.join(POSITIONS)}")
+        names = _checked_names(classnames)
+        tower = self.tower = backbone.text_tower
+        self.autocast = backbone.autocast
+        length = tower.context_length
+        start = _start_tokens(backbone)
+        # Start token, a word, full stop, end token.
+        if not 0 < n_ctx <= length - start - 3:
+            raise UserError(
+                f"{n_ctx} context tokens: {backbone.name} has {length} positions, so use 1 to {length - start - 3}"
+            )
+        words = backbone.tokenize([f"{name}." for name in names], room=n_ctx, kind="class name")
+        ahead = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}[position]
+        shift = self._name_lengths(backbone, names) if ahead < n_ctx else 0
+        self.ids, self.slots = _lay_out(words, start, n_ctx, ahead, shift, backbone.pad_id)
+        self.end = tower.pooled_position(self.ids)
+        self.shared = start if class_specific else start + ahead
+        self.n_ctx = n_ctx
+        self.class_specific = class_specific
+
+    @staticmethod
+    def _name_lengths(backbone: Backbone, names: Sequence[str]) -> Tensor:
+        """Tokens (C, 1) of each bare name."""
+        bare, none = backbone.tokenize(names), backbone.tokenize([""])
+        return (bare != backbone.pad_id).sum(1, keepdim=True) - (none != backbone.pad_id).sum()
+
+    def encode(self, context: Tensor) -> Tensor:
+        """Unit text features (B, C, d) of B contexts: (B, M, w), or (B, C, M, w) where class-specific.
+
+        Exact, whichever way the tower allows; differentiable in `context`. CoOp has B = 1, CoCoOp one
+        context an image.
+        """
+        if context.ndim == 3:
+            context = context[:, None]
+        run = self._encode_fast if self.tower.cacheable else self._encode_plain
+        with self.autocast():
+            features = run(context)
+        return F.normalize(features.float(), dim=-1)
+
+    def _encode_fast(self, context: Tensor) -> Tensor:
+        blocks = self.blocks
+        parts = []
+        for block in blocks:
+            at_once = max(1, ROWS_AT_ONCE // len(block.ids))
+            several = len(blocks) > 1 or len(context) > at_once
+            run = functools.partial(_run_block, self.tower, block, self.shared)
+            parts.append(torch.cat([_recomputed(run, part, several) for part in context.split(at_once)]))
+        order = torch.cat([block.order for block in blocks])
+        return torch.cat(parts, dim=1)[:, order.argsort()]
+
+    def _encode_plain(self, context: Tensor) -> Tensor:
+        """All positions of every prompt: for towers that look both ways, or end somewhere else."""
+        classes = len(self.ids)
+        at_once = max(1, ROWS_AT_ONCE // self.ids.shape[1])
+        several = len(context) * classes > at_once
+        rows = []
+        for one in context:
+            for chosen in torch.arange(classes, device=one.device).split(at_once):
+                rows.append(_recomputed(functools.partial(self._run_plain, chosen), one, several))
+        return torch.cat(rows).unflatten(0, (len(context), classes))
+
+    def _run_plain(self, chosen: Tensor, context: Tensor) -> Tensor:
+        """Features (n, d) of the chosen classes for one context (C or 1, M, w)."""
+        return self.tower.project(self.tower.run(self.embeddings(chosen, context), self.ids[chosen]))
+
+    def embeddings(self, chosen: Tensor, context: Tensor) -> Tensor:
+        """Input embeddings (n, L, w), without positions, of the chosen classes for a context (C or 1, M, w)."""
+        slots = self.slots[chosen]
+        owner = chosen[:, None].expand_as(slots) if len(context) > 1 else torch.zeros_like(slots)
+        x = self.tower.embed(self.ids[chosen])
+        return torch.where(slots[..., None] < 0, x, context[owner, slots.clamp(min=0)].to(x.dtype))
+
+    @functools.cached_property
+    def blocks(self) -> list[Block]:
+        """The rows of all prompts, shortest first, in blocks of at most ROWS_AT_ONCE."""
+        return [self._block(order, groups) for order, groups in self._group()]
+
+    def _group(self) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """Cut the classes, sorted by length, into blocks, and each block into groups of nearly one length."""
+        lengths = (self.end + 1 - self.shared).tolist()
+        order: list[int] = []
+        groups: list[tuple[int, int]] = []
+        rows = self.shared
+        in_group = 0  # rows without padding of the group under way
+        for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+            length = lengths[index]
+            if order and rows + length > ROWS_AT_ONCE:
+                yield order, groups
+                order, groups, rows = [], [], self.shared
+            count = groups[-1][0] + 1 if groups else 1
+            if groups and count * length <= (1 + WASTE) * (in_group + length):
+                rows += count * length - groups[-1][0] * groups[-1][1]
+                groups[-1] = (count, length)
+                in_group += length
+            else:
+                groups.append((1, length))
+                rows, in_group = rows + length, length
+            order.append(index)
+        yield order, groups
+
+    def _block(self, order: list[int], groups: list[tuple[int, int]]) -> Block:
+        device = self.ids.device
+        prefix = torch.arange(self.shared)
+        owner, positions = [torch.zeros_like(prefix)], [prefix]
+        taken = 0
+        for count, length in groups:
+            classes = torch.tensor(order[taken : taken + count])
+            owner.append(classes.repeat_interleave(length))
+            positions.append((self.shared + torch.arange(length)).repeat(count))
+            taken += count
+        owners, places = torch.cat(owner).to(device), torch.cat(positions).to(device)
+        chosen = torch.tensor(order, device=device)
+        # Rows follow one another class by class, so a class's first row is where the lengths before it end.
+        lengths = torch.tensor([length for count, length in groups for _ in range(count)], device=device)
+        first = self.shared + lengths.cumsum(0) - lengths
+        return Block(
+            order=chosen,
+            ids=self.ids[owners, places],
+            slots=self.slots[owners, places],
+            positions=places,
+            owner=owners if self.class_specific else torch.zeros_like(owners),
+            groups=tuple(groups),
+            last=first + self.end[chosen] - self.shared,
+        )
+
+
+def _run_block(tower: TextTower, block: Block, shared: int, context: Tensor) -> Tensor:
+    """Features (B, n, d) of one block for contexts (B, C or 1, M, w)."""
+    x = tower.embed(block.ids).expand(len(context), -1, -1)
+    learned = (block.slots >= 0).nonzero()[:, 0]
+    x = x.index_copy(1, learned, context[:, block.owner[learned], block.slots[learned]].to(x.dtype))
+    x = x + tower.positions[block.positions]
+    for layer in tower.blocks:
+        attn = layer.attn
+        qkv = F.linear(layer.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+        mixed = _attend(qkv.unflatten(-1, (3, attn.num_heads, -1)), shared, block.groups)
+        if layer is tower.blocks[-1]:
+            # Only the end tokens are looked at.
+            x, mixed = x[:, block.last], mixed[:, block.last]
+        x = x + layer.ls_1(attn.out_proj(mixed))
+        x = x + layer.ls_2(layer.mlp(layer.ln_2(x)))
+    return tower.project(x)
+
+
+def _attend(qkv: Tensor, shared: int, groups: Sequence[tuple[int, int]]) -> Tensor:
+    """Causal attention of rows (B, R, 3, H, D) that hold a prefix and, behind it, classes that each see
+    the prefix and themselves. Returns (B, R, w)."""
+    q, k, v = qkv.unbind(2)
+    q = q * q.shape[-1] ** -0.5
+    k0, v0 = k[:, :shared], v[:, :shared]
+    scores = torch.einsum("bshd,bthd->bhst", q[:, :shared], k0) + _causal(shared, q)
+    out = [torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v0).flatten(2)]
+    row = shared
+    for count, length in groups:
+        rows = slice(row, row + count * length)
+        row = rows.stop
+        qn, kn, vn = (t[:, rows].unflatten(1, (count, length)) for t in (q, k, v))
+        before = torch.einsum("bnshd,bthd->bnhst", qn, k0)
+        within = torch.einsum("bnshd,bnthd->bnhst", qn, kn) + _causal(length, q)
+        weights = torch.cat([before, within], dim=-1).softmax(-1)
+        before, within = weights.split([shared, length], dim=-1)
+        mixed = torch.einsum("bnhst,bthd->bnshd", before, v0) + torch.einsum("bnhst,bnthd->bnshd", within, vn)
+        out.append(mixed.flatten(3).flatten(1, 2))
+    return torch.cat(out, dim=1)
+
+
+def _causal(length: int, like: Tensor) -> Tensor:
+    return torch.full((length, length), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
+
+
+def _recomputed(run, context: Tensor, several: bool) -> Tensor:
+    """run(context); where it is one of several, its activations are dropped and recomputed for the gradient."""
+    if several and torch.is_grad_enabled() and context.requires_grad:
+        return checkpoint(run, context, use_reentrant=False)
+    return run(context)
+
+
+def _checked_names(classnames: Sequence[str]) -> list[str]:
+    names = [name.replace("_", " ").strip() for name in classnames]
+    if not names:
+        raise UserError("no class names: nothing to make prompts of")
+    if "" in names:
+        raise UserError(f"class {names.index('')} has an empty name: give every class a name")
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise UserError(f"class name '{name}' occurs twice: their prompts would be the same; rename one")
+        seen.add(name)
+    return names
+
+
+def _start_tokens(backbone: Backbone) -> int:
+    """How many tokens the tokenizer puts before a text: 1 for CLIP, 0 for SigLIP."""
+    one, other = backbone.tokenize(["a", "b"])
+    return int((one != other).int().argmax())
+
+
+def _lay_out(
+    words: Tensor, start: int, n_ctx: int, ahead: int, name_length: Tensor | int, pad: int
+) -> tuple[Tensor, Tensor]:
+    """Token ids and context slots (C, L) of prompts from the tokens (C, L - M) of "name." alone.
+
+    The first `ahead` of the M context tokens stand before the name, the others behind it.
+    """
+    column = torch.arange(words.shape[1] + n_ctx, device=words.device).expand(len(words), -1)
+    first = (column >= start) & (column < start + ahead)
+    resume = start + ahead + name_length
+    second = (column >= resume) & (column < resume + n_ctx - ahead)
+    slots = torch.where(first, column - start, torch.where(second, column - resume + ahead, -1))
+    source = column - ahead * (column >= start + ahead) - (n_ctx - ahead) * (column >= resume + n_ctx - ahead)
+    ids = words.gather(1, source.clamp(0, words.shape[1] - 1))
+    return torch.where(slots < 0, ids, pad), slots
+
+
+class PromptLearner(nn.Module):
+    """CoOp's context: M vectors, shared by all classes or one set a class.
+
+    Args:
+        ctx_init: words the context starts from; it then has as many tokens as they have, whatever `n_ctx`.
+            Empty: N(0, 0.02^2).
+        others: see `Prompts`.
+
+    Its state dict has CoOp's names: ctx, and token_prefix and token_suffix, the frozen embeddings around it,
+    which are computed when asked for and ignored when loaded.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone | FeatureBackbone,
+        classnames: Sequence[str],
+        n_ctx: int = 16,
+        ctx_init: str = "",
+        position: str = "end",
+        class_specific: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(backbone, Backbone):
+            raise UserError(
+                "prompts are learned through a text encoder, and there are features only: "
+                "name the backbone they come from with MODEL.BACKBONE.NAME"
+            )
+        # Not a submodule: the frozen model is neither trained nor saved with the context.
+        object.__setattr__(self, "backbone", backbone)
+        words = ctx_init.replace("_", " ").strip()
+        if words:
+            first, none = backbone.tokenize([words]), backbone.tokenize([""])
+            n_ctx = int((first != backbone.pad_id).sum() - (none != backbone.pad_id).sum())
+        self.position = position
+        self.prompts = Prompts(backbone, classnames, n_ctx, position, class_specific)
+        if words:
+            start = _start_tokens(backbone)
+            ctx = backbone.text_tower.embed(first[0, start : start + n_ctx]).detach().clone()
+            if class_specific:
+                ctx = ctx.repeat(len(classnames), 1, 1)
+        else:
+            shape = (n_ctx, backbone.text_tower.width)
+            ctx = torch.empty((len(classnames), *shape) if class_specific else shape).normal_(std=0.02)
+        self.ctx = nn.Parameter(ctx.float().to(backbone.device))
+        self._kept: Tensor | None = None
+
+    def train(self, mode: bool = True) -> PromptLearner:
+        self._kept = None
+        return super().train(mode)
+
+    def forward(self) -> Tensor:
+        """Unit text features (C, d) of the classes. In evaluation they are computed once."""
+        if self.training or torch.is_grad_enabled():
+            return self.prompts.encode(self.ctx[None])[0]
+        if self._kept is None:
+            self._kept = self.prompts.encode(self.ctx[None])[0]
+        return self._kept
+
+    def text_features(self, classnames: Sequence[str]) -> Tensor:
+        """Unit text features (n, d) of any classes in the shared context."""
+        if self.prompts.class_specific:
+            raise UserError("class-specific contexts know no other classes: set CSC False")
+        return Prompts(self.backbone, classnames, self.prompts.n_ctx, self.position).encode(self.ctx[None])[0]
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        start = self.prompts.shared if self.prompts.class_specific else _start_tokens(self.backbone)
+        kept = self.prompts.ids[self.prompts.slots < 0].view(len(self.prompts.ids), -1)
+        rows = self.prompts.tower.embed(kept).detach()
+        destination[prefix + "token_prefix"] = rows[:, :start]
+        destination[prefix + "token_suffix"] = rows[:, start:]
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        for name in ("token_prefix", "token_suffix"):
+            state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
