@@ -32,6 +32,7 @@ class Encoder(Protocol):
 
     name: str
     weights_id: str
+    precision: str
     dim: int
 
     def encode_image(self, images: torch.Tensor) -> torch.Tensor: ...
@@ -225,9 +226,9 @@ def encode_datums(
     """The datums' features, (n, d) float32 unit rows in their order.
 
     A FeatureDatum brings its own. Images are encoded once: the result is kept under `cache_dir` in a
-    file named by backbone, weights, transform and the images' paths, sizes and times, and is memory-mapped
-    ever after. The work is kept in parts, so an interrupted run goes on where it stopped, and within
-    torch.distributed the ranks share the parts.
+    file named by backbone, weights, precision, transform and the images' paths, sizes and times, and is
+    memory-mapped ever after. The work is kept in parts, so an interrupted run goes on where it stopped, and
+    within torch.distributed the ranks share the parts.
 
     Raises UserError for an image that cannot be read.
     """
@@ -246,7 +247,9 @@ def encode_datums(
 def _key(backbone: Encoder, transform: object, paths: Sequence[str]) -> str:
     """A content key: what decides the features, hashed."""
     what = re.sub(r" at 0x[0-9a-f]+", "", repr(transform))  # Dassl's own transforms print their address
-    digest = hashlib.sha256(json.dumps([backbone.name, backbone.weights_id, what]).encode())
+    digest = hashlib.sha256(
+        json.dumps([backbone.name, backbone.weights_id, backbone.precision, what]).encode()
+    )
     for path in paths:
         try:
             stat = os.stat(path)

@@ -118,7 +118,7 @@ class ImageNet(ClassDataset):
     folder = "imagenet"
 
     def read(self) -> Split:
-        names = read_names(os.path.join(self.dataset_dir, "classnames.txt"), self.how_to_get())
+        names = imagenet_names(self.dataset_dir, self.how_to_get())
         test = os.path.join(self.dataset_dir, "images", "val")
         folders = folders_in(test, self.how_to_get())
         rows = by_folder(test, folders, names, self.how_to_get())
@@ -141,7 +141,7 @@ class ImageNetVariant(ClassDataset):
         return {name: name for name in folders_in(image_dir, self.how_to_get())}
 
     def read(self) -> Split:
-        names = read_names(os.path.join(self.dataset_dir, "classnames.txt"), self.how_to_get())
+        names = imagenet_names(self.dataset_dir, self.how_to_get())
         image_dir = require(os.path.join(self.dataset_dir, self.images), self.how_to_get())
         folders = self.folders(image_dir, names)
         called = {folder: names.get(wordnet_id, "") for folder, wordnet_id in folders.items()}
@@ -184,6 +184,22 @@ def read_names(path: str, how: str) -> dict[str, str]:
     """Folder to class name, in the file's order, from lines of "folder name"."""
     pairs = (line.partition(" ") for line in read_lines(path, how))
     return {folder: name for folder, _, name in pairs}
+
+
+def imagenet_names(folder: str, how: str) -> dict[str, str]:
+    """WordNet id to class name from classnames.txt, two classes called alike being told apart.
+
+    CoOp's file follows a list of CLIP's that had two missiles and two sunglasses; CLIP's authors have since
+    renamed one of each, and so do we where the file has not.
+    """
+    names = read_names(os.path.join(folder, "classnames.txt"), how)
+    for renamed, twin, name in (
+        ("n04008634", "n03773504", "projectile"),
+        ("n04355933", "n04356056", "sunglass"),
+    ):
+        if renamed in names and names[renamed] == names.get(twin):
+            names[renamed] = name
+    return names
 
 
 def by_folder(directory: str, folders: list[str], names: dict[str, str], how: str) -> list[Row]:
