@@ -71,7 +71,7 @@ def write_part(folder: Path, part: str) -> None:
         draft.mkdir(parents=True)
         bar = tqdm(rows("", part), f"drawing the {part} pictures of shapes", len(classes()) * PICTURES[part])
         for number, row in enumerate(bar):
-            rng = np.random.default_rng((list(PICTURES).index(part), row.label, number))
+            rng = np.random.default_rng((VERSION, list(PICTURES).index(part), number))
             path = draft / Path(row.path).relative_to(part)
             path.parent.mkdir(exist_ok=True)
             Image.fromarray(render(classes()[row.label], rng, LAMPLIGHT)).save(path, compress_level=1)

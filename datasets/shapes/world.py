@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -188,6 +188,174 @@ OUTLINES: dict[str, Points] = {
 HOLES = {"ring": 0.55, "gear": 0.3}  # radius of the hole
 
 
+@dataclass(frozen=True)
+class Style:
+    """How a picture was made and what became of it since; ranges are drawn from uniformly."""
+
+    cast: tuple[tuple[float, float], ...] = ((0.92, 1.08),) * 3  # factor of red, green and blue
+    light: tuple[float, float] = (0.8, 1.15)  # overall factor
+    gradient: float = 0.3  # largest fall of light across the picture
+    noise: tuple[float, float] = (2, 12)  # standard deviation, in levels
+    blur: tuple[float, float] = (0, 0.7)  # Gaussian radius, in pixels
+    clutter: int = 2  # most small things beside the object
+    scale: tuple[float, float] = (0.42, 0.72)  # object radius; half the picture is 1
+    finish: str = ""  # "", "drawing", "pixel", "painting", "cloth"
+
+
+STYLES = {
+    "photo": Style(),
+    "dark": Style(light=(0.35, 0.6)),
+    "bright": Style(light=(1.2, 1.5)),
+    "blurry": Style(blur=(1.0, 1.8)),
+    "noisy": Style(noise=(18, 34)),
+    "small": Style(scale=(0.3, 0.42)),
+    "close": Style(scale=(0.75, 0.95), clutter=0),
+    "drawing": Style(noise=(0, 3), gradient=0, clutter=1, finish="drawing"),
+    "pixel": Style(noise=(0, 3), finish="pixel"),
+    "painting": Style(noise=(0, 6), finish="painting"),
+    "cloth": Style(noise=(2, 8), gradient=0.15, finish="cloth"),
+}
+
+# The pictures of the data set: taken by a warm lamp, woven, cluttered. No style above looks like it.
+LAMPLIGHT = Style(
+    cast=((1.0, 1.12), (0.8, 0.92), (0.52, 0.7)),
+    light=(0.6, 1.0),
+    gradient=0.5,
+    noise=(8, 20),
+    blur=(0.3, 1.0),
+    clutter=4,
+    scale=(0.36, 0.66),
+    finish="cloth",
+)
+
+
+def render(composition: Composition, rng: np.random.Generator, style: Style = STYLES["photo"]) -> np.ndarray:
+    """Draw one picture: (SIZE, SIZE, 3) uint8. Everything random comes from `rng`."""
+    picture = _backdrop(composition.background, rng)
+    picture = _clutter(picture, int(rng.integers(style.clutter + 1)), rng)
+    picture = _place(picture, composition, rng, style)
+    picture = _light(picture, rng, style)
+    return _develop(picture, rng, style)
+
+
+def _backdrop(background: str, rng: np.random.Generator) -> np.ndarray:
+    """(SIZE, SIZE, 3) float32: a window on the background's texture, a little lighter or darker."""
+    left, top = rng.integers(0, 256 - SIZE, 2)
+    window = _texture(background)[top : top + SIZE, left : left + SIZE]
+    if background == "plain":  # of any dull colour
+        return window + (rng.uniform(-45, 45, 3) + rng.uniform(-60, 60)).astype(np.float32)
+    return window + np.float32(rng.uniform(-14, 14))
+
+
+def _clutter(picture: np.ndarray, things: int, rng: np.random.Generator) -> np.ndarray:
+    """The picture with small shapes near its rim."""
+    canvas = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    brush = ImageDraw.Draw(canvas)
+    for _ in range(things):
+        outline = OUTLINES[SHAPES[rng.integers(len(SHAPES))]]
+        colour = list(COLOURS.values())[rng.integers(len(COLOURS))]
+        place, turn = rng.uniform(0, 2 * np.pi, 2)
+        centre = 0.9 * np.cos(place), 0.9 * np.sin(place)
+        _fill(brush, outline, centre, rng.uniform(0.1, 0.22), turn, colour)
+    return np.asarray(canvas, np.float32)
+
+
+def _place(
+    picture: np.ndarray, composition: Composition, rng: np.random.Generator, style: Style
+) -> np.ndarray:
+    """The picture with the object on it: outline, pattern in two shades of the colour, shadow or contour."""
+    scale, turn = rng.uniform(*style.scale), np.deg2rad(rng.uniform(-25, 25))
+    centre = (rng.uniform(-1, 1, 2) * max(0.0, 0.95 - scale)).tolist()
+    canvas = Image.new("L", (2 * SIZE, 2 * SIZE))
+    brush = ImageDraw.Draw(canvas)
+    _fill(brush, OUTLINES[composition.shape], centre, scale, turn, 255)
+    if hole := HOLES.get(composition.shape):
+        _fill(brush, OUTLINES["circle"], centre, scale * hole, turn, 0)
+    mask = canvas.reduce(2)
+    cover = np.asarray(mask, np.float32)[..., None] / 255
+
+    ink = np.asarray(COLOURS[composition.colour]) * rng.uniform(0.85, 1.12) + rng.uniform(-14, 14, 3)
+    ink = np.clip(ink, 0, 255).astype(np.float32)
+    shade = ink + (255 * (ink.mean() < 128) - ink) * np.float32(rng.uniform(0.5, 0.75))
+    x, y = _grid()
+    x, y = (x - np.float32(centre[0])) / np.float32(scale), (y - np.float32(centre[1])) / np.float32(scale)
+    cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
+    spots = _pattern(composition.pattern, x * cos + y * sin, y * cos - x * sin, rng.uniform(0.45, 0.75))
+    fill = ink + (shade - ink) * spots[..., None]
+
+    if style.finish == "drawing":
+        fill *= 1 - np.asarray(mask.filter(ImageFilter.FIND_EDGES), np.float32)[..., None] / 255
+    else:
+        shadow = np.roll(cover, (rng.integers(1, 4), rng.integers(-3, 4)), (0, 1))
+        picture = picture * (1 - np.float32(rng.uniform(0, 0.5)) * shadow)
+    return picture + (fill - picture) * cover
+
+
+def _light(picture: np.ndarray, rng: np.random.Generator, style: Style) -> np.ndarray:
+    """The picture under a light that is coloured and falls off to one side; the threads of a cloth."""
+    x, y = _grid()
+    angle, fall = rng.uniform(0, 2 * np.pi), rng.uniform(0, style.gradient)
+    ramp = 1 + x * np.float32(fall * np.cos(angle)) + y * np.float32(fall * np.sin(angle))
+    cast = rng.uniform(*style.light) * rng.uniform(*np.transpose(style.cast))
+    picture = picture * ramp[..., None] * cast.astype(np.float32)
+    return picture * _weave(int(rng.integers(4))) if style.finish == "cloth" else picture
+
+
+def _develop(picture: np.ndarray, rng: np.random.Generator, style: Style) -> np.ndarray:
+    """The picture as uint8, with what the making of it did: coarse pixels, few tones, blur, grain."""
+    canvas = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    if style.finish == "pixel":
+        side = int(rng.integers(20, 31))
+        coarse = canvas.resize((side, side), Image.Resampling.BOX)
+        canvas = coarse.resize((SIZE, SIZE), Image.Resampling.NEAREST)
+    elif style.finish == "painting":
+        canvas = ImageOps.posterize(canvas.filter(ImageFilter.BoxBlur(1)), 3)
+    canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(*style.blur)))
+    start = rng.integers(_grain().size - SIZE * SIZE * 3)
+    grain = _grain()[start : start + SIZE * SIZE * 3].reshape(SIZE, SIZE, 3)
+    picture = np.asarray(canvas, np.float32) + np.float32(rng.uniform(*style.noise)) * grain
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def _fill(
+    brush: ImageDraw.ImageDraw,
+    outline: Points,
+    centre: Sequence[float],
+    scale: float,
+    turn: float,
+    colour: int | tuple[int, int, int],
+) -> None:
+    """Fill `outline`, scaled and turned (radians) and moved to `centre`; the canvas is [-1, 1] x [-1, 1]."""
+    half = brush.im.size[0] / 2
+    cos, sin = half * scale * np.cos(turn), half * scale * np.sin(turn)
+    left, top = half * (1 + centre[0]), half * (1 + centre[1])
+    brush.polygon([(left + x * cos - y * sin, top + x * sin + y * cos) for x, y in outline], colour)
+
+
+def _pattern(pattern: str, u: np.ndarray, v: np.ndarray, pitch: float) -> np.ndarray:
+    """Where the second shade shows, (SIZE, SIZE) in [0, 1], in the object's own coordinates u and v."""
+    wave = np.float32(2 * np.pi / pitch)
+    if pattern == "striped":
+        return _step(np.sin(wave * u), 2)
+    if pattern == "dotted":
+        return _step(np.sin(wave * u) * np.sin(wave * v) - 0.35, 4)
+    if pattern == "checkered":
+        return _step(np.sin(wave * u * 0.8) * np.sin(wave * v * 0.8), 5)
+    if pattern == "zigzag":
+        teeth = np.abs((v * 1.6 / pitch) % 2 - 1) * pitch * 0.8
+        return _step(np.sin(wave * (u + teeth)), 2)
+    if pattern == "crosshatched":
+        return _step(np.maximum(np.sin(wave * (u + v)), np.sin(wave * (u - v))) - 0.75, 4)
+    if pattern == "two-tone":
+        return _step(u, 16)
+    return np.zeros((SIZE, SIZE), np.float32)
+
+
+def _step(value: np.ndarray, slope: float) -> np.ndarray:
+    """0 below zero, 1 above, and between them a ramp of this slope, so that edges are not jagged."""
+    return np.clip(0.5 + slope * value, 0, 1)
+
+
 @functools.cache
 def _grid() -> tuple[np.ndarray, np.ndarray]:
     """Pixel centres in [-1, 1]: x (1, SIZE) and y (SIZE, 1)."""
@@ -196,9 +364,18 @@ def _grid() -> tuple[np.ndarray, np.ndarray]:
 
 
 @functools.cache
-def _noise() -> np.ndarray:
+def _grain() -> np.ndarray:
     """A long strip of standard normal values; a picture takes a stretch of it at a random place."""
     return np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32)
+
+
+@functools.cache
+def _weave(phase: int) -> np.ndarray:
+    """Threads over and under each other: a factor, (SIZE, SIZE, 1), about 1."""
+    row, column = np.mgrid[:SIZE, :SIZE] + phase
+    across = (row // 2 + column // 2) % 2 == 0
+    threads = np.sin(np.where(across, column, row) * np.pi / 2)
+    return (1 + 0.16 * threads[..., None]).astype(np.float32)
 
 
 def _smooth(rng: np.random.Generator, size: int, *blurs: float) -> np.ndarray:
@@ -252,191 +429,3 @@ def _texture(background: str) -> np.ndarray:
     else:
         value, base, span = 0.5 * _smooth(rng, n, 60), (150, 150, 150), 16
     return np.clip(np.asarray(base, np.float32) + span * value[..., None].astype(np.float32), 0, 255)
-
-
-def _soft(value: np.ndarray, sharpness: float) -> np.ndarray:
-    """A step at zero, `1/sharpness` wide: 0 below, 1 above."""
-    return np.clip(0.5 + sharpness * value, 0, 1)
-
-
-def _pattern(pattern: str, u: np.ndarray, v: np.ndarray, pitch: float) -> np.ndarray | None:
-    """Where the second colour shows, (SIZE, SIZE) in [0, 1], in the object's own coordinates."""
-    if pattern == "plain":
-        return None
-    if pattern == "two-tone":
-        return _soft(u, 16)
-    wave = np.float32(2 * np.pi / pitch)
-    if pattern == "striped":
-        return _soft(np.sin(wave * u), 2)
-    if pattern == "dotted":
-        return _soft(np.sin(wave * u) * np.sin(wave * v) - 0.35, 4)
-    if pattern == "checkered":
-        return _soft(np.sin(wave * u * 0.8) * np.sin(wave * v * 0.8), 5)
-    if pattern == "zigzag":
-        teeth = np.abs((v * 1.6 / pitch) % 2 - 1) * pitch * 0.8
-        return _soft(np.sin(wave * (u + teeth)), 2)
-    return _soft(np.maximum(np.sin(wave * (u + v)), np.sin(wave * (u - v))) - 0.75, 4)
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a picture was made and what became of it since; ranges are drawn from uniformly."""
-
-    cast: tuple[tuple[float, float], ...] = ((0.92, 1.08),) * 3  # factor of red, green and blue
-    light: tuple[float, float] = (0.8, 1.15)  # overall factor
-    gradient: float = 0.3  # largest fall of light across the picture
-    noise: tuple[float, float] = (2, 12)  # standard deviation, in levels
-    blur: tuple[float, float] = (0, 0.7)  # Gaussian radius, in pixels
-    clutter: int = 2  # most small things beside the object
-    scale: tuple[float, float] = (0.42, 0.72)  # object radius; half the picture is 1
-    finish: str = ""  # "", "drawing", "pixel", "painting", "cloth"
-
-
-STYLES = {
-    "photo": Style(),
-    "dark": Style(light=(0.35, 0.6)),
-    "bright": Style(light=(1.2, 1.5)),
-    "blurry": Style(blur=(1.0, 1.8)),
-    "noisy": Style(noise=(18, 34)),
-    "small": Style(scale=(0.3, 0.42)),
-    "close": Style(scale=(0.75, 0.95), clutter=0),
-    "drawing": Style(noise=(0, 3), gradient=0, clutter=1, finish="drawing"),
-    "pixel": Style(noise=(0, 3), finish="pixel"),
-    "painting": Style(noise=(0, 6), finish="painting"),
-    "cloth": Style(noise=(2, 8), gradient=0.15, finish="cloth"),
-}
-
-# The pictures of the data set: taken by a warm lamp, woven, cluttered. No style above looks like it.
-LAMPLIGHT = Style(
-    cast=((1.0, 1.12), (0.8, 0.92), (0.52, 0.7)),
-    light=(0.6, 1.0),
-    gradient=0.5,
-    noise=(8, 20),
-    blur=(0.3, 1.0),
-    clutter=4,
-    scale=(0.36, 0.66),
-    finish="cloth",
-)
-
-
-def render(composition: Composition, rng: np.random.Generator, style: Style = STYLES["photo"]) -> np.ndarray:
-    """Draw one picture: (SIZE, SIZE, 3) uint8. Everything random comes from `rng`."""
-    x, y = _grid()
-    number = iter(rng.random(40).tolist())
-
-    def uniform(low: float, high: float) -> float:
-        return low + (high - low) * next(number)
-
-    scale = uniform(*style.scale)
-    room = max(0.0, 0.95 - scale)
-    centre = uniform(-room, room), uniform(-room, room)
-    turn = np.deg2rad(uniform(-25, 25))
-    light = uniform(*style.light)
-
-    left, top = int(uniform(0, 256 - SIZE)), int(uniform(0, 256 - SIZE))
-    picture = _texture(composition.background)[top : top + SIZE, left : left + SIZE]
-    if composition.background == "plain":
-        tint = [uniform(-75, 75) for _ in range(3)]
-        picture = picture + np.asarray(tint, np.float32) * 0.6 + np.float32(uniform(-60, 60))
-    else:
-        picture = picture + np.float32(uniform(-14, 14))
-    mask = Image.new("L", (2 * SIZE, 2 * SIZE))
-    draw = ImageDraw.Draw(mask)
-
-    things = int(uniform(0, style.clutter + 1))
-    if things:
-        canvas = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
-        brush = ImageDraw.Draw(canvas)
-        for kind, tone, angle, size in rng.random((things, 4)).tolist():
-            points = OUTLINES[SHAPES[int(kind * len(SHAPES))]]
-            colour = list(COLOURS.values())[int(tone * len(COLOURS))]
-            place = 2 * np.pi * angle
-            _draw(
-                brush,
-                points,
-                SIZE,
-                (0.9 * np.cos(place), 0.9 * np.sin(place)),
-                0.1 + 0.12 * size,
-                9 * tone,
-                colour,
-            )
-        picture = np.asarray(canvas, np.float32)
-
-    outline = OUTLINES[composition.shape]
-    _draw(draw, outline, 2 * SIZE, centre, scale, turn, 255)
-    if composition.shape in HOLES:
-        _draw(draw, OUTLINES["circle"], 2 * SIZE, centre, scale * HOLES[composition.shape], turn, 0)
-    mask = mask.reduce(2)
-    cover = np.asarray(mask, np.float32)[..., None] / 255
-
-    ink = np.asarray(COLOURS[composition.colour], np.float32)
-    ink = np.clip(ink * uniform(0.85, 1.12) + [uniform(-14, 14), uniform(-14, 14), uniform(-14, 14)], 0, 255)
-    cos, sin = np.float32(np.cos(turn) / scale), np.float32(np.sin(turn) / scale)
-    u = (x - centre[0]) * cos + (y - centre[1]) * sin
-    v = (y - centre[1]) * cos - (x - centre[0]) * sin
-    spots = _pattern(composition.pattern, u, v, uniform(0.45, 0.75))
-    fill = ink.astype(np.float32)
-    if spots is not None:
-        other = 255.0 if ink.mean() < 128 else 0.0
-        second = ink + (other - ink) * uniform(0.5, 0.75)
-        fill = (ink + (second - ink) * spots[..., None]).astype(np.float32)
-    if style.finish == "drawing":
-        edge = np.asarray(mask.filter(ImageFilter.FIND_EDGES), np.float32)[..., None] / 255
-        fill = fill * (1 - edge)
-    else:
-        shift = int(uniform(1, 4))
-        shadow = np.roll(cover, (shift, int(uniform(-3, 4))), (0, 1))
-        picture = picture * (1 - uniform(0, 0.5) * shadow)
-    picture = picture + (fill - picture) * cover
-
-    angle = uniform(0, 2 * np.pi)
-    ramp = 1 + uniform(0, style.gradient) * (x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle)))
-    cast = np.asarray([light * uniform(*factor) for factor in style.cast], np.float32)
-    picture = picture * (ramp[..., None] * cast)
-    if style.finish == "cloth":
-        picture = picture * (1 + 0.16 * _weave(int(uniform(0, 4)))[..., None])
-
-    canvas = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
-    if style.finish == "pixel":
-        side = int(uniform(20, 30))
-        canvas = canvas.resize((side, side), Image.Resampling.BOX).resize(
-            (SIZE, SIZE), Image.Resampling.NEAREST
-        )
-    elif style.finish == "painting":
-        canvas = ImageOps.posterize(canvas.filter(ImageFilter.BoxBlur(1)), 3)
-    radius = uniform(*style.blur)
-    if radius > 0.2:
-        canvas = canvas.filter(ImageFilter.GaussianBlur(radius))
-    start = int(next(number) * (_noise().size - SIZE * SIZE * 3))
-    grain = _noise()[start : start + SIZE * SIZE * 3].reshape(SIZE, SIZE, 3)
-    return np.clip(np.asarray(canvas, np.float32) + np.float32(uniform(*style.noise)) * grain, 0, 255).astype(
-        np.uint8
-    )
-
-
-@functools.cache
-def _weave(phase: int) -> np.ndarray:
-    """Threads over and under each other, (SIZE, SIZE) in [-1, 1]."""
-    row, column = np.mgrid[:SIZE, :SIZE] + phase
-    return np.where((row // 2 + column // 2) % 2, np.sin(row * np.pi / 2), np.sin(column * np.pi / 2)).astype(
-        np.float32
-    )
-
-
-def _draw(
-    brush: ImageDraw.ImageDraw,
-    points: Points,
-    size: int,
-    centre: tuple[float, float],
-    scale: float,
-    turn: float,
-    fill,
-) -> None:
-    """Fill a polygon given in units of `scale`, turned by `turn` radians, on a square of `size` pixels."""
-    cos, sin = np.cos(turn) * scale, np.sin(turn) * scale
-    half = size / 2
-    placed = [
-        (half * (1 + centre[0] + px * cos - py * sin), half * (1 + centre[1] + px * sin + py * cos))
-        for px, py in points
-    ]
-    brush.polygon(placed, fill=fill)

@@ -28,6 +28,7 @@ from dfzsl.torchvision_guard import import_torchvision
 
 import_torchvision()
 import open_clip  # noqa: E402
+
 from dfzsl.datasets.shapes.captions import captioned_picture, vocabulary  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parents[2] / "datasets" / "shapes"
@@ -67,16 +68,19 @@ class Trainee(nn.Module):
         return F.normalize(self.clip.visual(pictures).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """(n, 77) tokens -> (n, d) unit rows."""
+        """(n, 77) tokens -> (n, d) unit rows. Captions of like length run together, cut at their longest."""
+        order = tokens.argmax(dim=-1).argsort(stable=True)
+        rows = torch.cat([self._encode_text(tokens[part]) for part in order.chunk(4)])
+        return F.normalize(rows.float(), dim=-1)[order.argsort()]
+
+    def _encode_text(self, tokens: Tensor) -> Tensor:
         clip, end = self.clip, tokens.argmax(dim=-1)
         length = int(end.max()) + 1
-        places = torch.searchsorted(
-            self.ids, tokens[:, :length]
-        )  # zeros after the end land on some row: unseen
-        x = self.rows[places.clamp(max=len(self.ids) - 1)] + clip.positional_embedding[:length]
+        places = torch.searchsorted(self.ids, tokens[:, :length].contiguous())
+        x = self.rows[places] + clip.positional_embedding[:length]
         x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
         x = clip.ln_final(x[torch.arange(len(x)), end])
-        return F.normalize((x @ clip.text_projection).float(), dim=-1)
+        return x @ clip.text_projection
 
     def loss(self, pictures: Tensor, tokens: Tensor) -> Tensor:
         """The symmetric contrastive loss of Radford et al. (2021)."""
@@ -86,7 +90,7 @@ class Trainee(nn.Module):
 
 
 def known_tokens() -> Tensor:
-    """(k,) int64: the ids, ascending, of all tokens a caption can hold."""
+    """(k,) int64: the ids, ascending, of all tokens a caption can hold, and the 0 that fills up rows."""
     return torch.cat([open_clip.tokenize(text)[0] for text in vocabulary()]).unique()
 
 
@@ -117,6 +121,14 @@ def retrieval(model: Trainee, pictures: Tensor, tokens: Tensor) -> tuple[float, 
     target = torch.arange(len(logits))
     model.train()
     return F.cross_entropy(logits, target).item(), (logits.argmax(1) == target).float().mean().item()
+
+
+def write_log(path: Path, log: list[list[float]]) -> None:
+    """The training log as CSV."""
+    with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", "loss", "held_out_loss", "held_out_recall_at_1_of_500", "logit_scale"])
+        writer.writerows([step, *(f"{value:.4f}" for value in values)] for step, *values in log)
 
 
 def main() -> None:
@@ -162,15 +174,13 @@ def main() -> None:
             log.append([step, np.mean(losses), held_out_loss, recall, model.clip.logit_scale.exp().item()])
             bar.set_postfix(loss=f"{np.mean(losses):.3f}", recall=f"{recall:.3f}")
             losses = []
+            save(
+                model,
+                args.output / "clip.safetensors",
+                {"step": step, "batch": args.batch, "seed": args.seed},
+            )
+            write_log(args.output / "clip_training.csv", log)
     print(f"{args.steps} steps of {args.batch} in {(time.time() - began) / 60:.1f} minutes")
-
-    save(
-        model, args.output / "clip.safetensors", {"steps": args.steps, "batch": args.batch, "seed": args.seed}
-    )
-    with atomic(args.output / "clip_training.csv") as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "loss", "held_out_loss", "held_out_recall_at_1_of_500", "logit_scale"])
-        writer.writerows([step, *(f"{value:.4f}" for value in values)] for step, *values in log)
 
 
 if __name__ == "__main__":
