@@ -123,7 +123,8 @@ class Backbone(nn.Module):
         name: open_clip's name of the model.  weights_id: tag, or sha256 prefix of the weights file.
         dim: d.  logit_scale: exp of the learned scale, the inverse softmax temperature.
         preprocess_cfg: size (h, w), mean, std, interpolation, resize_mode of its pictures.
-        precision: fp32, fp16, amp or bf16; all but fp32 run the encoders under autocast on a GPU.
+        identity: what features made with it are marked with.
+        precision: fp32, fp16, amp or bf16; set it with `use_precision`.
     """
 
     has_text_encoder = True
@@ -198,8 +199,24 @@ class Backbone(nn.Module):
         """The id that fills up a text: the commonest in one that is nearly all padding."""
         return int(self.tokenizer(["a"], context_length=self.context_length)[0].mode().values)
 
+    @property
+    def identity(self) -> str:
+        return f"{self.name}@{self.weights_id}"
+
+    def use_precision(self, precision: str) -> None:
+        """Run the encoders in float32 or, on a GPU, under autocast; fp16 and amp are the same, bf16 wider.
+
+        Weights stay float32. Raises UserError for a precision that is unknown; a CPU runs all in fp32.
+        """
+        if precision not in PRECISIONS:
+            raise UserError(f"unknown precision '{precision}'; known: {', '.join(PRECISIONS)}")
+        if precision != "fp32" and self.device.type == "cpu":
+            print(f"Precision {precision} needs a GPU: running in fp32")
+            precision = "fp32"
+        self.precision = precision
+
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Autocast to `precision`, which is float32 (no cast) unless the model is on a GPU."""
+        """Autocast to `precision`; none for fp32."""
         dtype = PRECISIONS[self.precision]
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
@@ -252,8 +269,11 @@ class FeatureBackbone(nn.Module):
         self.dim = dim
         self.logit_scale = logit_scale
         self.weights_id = "features"
-        self.precision = "fp32"
         self._text = dict(text_features or {})
+
+    @property
+    def identity(self) -> str:
+        return self.weights_id
 
     def encode_image(self, x: Tensor) -> Tensor:
         """Features (n, d), unchanged. Raises UserError for pictures and for another dimension."""
@@ -292,18 +312,10 @@ def load_backbone(
     Raises UserError for an unknown name or tag, weights that cannot be fetched, and files that are broken
     or belong to another model.
     """
-    if precision not in PRECISIONS:
-        raise UserError(f"unknown precision '{precision}'; known: {', '.join(PRECISIONS)}")
-    if name == BUILT_IN:
-        backbone = _load_built_in(weights or "openai")
-    else:
-        backbone = _load_open_clip(name.replace("/", "-"), weights)
-    device = torch.device(device)
-    if device.type == "cpu" and precision != "fp32":
-        print(f"Precision {precision} needs a GPU: running in fp32")
-        precision = "fp32"
-    backbone.precision = precision
-    return backbone.to(device)
+    backbone = _load_built_in(weights or "openai") if name == BUILT_IN else _load_open_clip(name, weights)
+    backbone = backbone.to(device)
+    backbone.use_precision(precision)
+    return backbone
 
 
 def _load_built_in(weights: str) -> Backbone:
@@ -325,6 +337,7 @@ def _load_built_in(weights: str) -> Backbone:
 
 def _load_open_clip(name: str, weights: str) -> Backbone:
     open_clip = _open_clip()
+    name = name.replace("/", "-")
     known = open_clip.list_models()
     if name not in known:
         lowered = {n.lower(): n for n in (*known, BUILT_IN)}

@@ -3,7 +3,7 @@
 A prompt is `[start] v_1 .. v_M [class name] . [end]` with learned vectors v (Zhou et al., CoOp, IJCV 2022).
 CLIP's text transformer is causal: what stands after the end token cannot matter, and positions before the
 first class name are the same for every class. So those are run once, and of each class only the tokens from
-its name to its end. The rows of all classes lie behind one another in one matrix, without padding to speak of.
+its name to its end. The rows of all classes lie behind one another in one matrix, with next to no padding.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class Prompts:
         # Start token, a word, full stop, end token.
         if not 0 < n_ctx <= length - start - 3:
             raise UserError(
-                f"{n_ctx} context tokens: {backbone.name} has {length} positions, so use 1 to {length - start - 3}"
+                f"{n_ctx} context tokens in the {length} positions of {backbone.name}: "
+                f"use 1 to {length - start - 3}"
             )
         words = backbone.tokenize([f"{name}." for name in names], room=n_ctx, kind="class name")
         ahead = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}[position]
@@ -139,7 +140,7 @@ class Prompts:
         return self.tower.project(self.tower.run(self.embeddings(chosen, context), self.ids[chosen]))
 
     def embeddings(self, chosen: Tensor, context: Tensor) -> Tensor:
-        """Input embeddings (n, L, w), without positions, of the chosen classes for a context (C or 1, M, w)."""
+        """Input embeddings (n, L, w), without positions, of chosen classes for a context (C or 1, M, w)."""
         slots = self.slots[chosen]
         owner = chosen[:, None].expand_as(slots) if len(context) > 1 else torch.zeros_like(slots)
         x = self.tower.embed(self.ids[chosen])
@@ -244,7 +245,7 @@ def _causal(length: int, like: Tensor) -> Tensor:
 
 
 def _recomputed(run, context: Tensor, several: bool) -> Tensor:
-    """run(context); where it is one of several, its activations are dropped and recomputed for the gradient."""
+    """run(context); if one of several, with its activations dropped and recomputed for the gradient."""
     if several and torch.is_grad_enabled() and context.requires_grad:
         return checkpoint(run, context, use_reentrant=False)
     return run(context)
@@ -298,6 +299,8 @@ class PromptLearner(nn.Module):
     Its state dict has CoOp's names: ctx, and token_prefix and token_suffix, the frozen embeddings around it,
     which are computed when asked for and ignored when loaded.
     """
+
+    backbone: Backbone
 
     def __init__(
         self,

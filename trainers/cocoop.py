@@ -1,0 +1,57 @@
+"""CoCoOp: a small network shifts the context by what the image shows.
+
+Zhou, Yang, Loy, Liu, Conditional Prompt Learning for Vision-Language Models, CVPR 2022.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from dassl.engine import TRAINER_REGISTRY
+from torch import Tensor, nn
+
+from dfzsl.toolbox import add_keys, register
+
+from .coop import CoOp, PromptedCLIP
+from .prompts import PromptLearner
+
+add_keys("TRAINER.COCOOP", N_CTX=16, CTX_INIT="", PREC="fp16")
+
+
+class ConditionalPromptLearner(PromptLearner):
+    """Context v_m + MLP(x), the same shift for every token; its hidden layer has d / 16 units."""
+
+    def __init__(self, backbone, classnames, n_ctx: int = 16, ctx_init: str = "") -> None:
+        super().__init__(backbone, classnames, n_ctx, ctx_init)
+        d, width = backbone.dim, self.ctx.shape[-1]
+        layers = [
+            ("linear1", nn.Linear(d, d // 16)),
+            ("relu", nn.ReLU()),
+            ("linear2", nn.Linear(d // 16, width)),
+        ]
+        self.meta_net = nn.Sequential(OrderedDict(layers))
+
+    def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
+        """Unit text features (n, C, d) for unit image features (n, d): one set of prompts an image."""
+        return self.prompts.encode(self.ctx + self.meta_net(features)[:, None])
+
+
+class ConditionalCLIP(PromptedCLIP):
+    """Logits of each image against its own text features."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.logit_scale * torch.einsum("nd,ncd->nc", features, self.prompt_learner(features))
+
+
+@register(TRAINER_REGISTRY)
+class CoCoOp(CoOp):
+    """CoOp with image-conditional prompts; any batch size."""
+
+    recipe = "vit_b16_c4_ep10_batch1_ctxv1"
+    node = "COCOOP"
+
+    def build_prompted(self) -> ConditionalCLIP:
+        settings = self.settings
+        learner = ConditionalPromptLearner(self.backbone, self.classnames, settings.N_CTX, settings.CTX_INIT)
+        return ConditionalCLIP(learner, self.backbone.logit_scale)

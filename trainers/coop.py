@@ -1,0 +1,101 @@
+"""CoOp: the words around the class name become vectors that are learned.
+
+Zhou, Yang, Loy, Liu, Learning to Prompt for Vision-Language Models, IJCV 2022.
+"""
+
+from __future__ import annotations
+
+import torch
+from dassl.engine import TRAINER_REGISTRY
+from dassl.metrics import compute_accuracy
+from dassl.optim import build_lr_scheduler, build_optimizer
+from dassl.utils import load_pretrained_weights
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfzsl.toolbox import add_keys, register
+
+from .base import CLIPTrainer
+from .prompts import PromptLearner
+
+add_keys("TRAINER.COOP", N_CTX=16, CSC=False, CTX_INIT="", PREC="fp16", CLASS_TOKEN_POSITION="end")
+
+
+class PromptedCLIP(nn.Module):
+    """Logits exp(logit scale) * cosine of image features and learned text features."""
+
+    def __init__(self, prompt_learner: PromptLearner, logit_scale: float) -> None:
+        super().__init__()
+        self.prompt_learner = prompt_learner
+        self.logit_scale = logit_scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (n, C) of unit image features (n, d)."""
+        return self.logit_scale * features @ self.prompt_learner().T
+
+
+@register(TRAINER_REGISTRY)
+class CoOp(CLIPTrainer):
+    """Cross-entropy over the classes of the run, on images or on unit features (real or virtual).
+
+    Its relatives say what they change: the prompt learner (`build_prompted`) or the step (`step`).
+    """
+
+    recipe = "vit_b16_ep50_ctxv1"
+    node = "COOP"
+    model: PromptedCLIP
+
+    @property
+    def settings(self):
+        return self.cfg.TRAINER[self.node]
+
+    def build_prompted(self) -> PromptedCLIP:
+        settings = self.settings
+        learner = PromptLearner(
+            self.backbone,
+            self.classnames,
+            settings.N_CTX,
+            settings.CTX_INIT,
+            settings.CLASS_TOKEN_POSITION,
+            settings.CSC,
+        )
+        return PromptedCLIP(learner, self.backbone.logit_scale)
+
+    def build_model(self) -> None:
+        self.model = self.build_prompted().to(self.device)
+        self.backbone.use_precision(self.settings.PREC)
+        learner = self.model.prompt_learner
+        if self.cfg.MODEL.INIT_WEIGHTS:
+            load_pretrained_weights(learner, self.cfg.MODEL.INIT_WEIGHTS)
+        self.optim = build_optimizer(learner, self.cfg.OPTIM)
+        self.sched = build_lr_scheduler(self.optim, self.cfg.OPTIM)
+        self.register_model("prompt_learner", learner, self.optim, self.sched)
+        # Small gradients vanish in float16; they are scaled up before the backward pass.
+        half = self.backbone.precision in ("fp16", "amp")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
+
+    def forward_backward(self, batch: dict) -> dict[str, float]:
+        input, label = self.parse_batch_train(batch)
+        summary = self.step(self.backbone.encode_image(input), label)
+        if (self.batch_idx + 1) == self.num_batches:
+            self.update_lr()
+        return summary
+
+    def step(self, features: Tensor, label: Tensor) -> dict[str, float]:
+        """One optimiser step on unit features (n, d) and labels (n,); returns what the log shows."""
+        logits = self.model(features)
+        loss = F.cross_entropy(logits, label)
+        self.update(loss)
+        return self.summary(loss, logits, label)
+
+    def update(self, loss: Tensor) -> None:
+        self.model_zero_grad()
+        self.model_backward(self.scaler.scale(loss))
+        self.scaler.step(self.optim)
+        self.scaler.update()
+
+    def summary(self, loss: Tensor, logits: Tensor, label: Tensor) -> dict[str, float]:
+        return {"loss": loss.item(), "acc": compute_accuracy(logits, label)[0].item()}
+
+    def model_inference(self, input: Tensor) -> Tensor:
+        return self.model(self.backbone.encode_image(input))

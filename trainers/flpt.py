@@ -1,0 +1,84 @@
+"""FLPT, feature-language prompt tuning: one context tunes the text features and shifts the image features.
+
+Tang et al., Data-Free Generalized Zero-Shot Learning, AAAI 2024 (stage 2).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from dassl.engine import TRAINER_REGISTRY
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dfzsl.toolbox import add_keys, register
+
+from .coop import CoOp, PromptedCLIP
+from .prompts import PromptLearner
+
+add_keys("TRAINER.FLPT", N_CTX=4, CTX_INIT="a photo of a", PREC="fp16", RESIDUAL_WEIGHT=0.005)
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), CLIP's own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class FeatureLanguagePromptLearner(PromptLearner):
+    """CoOp's shared context v_1 .. v_M, and the shift r * mean_m MLP(v_m) that it makes of image features.
+
+    The MLP has layers w -> 4w -> d; the last is zero at the start, so that training sets out from CLIP.
+    """
+
+    def __init__(self, backbone, classnames, n_ctx: int, ctx_init: str, residual_weight: float) -> None:
+        super().__init__(backbone, classnames, n_ctx, ctx_init)
+        width = self.ctx.shape[-1]
+        last = nn.Linear(4 * width, backbone.dim)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        layers = [("c_fc", nn.Linear(width, 4 * width)), ("gelu", QuickGELU()), ("c_proj", last)]
+        self.mlp = nn.Sequential(OrderedDict(layers))
+        self.residual_weight = residual_weight
+
+    def shift(self) -> Tensor:
+        """The shift (d,), the same for every image."""
+        return self.residual_weight * self.mlp(self.ctx).mean(0)
+
+
+class ShiftedCLIP(PromptedCLIP):
+    """Logits of shifted image features, normalised again."""
+
+    prompt_learner: FeatureLanguagePromptLearner
+
+    def forward(self, features: Tensor) -> Tensor:
+        return super().forward(F.normalize(features + self.prompt_learner.shift(), dim=-1))
+
+
+@register(TRAINER_REGISTRY)
+class FLPT(CoOp):
+    """Cross-entropy over the base classes of exp(logit scale) * cos(x + shift, t_c)."""
+
+    recipe = "vit_b16"
+    node = "FLPT"
+    model: ShiftedCLIP
+
+    def build_prompted(self) -> ShiftedCLIP:
+        settings = self.cfg.TRAINER.FLPT
+        learner = FeatureLanguagePromptLearner(
+            self.backbone, self.classnames, settings.N_CTX, settings.CTX_INIT, settings.RESIDUAL_WEIGHT
+        )
+        return ShiftedCLIP(learner, self.backbone.logit_scale)
+
+    @torch.no_grad()
+    def text_features(self, classnames: Sequence[str]) -> Tensor:
+        """Unit text features (n, d) of any classes, new ones too, in the tuned context."""
+        return self.model.prompt_learner.text_features(classnames)
+
+    @torch.no_grad()
+    def shift(self) -> Tensor:
+        """The tuned shift (d,) of image features."""
+        return self.model.prompt_learner.shift()
