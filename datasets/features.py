@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +26,7 @@ from dfzsl.toolbox import register
 
 from .base import ClassDataset, Row, Split
 
+TEXTS = ("classnames", "backbone", "weights", "template")  # what of a feature file is not numbers
 PART = 512  # images a part file holds: what an interrupted encoding can lose, and what ranks share out
 
 
@@ -129,20 +132,25 @@ def open_features(path: str) -> tuple[dict[str, Callable[[], torch.Tensor]], dic
     try:
         if path.endswith(".npz"):
             file = np.load(path, allow_pickle=False)
-            texts = {name: file[name].tolist() for name in file.files if file[name].dtype.kind == "U"}
-            names = [name for name in file.files if name not in texts]
-            return {name: partial(_array, file, name) for name in names}, texts
+            names = [name for name in file.files if name not in TEXTS]
+            return {name: partial(_array, file, name, path) for name in names}, {
+                name: file[name].tolist() for name in TEXTS if name in file.files
+            }
         if path.endswith(".safetensors"):
             tensors = safe_open(path, framework="pt")
             about = {name: json.loads(value) for name, value in (tensors.metadata() or {}).items()}
             return {name: partial(tensors.get_tensor, name) for name in tensors.keys()}, about  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:  # json's and numpy's own errors are ValueErrors
+    # An empty file is an EOFError to numpy; its and json's other errors are ValueErrors.
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
         raise UserError(f"{path}: not a readable feature file ({error})") from None
     raise UserError(f"{path}: a feature file ends in .npz or .safetensors")
 
 
-def _array(file: Any, name: str) -> torch.Tensor:
-    return torch.from_numpy(file[name])
+def _array(file: Any, name: str, path: str) -> torch.Tensor:
+    try:
+        return torch.from_numpy(file[name])
+    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: '{name}' is not a readable array of numbers ({error})") from None
 
 
 def unit_rows(x: torch.Tensor, what: str) -> torch.Tensor:
@@ -279,6 +287,10 @@ def _stack(items: list[tuple[torch.Tensor | None, str]]) -> tuple[torch.Tensor |
     return (None, wrong) if wrong else (torch.stack([image for image, _ in items if image is not None]), "")
 
 
+def _each(loader: Iterable) -> Generator:
+    yield from loader
+
+
 @torch.inference_mode()
 def _encode(
     backbone: Encoder,
@@ -306,8 +318,11 @@ def _encode(
         prefetch_factor=4 if num_workers and mine else None,
     )
     todo = sum(len(batch) for start in mine for batch in batches[start])
-    images = iter(loader)
-    with tqdm(total=n, initial=n - todo, unit="img", desc="encode", disable=rank > 0) as bar:
+    with (
+        # Closed, also after an error: left to the garbage collector, the workers linger for seconds.
+        contextlib.closing(_each(loader)) as images,
+        tqdm(total=n, initial=n - todo, unit="img", desc="encode", disable=rank > 0) as bar,
+    ):
         for start in mine:
             features = []
             for _ in batches[start]:
