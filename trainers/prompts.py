@@ -78,7 +78,7 @@ class Prompts:
         tower = self.tower = backbone.text_tower
         self.autocast = backbone.autocast
         length = tower.context_length
-        start = _start_tokens(backbone)
+        start, word = _start_and_word(backbone)
         # Start token, a word, full stop, end token.
         if not 0 < n_ctx <= length - start - 3:
             raise UserError(
@@ -88,7 +88,7 @@ class Prompts:
         words = backbone.tokenize([f"{name}." for name in names], room=n_ctx, kind="class name")
         ahead = {"end": n_ctx, "middle": n_ctx // 2, "front": 0}[position]
         shift = self._name_lengths(backbone, names) if ahead < n_ctx else 0
-        self.ids, self.slots = _lay_out(words, start, n_ctx, ahead, shift, backbone.pad_id)
+        self.ids, self.slots = _lay_out(words, start, n_ctx, ahead, shift, word)
         self.end = tower.pooled_position(self.ids)
         self.shared = start if class_specific else start + ahead
         self.n_ctx = n_ctx
@@ -252,31 +252,32 @@ def _recomputed(run, context: Tensor, several: bool) -> Tensor:
 
 
 def _checked_names(classnames: Sequence[str]) -> list[str]:
-    names = [name.replace("_", " ").strip() for name in classnames]
+    names = [name.replace("_", " ") for name in classnames]
     if not names:
         raise UserError("no class names: nothing to make prompts of")
-    if "" in names:
-        raise UserError(f"class {names.index('')} has an empty name: give every class a name")
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise UserError(f"class name '{name}' occurs twice: their prompts would be the same; rename one")
-        seen.add(name)
+    bare = [name.strip() for name in names]
+    if "" in bare:
+        raise UserError(f"class {bare.index('')} has an empty name: give every class a name")
+    if len(set(bare)) < len(bare):
+        name = next(name for name in bare if bare.count(name) > 1)
+        raise UserError(f"class name '{name}' occurs twice: their prompts would be the same; rename one")
     return names
 
 
-def _start_tokens(backbone: Backbone) -> int:
-    """How many tokens the tokenizer puts before a text: 1 for CLIP, 0 for SigLIP."""
+def _start_and_word(backbone: Backbone) -> tuple[int, int]:
+    """How many tokens the tokenizer puts before a text (1 for CLIP, 0 for SigLIP), and some word's id."""
     one, other = backbone.tokenize(["a", "b"])
-    return int((one != other).int().argmax())
+    start = int((one != other).int().argmax())
+    return start, int(one[start])
 
 
 def _lay_out(
-    words: Tensor, start: int, n_ctx: int, ahead: int, name_length: Tensor | int, pad: int
+    words: Tensor, start: int, n_ctx: int, ahead: int, name_length: Tensor | int, word: int
 ) -> tuple[Tensor, Tensor]:
     """Token ids and context slots (C, L) of prompts from the tokens (C, L - M) of "name." alone.
 
-    The first `ahead` of the M context tokens stand before the name, the others behind it.
+    The first `ahead` of the M context tokens stand before the name, the others behind it; a slot has the
+    id of some `word`, so that nobody takes it for padding or an end.
     """
     column = torch.arange(words.shape[1] + n_ctx, device=words.device).expand(len(words), -1)
     first = (column >= start) & (column < start + ahead)
@@ -285,7 +286,7 @@ def _lay_out(
     slots = torch.where(first, column - start, torch.where(second, column - resume + ahead, -1))
     source = column - ahead * (column >= start + ahead) - (n_ctx - ahead) * (column >= resume + n_ctx - ahead)
     ids = words.gather(1, source.clamp(0, words.shape[1] - 1))
-    return torch.where(slots < 0, ids, pad), slots
+    return torch.where(slots < 0, ids, word), slots
 
 
 class PromptLearner(nn.Module):
@@ -326,7 +327,7 @@ class PromptLearner(nn.Module):
         self.position = position
         self.prompts = Prompts(backbone, classnames, n_ctx, position, class_specific)
         if words:
-            start = _start_tokens(backbone)
+            start = _start_and_word(backbone)[0]
             ctx = backbone.text_tower.embed(first[0, start : start + n_ctx]).detach().clone()
             if class_specific:
                 ctx = ctx.repeat(len(classnames), 1, 1)
@@ -356,7 +357,7 @@ class PromptLearner(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        start = self.prompts.shared if self.prompts.class_specific else _start_tokens(self.backbone)
+        start = _start_and_word(self.backbone)[0]
         kept = self.prompts.ids[self.prompts.slots < 0].view(len(self.prompts.ids), -1)
         rows = self.prompts.tower.embed(kept).detach()
         destination[prefix + "token_prefix"] = rows[:, :start]
