@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import socket
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -426,13 +427,10 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
+        elif _is_torchscript(path):
+            state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except RuntimeError as error:
-                if "TorchScript" not in str(error):
-                    raise
-                state = torch.jit.load(path, map_location="cpu").state_dict()
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file") from None
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
@@ -450,6 +448,14 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     if bad is not None:
         raise UserError(f"{path}: tensor '{bad}' has values that are not finite")
     return state
+
+
+def _is_torchscript(path: Path) -> bool:
+    """OpenAI's own files are TorchScript archives."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 def _load_state(model: Any, state: dict[str, Tensor], path: Path) -> None:
