@@ -6,6 +6,7 @@ toolbox's own style; see docs/new_trainer.md.
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -75,19 +76,20 @@ class CLIPTrainer(TrainerX):
         self.num_source_domains = self.dm.num_source_domains
         self.lab2cname = self.dm.lab2cname
         self.train_loader_u = None
-        self.val_loader = self._feature_loader(dataset.val) if dataset.val else None
+        self.transform = build_transform(cfg, is_train=False)
+        validates = cfg.TEST.SPLIT == "val" or cfg.TEST.FINAL_MODEL == "best_val"
+        self.val_loader = self._feature_loader(dataset.val) if dataset.val and validates else None
         self.test_loader = self._feature_loader(dataset.test)
-        self.train_loader_x = None if self.data_free else self._train_loader(dataset.train_x)
+        self.train_loader_x = None
 
     def encode(self, datums: list) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit features (n, d) and labels (n,) of a list of Datum, encoded once and kept on disk."""
-        cfg = self.cfg
         features = encode_datums(
             self.backbone,
             datums,
-            build_transform(cfg, is_train=False),
-            batch_size=cfg.DATALOADER.TEST.BATCH_SIZE,
-            num_workers=cfg.DATALOADER.NUM_WORKERS,
+            self.transform,
+            batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE,
+            num_workers=min(self.cfg.DATALOADER.NUM_WORKERS, os.cpu_count() or 1),
             device=self.device,
         )
         return features, torch.tensor([datum.label for datum in datums])
@@ -95,7 +97,9 @@ class CLIPTrainer(TrainerX):
     def _feature_loader(self, datums: list) -> FeatureLoader:
         return FeatureLoader(*self.encode(datums), batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE)
 
-    def _train_loader(self, datums: list):
+    def _train_loader(self):
+        """Batches of the training images: as pictures where the recipe augments them, else as features."""
+        datums = self.dm.dataset.train_x
         augmented = not self.cfg.INPUT.NO_TRANSFORM and not set(self.cfg.INPUT.TRANSFORMS) <= DETERMINISTIC
         if augmented and not isinstance(datums[0], FeatureDatum):
             return self.dm.train_loader_x
@@ -110,8 +114,7 @@ class CLIPTrainer(TrainerX):
     def before_train(self) -> None:
         super().before_train()
         self.train_started = time.perf_counter()
-        if self.data_free:
-            self.train_loader_x = self.recover_virtual_features()
+        self.train_loader_x = self.recover_virtual_features() if self.data_free else self._train_loader()
 
     def after_epoch(self) -> None:
         super().after_epoch()
