@@ -1,0 +1,190 @@
+"""Downloads that can be interrupted and are verified, archives that cannot write where they like."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tarfile
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from dfzsl.errors import UserError
+from dfzsl.files import read_json, write_json
+
+BLOCK = 1 << 20
+LEDGER = "sha256.json"  # what was downloaded from where, for files whose authors publish no checksum
+
+
+def download(url: str, path: Path, checksum: str = "") -> Path:
+    """Fetch `url` into `path`, going on from `path`.part if an earlier run was interrupted.
+
+    checksum: "md5:..." or "sha256:...". Without one, the sha256 of the first download is written to
+    sha256.json beside `path`, and a later download of the same address must agree with it.
+
+    Raises UserError if the address does not answer, sends a web page or too little, or another file.
+    """
+    if path.exists():
+        verify(path, url, checksum)
+        return path
+    part, tag = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.etag")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    request = urllib.request.Request(url, headers={"User-Agent": "dfzsl"})
+    if part.exists() and tag.exists():
+        # If the file has changed since, the server then sends all of it.
+        request.add_header("Range", f"bytes={part.stat().st_size}-")
+        request.add_header("If-Range", tag.read_text())
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            if answer.headers.get_content_type() == "text/html":
+                raise UserError(
+                    f"{url} sent a web page, not the file: fetch it in a browser and save it as {path}"
+                )
+            goes_on = answer.status == 206
+            done = part.stat().st_size if goes_on else 0
+            length = answer.headers["Content-Length"]
+            total = done + int(length) if length else None
+            if answer.headers["ETag"]:
+                tag.write_text(answer.headers["ETag"])
+            else:
+                tag.unlink(missing_ok=True)
+            with (
+                open(part, "ab" if goes_on else "wb") as file,
+                tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=path.name) as bar,
+            ):
+                while block := answer.read(BLOCK):
+                    file.write(block)
+                    bar.update(len(block))
+    except urllib.error.HTTPError as error:
+        # 416: all of it had arrived, and only the verification was missing.
+        if error.code != 416:
+            raise UserError(
+                f"{url} answers {error.code} {error.reason}; see docs/DATASETS.md for mirrors"
+            ) from None
+        total = part.stat().st_size
+    except OSError as error:
+        raise UserError(
+            f"{url}: {getattr(error, 'reason', error)}; give the command again to go on"
+        ) from None
+    if total is not None and part.stat().st_size < total:
+        raise UserError(
+            f"{url} broke off at {part.stat().st_size} of {total} bytes; give the command again to go on"
+        )
+    try:
+        verify(part, url, checksum, path.parent / LEDGER)
+    finally:
+        tag.unlink(missing_ok=True)
+    os.replace(part, path)
+    return path
+
+
+def verify(path: Path, url: str, checksum: str, ledger: Path | None = None) -> None:
+    """Hold a file against its checksum, or against the ledger.
+
+    Raises UserError, and removes the file, if it differs.
+    """
+    kind, _, expected = (checksum or "sha256:").partition(":")
+    digest = hashlib.new(kind)
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    ledger = ledger or path.parent / LEDGER
+    known = read_json(ledger) if ledger.exists() else {}
+    assert isinstance(known, dict)
+    expected = expected or known.get(url, digest.hexdigest())
+    if digest.hexdigest() != expected:
+        path.unlink()
+        raise UserError(
+            f"{url}: the {kind} of what arrived is {digest.hexdigest()}, not {expected}; it was deleted, "
+            f"give the command again{'' if checksum else f' (delete {ledger} to accept a new version)'}"
+        )
+    if not checksum and url not in known:
+        write_json(ledger, {**known, url: expected})
+
+
+def unpack(archive: Path, place: Path) -> None:
+    """Extract a zip or tar file into the folder `place`, which it replaces: all of it, or nothing.
+
+    Raises UserError for a file that is broken, too large for the disk, or holds a path or link that leads
+    out of `place`.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as inside:
+        try:
+            if zipfile.is_zipfile(archive):
+                _unzip(archive, Path(inside))
+            else:
+                _untar(archive, Path(inside))
+        except tarfile.FilterError as error:
+            raise UserError(f"{archive}: unsafe, not extracted ({error})") from None
+        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+            said = f"{archive}: broken or only half there ({error}); delete it and give the command again"
+            raise UserError(said) from None
+        shutil.rmtree(place, ignore_errors=True)
+        move_into(Path(inside), place)
+
+
+def _unzip(archive: Path, place: Path) -> None:
+    with zipfile.ZipFile(archive) as file:
+        names = file.infolist()
+        for name in names:
+            path = PurePosixPath(name.filename.replace("\\", "/"))
+            if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+                raise UserError(
+                    f"{archive}: unsafe, not extracted ('{name.filename}' leads out of the folder)"
+                )
+        _room_for(sum(name.file_size for name in names), archive, place)
+        for name in tqdm(names, unit="file", desc=f"unpack {archive.name}"):
+            file.extract(name, place)
+
+
+def _untar(archive: Path, place: Path) -> None:
+    with tarfile.open(archive) as file:
+        for member in tqdm(file, unit="file", desc=f"unpack {archive.name}"):
+            _room_for(member.size, archive, place)
+            # "data" refuses absolute paths, "..", links that lead out, and device files.
+            file.extract(member, place, filter="data")
+
+
+def _room_for(size: int, archive: Path, place: Path) -> None:
+    free = shutil.disk_usage(place).free
+    if size > free:
+        raise UserError(
+            f"{archive}: needs {size / 1e9:.1f} GB, but {place.parent} has {free / 1e9:.1f} GB left"
+        )
+
+
+def move_into(source: Path, target: Path) -> None:
+    """Move what is in the folder `source` into `target`, folder by folder; files there are replaced."""
+    target.mkdir(parents=True, exist_ok=True)
+    for entry in source.iterdir():
+        place = target / entry.name
+        if entry.is_dir() and not entry.is_symlink() and place.is_dir():
+            move_into(entry, place)
+        else:
+            os.replace(entry, place)
+
+
+def listing(repository: str) -> dict[str, tuple[str, str]]:
+    """File name to (address, "sha256:...") of a Hugging Face model repository, as the hub publishes them."""
+    url = f"https://huggingface.co/api/models/{repository}/tree/main"
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            entries = json.load(answer)
+        return {
+            entry["path"]: (
+                f"https://huggingface.co/{repository}/resolve/main/{entry['path']}",
+                f"sha256:{entry['lfs']['oid']}",
+            )
+            for entry in entries
+            if "lfs" in entry
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{url}: {error}; the mirror cannot be reached now") from None
