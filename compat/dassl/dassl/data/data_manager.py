@@ -34,7 +34,7 @@ def build_data_loader(
     In training an incomplete last batch is dropped, unless it is the only one. Raises ValueError if there is
     no item.
     """
-    if not data_source:
+    if data_source is None or len(data_source) == 0:
         raise ValueError("cannot build a data loader: there are no items")
     wrapper = dataset_wrapper or DatasetWrapper
     return DataLoader(

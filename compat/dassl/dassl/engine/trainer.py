@@ -35,14 +35,13 @@ from ..utils import (
     AverageMeter,
     MetricMeter,
     count_num_param,
-    load_checkpoint,
     load_pretrained_weights,
     mkdir_if_missing,
     save_checkpoint,
     tolist_if_not,
 )
 from ..utils.rng import get_random_state, set_random_state
-from ..utils.torchtools import resume_training
+from ..utils.torchtools import load_trainer_checkpoint, load_weights, resume_training
 from ..utils.writer import SummaryWriter
 
 __all__ = [
@@ -180,13 +179,13 @@ class TrainerBase:
             save_checkpoint(state, os.path.join(directory, name), is_best=is_best, model_name=model_name)
 
     def resume_model_if_exist(self, directory: str) -> int:
-        """Go on from the last checkpoints in `directory`, if every model has its folder there.
+        """Go on from the last checkpoints in `directory`, if every model has one there.
 
         Returns the number of epochs done (0 without checkpoints). Raises ValueError if the models' last
         checkpoints are of different epochs.
         """
         names = self.get_model_names()
-        if not all(os.path.exists(os.path.join(directory, name)) for name in names):
+        if not all(os.path.exists(os.path.join(directory, name, "checkpoint")) for name in names):
             print("No checkpoint found, train from scratch")
             return 0
         print(f"Found checkpoint at {directory} (will resume training)")
@@ -205,7 +204,7 @@ class TrainerBase:
         # Files of the original have no such entry.
         resume = next(iter(checkpoints.values())).get("resume")
         if resume is not None:
-            if resume["scaler"] is not None and self.scaler is not None:
+            if resume["scaler"] and self.scaler is not None:
                 self.scaler.load_state_dict(resume["scaler"])
             set_random_state(resume["random_state"])
         return epochs[names[0]]
@@ -226,11 +225,11 @@ class TrainerBase:
             path = os.path.join(directory, name, model_file)
             if not os.path.exists(path):
                 raise FileNotFoundError(f'No model at "{path}"')
-            checkpoint = load_checkpoint(path)
+            checkpoint = load_trainer_checkpoint(path)
             val_result = checkpoint.get("val_result")
             suffix = "" if val_result is None else f", val_result={val_result:.1f}"
             print(f"Load {path} to {name} (epoch={checkpoint['epoch']}{suffix})")
-            self._models[name].load_state_dict(checkpoint["state_dict"])
+            load_weights(self._models[name], checkpoint, path)
 
     # Tensorboard
 
@@ -317,6 +316,30 @@ class TrainerBase:
         """Zero the gradients, backward, step. Raises FloatingPointError for a loss that is not finite."""
         self.model_zero_grad(names)
         self.model_backward(loss)
+        self.model_update(names)
+
+    def prograd_backward_and_update(
+        self, loss_a: Tensor, loss_b: Tensor, lambda_: float = 1, names: str | list[str] | None = None
+    ) -> None:
+        """A step along the gradient of `loss_a` that does not go against that of `loss_b`.
+
+        With g_a, g_b a parameter's gradients: g_a if g_a . g_b >= 0, else
+        g_a - lambda_ (g_a . g_b) / |g_b|^2 g_b (Zhu et al., Prompt-aligned gradient for prompt tuning, ICCV
+        2023). Not in the original, but in the version of it that ProGrad's repository carries.
+        """
+        self.model_zero_grad(names)
+        self.detect_anomaly(loss_b)
+        loss_b.backward(retain_graph=True)
+        parameters = [p for name in self.get_model_names(names) for p in self._models[name].parameters()]
+        general = [None if p.grad is None else p.grad.clone() for p in parameters]
+        self.model_zero_grad(names)
+        self.model_backward(loss_a)
+        for parameter, g_b in zip(parameters, general, strict=True):
+            if parameter.grad is None or g_b is None:
+                continue
+            dot = (parameter.grad * g_b).sum()
+            if dot < 0:
+                parameter.grad -= lambda_ * dot / g_b.pow(2).sum() * g_b
         self.model_update(names)
 
     def update_lr(self, names: str | list[str] | None = None) -> None:
@@ -406,7 +429,7 @@ class SimpleTrainer(TrainerBase):
             path = os.path.join(directory, name, BEST)
             if not os.path.exists(path):
                 continue
-            val_result = load_checkpoint(path).get("val_result")
+            val_result = load_trainer_checkpoint(path).get("val_result")
             if val_result is not None:
                 self.best_result = val_result
             target = os.path.join(self.output_dir, name, BEST)

@@ -20,7 +20,6 @@ class Logger:
     """
 
     def __init__(self, fpath: str | None = None) -> None:
-        # A second logger in one program takes the first one's place: its lines go to its own file only.
         stdout = sys.stdout
         self.console: TextIO = stdout.console if isinstance(stdout, Logger) else stdout
         self.file: TextIO | None = None
@@ -58,11 +57,15 @@ class Logger:
 def setup_logger(output: str | None = None) -> None:
     """Copy standard output to `output`: a path ending in .txt or .log, or a folder (its log.txt).
 
-    A file that exists is kept: the new one gets the suffix -YYYY-MM-DD-hh-mm-ss. None: no file.
+    A file that exists is kept: the new one gets the suffix -YYYY-MM-DD-hh-mm-ss. None: no file. A logger set
+    up before is closed, so each run of one program has a log of its own.
     """
     if output is None:
         return
     path = output if output.endswith((".txt", ".log")) else os.path.join(output, "log.txt")
     if os.path.exists(path):
         path += time.strftime("-%Y-%m-%d-%H-%M-%S")
+    previous = sys.stdout
     sys.stdout = Logger(path)  # type: ignore[assignment]
+    if isinstance(previous, Logger):
+        previous.close()

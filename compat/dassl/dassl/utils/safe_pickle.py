@@ -15,6 +15,8 @@ import torch
 __all__ = ["Inert", "load_old_checkpoint"]
 
 ADMITTED = {
+    # Bytes, in the pickle protocol of torch.save.
+    ("_codecs", "encode"),
     ("builtins", "dict"),
     ("builtins", "list"),
     ("builtins", "set"),
@@ -80,4 +82,4 @@ def load_old_checkpoint(fpath: str, map_location: Any = None) -> Any:
             fpath, map_location=map_location, pickle_module=_RestrictedPickle(), weights_only=False
         )
     except Exception as error:
-        raise pickle.UnpicklingError(f"refused to load {fpath}: {error}") from error
+        raise pickle.UnpicklingError(f"cannot load {fpath} as a checkpoint: {error}") from error

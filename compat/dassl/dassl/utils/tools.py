@@ -10,7 +10,8 @@ import sys
 import time
 import urllib.request
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,18 @@ def read_json(fpath: str) -> Any:
 def write_json(obj: Any, fpath: str) -> None:
     """Write as JSON, four spaces an indent; the folder is made if missing."""
     mkdir_if_missing(os.path.dirname(fpath))
-    with open(fpath, "w", encoding="utf-8") as file:
-        json.dump(obj, file, indent=4, separators=(",", ": "))
+    replace_file(fpath, lambda path: Path(path).write_text(json.dumps(obj, indent=4), encoding="utf-8"))
+
+
+def replace_file(fpath: str, write: Callable[[str], Any]) -> None:
+    """Call `write` on a path beside `fpath`, then move it there: whoever looks sees all of it or nothing."""
+    partial = f"{fpath}.partial-{os.getpid()}"
+    try:
+        write(partial)
+        os.replace(partial, fpath)
+    finally:
+        if os.path.exists(partial):
+            os.remove(partial)
 
 
 def set_random_seed(seed: int) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from .safe_pickle import load_old_checkpoint
-from .tools import mkdir_if_missing
+from .tools import mkdir_if_missing, replace_file
 
 __all__ = [
     "count_num_param",
@@ -26,17 +26,6 @@ __all__ = [
     "resume_from_checkpoint",
     "save_checkpoint",
 ]
-
-
-def _replace(fpath: str, write: Any) -> None:
-    """Call `write(path)` on a file beside, then put it in `fpath`'s place: all or nothing."""
-    partial = f"{fpath}.partial-{os.getpid()}"
-    try:
-        write(partial)
-        os.replace(partial, fpath)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
 
 
 def save_checkpoint(
@@ -56,17 +45,13 @@ def save_checkpoint(
         weights = ((k.removeprefix("module."), v) for k, v in state["state_dict"].items())
         state = {**state, "state_dict": OrderedDict(weights)}
     fpath = os.path.join(save_dir, model_name or f"model.pth.tar-{state['epoch']}")
-    _replace(fpath, lambda path: torch.save(state, path))
+    replace_file(fpath, lambda path: torch.save(state, path))
     print(f"Checkpoint saved to {fpath}")
-
-    def write_name(path: str) -> None:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(os.path.basename(fpath) + "\n")
-
-    _replace(os.path.join(save_dir, "checkpoint"), write_name)
+    name = os.path.basename(fpath) + "\n"
+    replace_file(os.path.join(save_dir, "checkpoint"), lambda path: Path(path).write_text(name))
     if is_best:
         best = os.path.join(save_dir, "model-best.pth.tar")
-        _replace(best, lambda path: shutil.copy(fpath, path))
+        replace_file(best, lambda path: shutil.copy(fpath, path))
         print(f'Best checkpoint saved to "{best}"')
 
 
@@ -84,10 +69,25 @@ def load_checkpoint(fpath: str) -> Any:
     map_location = None if torch.cuda.is_available() else "cpu"
     try:
         return torch.load(fpath, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError:
+    except Exception:
+        # Of several kinds, depending on the version of torch; the second attempt shows what is really wrong.
         return load_old_checkpoint(fpath, map_location)
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise pickle.UnpicklingError(f"{fpath} is damaged or not a checkpoint: {error}") from error
+
+
+def load_trainer_checkpoint(fpath: str) -> dict[str, Any]:
+    """As `load_checkpoint`, but ValueError unless the file has what a trainer saves."""
+    checkpoint = load_checkpoint(fpath)
+    if not isinstance(checkpoint, dict) or not {"state_dict", "epoch"} <= checkpoint.keys():
+        raise ValueError(f"{fpath} was not saved by a trainer: it has no state_dict and epoch")
+    return checkpoint
+
+
+def load_weights(model: nn.Module, checkpoint: dict[str, Any], fpath: str) -> None:
+    """model.load_state_dict, naming the file where it does not fit."""
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise RuntimeError(f"{fpath} does not fit the model: {error}") from error
 
 
 def resume_from_checkpoint(fdir: str, model: nn.Module, optimizer: Any = None, scheduler: Any = None) -> int:
@@ -102,8 +102,8 @@ def resume_training(
     with open(os.path.join(fdir, "checkpoint"), encoding="utf-8") as file:
         fpath = os.path.join(fdir, file.readline().strip())
     print(f'Loading checkpoint from "{fpath}"')
-    checkpoint = load_checkpoint(fpath)
-    model.load_state_dict(checkpoint["state_dict"])
+    checkpoint = load_trainer_checkpoint(fpath)
+    load_weights(model, checkpoint, fpath)
     print("Loaded model weights")
     if optimizer is not None and checkpoint.get("optimizer") is not None:
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -153,12 +153,14 @@ def load_pretrained_weights(model: nn.Module, weight_path: str) -> None:
     Warns if none does; prints the names of those left out.
     """
     checkpoint = load_checkpoint(weight_path)
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{weight_path} holds no weights but a {type(checkpoint).__name__}")
     state_dict = checkpoint.get("state_dict", checkpoint)
     own = model.state_dict()
     matched, discarded = OrderedDict(), []
     for key, value in state_dict.items():
         key = key.removeprefix("module.")
-        if key in own and own[key].size() == value.size():
+        if key in own and own[key].shape == getattr(value, "shape", None):
             matched[key] = value
         else:
             discarded.append(key)

@@ -1,3 +1,6 @@
+from typing import Any
+
+from . import transforms
 from .transforms import (
     Cutout,
     GaussianNoise,
@@ -15,3 +18,8 @@ __all__ = [
     "build_img0_transform",
     "build_transform",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """INTERPOLATION_MODES, which needs torchvision."""
+    return getattr(transforms, name)

@@ -43,9 +43,16 @@ AVAI_CHOICES = [
 ]
 
 
+def __getattr__(name: str) -> Any:
+    """INTERPOLATION_MODES: torchvision's modes by name, made when asked for."""
+    if name == "INTERPOLATION_MODES":
+        modes = import_torchvision().transforms.InterpolationMode
+        return {"bilinear": modes.BILINEAR, "bicubic": modes.BICUBIC, "nearest": modes.NEAREST}
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
 def _interpolation(name: str) -> Any:
-    modes = import_torchvision().transforms.InterpolationMode
-    known = {"bilinear": modes.BILINEAR, "bicubic": modes.BICUBIC, "nearest": modes.NEAREST}
+    known = __getattr__("INTERPOLATION_MODES")
     if name not in known:
         raise ValueError(f"INPUT.INTERPOLATION must be one of {list(known)}, but got {name}")
     return known[name]
