@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -16,6 +17,8 @@ import pytest
 from dassl.config import get_cfg_default
 from dassl.data import DataManager
 from dassl.data.datasets import DATASET_REGISTRY, Datum
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import dfzsl.configs
 from dfzsl.datasets.features import FeatureDatum
@@ -390,6 +393,8 @@ def test_a_read_only_data_folder(tmp_path):
 
 # ---------------------------------------------------------------- your own images
 
+ANY_NAME = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1).filter(str.strip)
+
 
 def test_undivided_folders_are_shared_out(tmp_path):
     for label, name in enumerate(["ant", "bee"]):
@@ -454,3 +459,15 @@ def test_a_csv_that_is_a_picture(tmp_path):
     fake_data.picture(tmp_path / "own.csv", 0, 0)
     with pytest.raises(UserError, match="not a readable CSV"):
         build("Csv", tmp_path / "own.csv")
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sets(ANY_NAME, min_size=2))
+def test_class_names_of_a_csv_may_be_any_text(tmp_path_factory, names):
+    folder = tmp_path_factory.mktemp("csv")
+    fake_data.picture(folder / "a.jpg", 0, 0)
+    with open(folder / "own.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "label", "split"])
+        writer.writerows(["a.jpg", name, part] for name in names for part in ("train", "test"))
+    assert build("Csv", folder / "own.csv").classnames == sorted(names)
