@@ -1,0 +1,224 @@
+"""The final classifier: one cosine softmax for base and new classes, and how its rows are fitted.
+
+    logits(x) = (cos(x + shift, r_c) + b_c) / temperature
+
+`shift` moves image features (FLPT), r_c are unit rows, and b_c calibrates new classes against base ones.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfzsl.errors import UserError, unknown
+from dfzsl.files import load_tensors, save_tensors
+
+TEMPERATURE = 0.01  # CLIP's own, 1 / logit_scale
+
+
+@dataclass
+class Classifier:
+    """Rows for base and new classes on a backbone's unit features.
+
+    Attributes:
+        weight: (C, d) unit rows; classnames: C different names; is_new: (C,) bool.
+        bias: (C,) in units of the cosine; temperature: of the softmax.
+        shift: (d,) added to a unit image feature, or None.
+        text_shift: (d,) added to a unit text feature to make the row of a class added later.
+        new_bias: the bias of a class added later.
+        backbone, weights: ids of the image encoder; `weights` is a tag or the hash of a file.
+    """
+
+    weight: Tensor
+    classnames: list[str]
+    is_new: Tensor
+    bias: Tensor
+    temperature: float = TEMPERATURE
+    shift: Tensor | None = None
+    text_shift: Tensor | None = None
+    new_bias: float = 0.0
+    backbone: str = ""
+    weights: str = ""
+
+    def __post_init__(self) -> None:
+        names, shape = len(self.classnames), tuple(self.weight.shape)
+        if len(shape) != 2 or {shape[0], len(self.is_new), len(self.bias)} != {names}:
+            raise UserError(f"a classifier needs a row, flag and bias per class; got {shape}, {names} names")
+        if len(set(self.classnames)) < names:
+            raise UserError("a classifier's class names must differ from each other")
+
+    def logits(self, x: Tensor, classnames: Sequence[str] | None = None) -> Tensor:
+        """(n, C) logits of image features x (n, d), over all classes or the named ones in that order.
+
+        Raises UserError for a name it does not know.
+        """
+        weight, bias = self.weight.to(x), self.bias.to(x)
+        if classnames is not None and list(classnames) != self.classnames:
+            rows = self._rows(classnames)
+            weight, bias = weight[rows], bias[rows]
+        x = F.normalize(x, dim=1)
+        if self.shift is not None:
+            x = F.normalize(x + self.shift.to(x), dim=1)
+        return (x @ weight.T + bias) / self.temperature
+
+    def _rows(self, classnames: Sequence[str]) -> list[int]:
+        index = {name: row for row, name in enumerate(self.classnames)}
+        for name in classnames:
+            if name not in index:
+                raise unknown("class", name, index)
+        return [index[name] for name in classnames]
+
+    def extend(self, classnames: Sequence[str], text: Tensor) -> Classifier:
+        """This classifier and new classes with unit text features (K, d); old rows stay as they are."""
+        check_new_names(self.classnames, classnames)
+        if text.shape != (len(classnames), self.weight.shape[1]):
+            raise UserError(
+                f"{len(classnames)} new classes need text features ({len(classnames)}, "
+                f"{self.weight.shape[1]}), got {tuple(text.shape)}"
+            )
+        text = text.to(self.weight)
+        if self.text_shift is not None:
+            text = text + self.text_shift
+        added = torch.ones(len(classnames), dtype=torch.bool, device=self.weight.device)
+        return replace(
+            self,
+            weight=torch.cat([self.weight, F.normalize(text, dim=1)]),
+            classnames=[*self.classnames, *classnames],
+            is_new=torch.cat([self.is_new, added]),
+            bias=torch.cat([self.bias, torch.full_like(added, self.new_bias, dtype=self.bias.dtype)]),
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        tensors = {"weight": self.weight.float(), "is_new": self.is_new, "bias": self.bias.float()}
+        for name in ("shift", "text_shift"):
+            if (value := getattr(self, name)) is not None:
+                tensors[name] = value.float()
+        about = ("classnames", "temperature", "new_bias", "backbone", "weights")
+        save_tensors(path, tensors, {"kind": "classifier", **{name: getattr(self, name) for name in about}})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Classifier:
+        """Read `save`'s file. Raises UserError when it is missing, broken or not a classifier."""
+        tensors, about = load_tensors(path, "classifier")
+        about.pop("kind")
+        try:
+            return cls(**tensors, **about)  # type: ignore[arg-type]
+        except TypeError:
+            raise UserError(f"{path}: an incomplete classifier file; train again to write it anew") from None
+
+
+def check_new_names(known: Sequence[str], new: Sequence[str]) -> None:
+    """Raise UserError when new names repeat each other or a known one."""
+    if len(set(new)) < len(new):
+        twice = next(name for i, name in enumerate(new) if name in new[:i])
+        raise UserError(f"the new class '{twice}' is named twice")
+    if both := sorted(set(known) & set(new)):
+        raise UserError(f"'{both[0]}' is a base class already: a new class needs a name of its own")
+
+
+def text_shift(
+    features: Tensor,
+    labels: Tensor,
+    text: Tensor,
+    generator: torch.Generator,
+    *,
+    decay: float = 1.0,
+    steps: int = 150,
+    lr: float = 3e-3,
+    batch: int = 4096,
+    temperature: float = TEMPERATURE,
+) -> Tensor:
+    """The shift s (d,) of all text features that tells base classes apart best: FLPT in feature space.
+
+    Minimises CE(cos(x, t_c + s) / temperature) + decay |s|^2 over features (n, d) with labels (n,). One
+    vector for all classes, so new classes are moved by it too; what it mends is mainly that text features
+    near the mean of all texts are too seldom (or too often) a picture's nearest.
+    """
+    shift = torch.zeros_like(text[0])
+
+    def loss(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        rows = F.normalize(text + s, dim=1)
+        return F.cross_entropy(x @ rows.T / temperature, y) + decay * s.square().sum()
+
+    return minimise(loss, shift, features, labels, generator, steps=steps, lr=lr, batch=batch)
+
+
+def fit_rows(
+    features: Tensor,
+    labels: Tensor,
+    rows: Tensor,
+    generator: torch.Generator,
+    *,
+    pull: float = 7.0,
+    steps: int = 150,
+    lr: float = 2e-3,
+    anneal: bool = True,
+    batch: int = 4096,
+    log_prior: bool = True,
+    temperature: float = TEMPERATURE,
+) -> Tensor:
+    """Unit rows (C, d) of a cosine softmax, trained on features (n, d) from the given unit `rows`.
+
+    Minimises CE((x.r_c / temperature + log p_c)) + pull/2 mean_c |r_c - rows_c|^2, where p_c is the share of
+    class c among the labels (logit adjustment, Menon et al. 2021). A class whose text row serves it well
+    has no gradient and keeps it: the teacher is heard where text falls short. The paper's setting is
+    pull 0, lr 5e-5, batch 64, anneal False.
+    """
+    prior = torch.zeros(len(rows), device=features.device)
+    if log_prior:
+        counts = torch.bincount(labels, minlength=len(rows)).to(features)
+        prior = (counts.clamp(min=1) / len(labels)).log()
+
+    def loss(x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
+        logits = x @ (rows + delta).T / temperature + prior
+        return F.cross_entropy(logits, y) + 0.5 * pull * delta.square().sum(1).mean()
+
+    delta = minimise(
+        loss,
+        torch.zeros_like(rows),
+        features,
+        labels,
+        generator,
+        steps=steps,
+        lr=lr,
+        anneal=anneal,
+        batch=batch,
+    )
+    return F.normalize(rows + delta, dim=1)
+
+
+@torch.enable_grad()
+def minimise(
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    start: Tensor,
+    features: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    *,
+    steps: int,
+    lr: float,
+    batch: int,
+    anneal: bool = True,
+) -> Tensor:
+    """Adam on `loss(x, y, parameter)` over batches drawn on the features' device; lr falls to 0 linearly."""
+    parameter = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([parameter], lr=lr)
+    for step in range(steps):
+        if anneal:
+            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+        x, y = features, labels
+        if len(features) > batch:
+            rows = torch.randint(len(features), (batch,), device=features.device, generator=generator)
+            x, y = features[rows], labels[rows]
+        value = loss(x, y, parameter)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    if not torch.isfinite(parameter).all():
+        raise UserError("the classifier diverged; lower GENERATOR.CLASSIFIER_LR")
+    return parameter.detach()

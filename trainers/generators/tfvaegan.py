@@ -1,0 +1,131 @@
+"""TF-VAEGAN: a conditional VAE-GAN with semantic decoder and latent feedback (Narayan et al., ECCV 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import NeuralGenerator, generator, gradient_penalty, linear, mlp
+from .cvae import encode
+
+
+@generator("tfvaegan")
+class TFVAEGAN(NeuralGenerator):
+    """Encoder E and generator G (a VAE), critic D (WGAN-GP), decoder Dec (feature -> condition), feedback F.
+
+    Each epoch runs `feedback_loop` passes. In the first, x = G(z, a). In the second, the decoder's hidden
+    units h of that x go back into the generator: x = G(z, a + strength * F(h)), meaning that F(h) is added
+    to G's hidden layer. Losses:
+        D    gamma_d (E D(fake) - E D(real) + penalty GP)
+        G    |x - x_vae|^2 + KL - gamma_g E D(fake) + recons_weight |Dec(fake) - a|_1
+        Dec  recons_weight |Dec(x) - a|_1 on training features (and, unless `freeze_dec`, on fakes)
+    Defaults are the paper's (DFZSL's released settings). `a1` and `a2` are the feedback strengths while
+    training and while generating.
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        condition_dim: int,
+        *,
+        critic_iter: int = 5,
+        penalty: float = 10.0,
+        gamma_d: float = 10.0,
+        gamma_g: float = 10.0,
+        recons_weight: float = 0.1,
+        feed_lr: float = 7e-4,
+        dec_lr: float = 5e-4,
+        freeze_dec: bool = True,
+        feedback_loop: int = 2,
+        a1: float = 0.01,
+        a2: float = 0.01,
+        **settings: Any,
+    ) -> None:
+        own: dict[str, Any] = {
+            "critic_iter": critic_iter,
+            "penalty": penalty,
+            "gamma_d": gamma_d,
+            "gamma_g": gamma_g,
+            "recons_weight": recons_weight,
+            "feed_lr": feed_lr,
+            "dec_lr": dec_lr,
+            "freeze_dec": freeze_dec,
+            "feedback_loop": feedback_loop,
+            "a1": a1,
+            "a2": a2,
+        }
+        super().__init__(feature_dim, condition_dim, **settings, **own)
+        self.critic_iter, self.penalty, self.gamma_d, self.gamma_g = critic_iter, penalty, gamma_d, gamma_g
+        self.recons_weight, self.feed_lr, self.dec_lr = recons_weight, feed_lr, dec_lr
+        self.freeze_dec, self.feedback_loop, self.a1, self.a2 = freeze_dec, feedback_loop, a1, a2
+        self.encoder = mlp(feature_dim + condition_dim, self.hidden, 2 * self.latent)
+        self.generator_in = linear(self.latent + condition_dim, self.hidden)
+        self.generator_out = linear(self.hidden, feature_dim)
+        self.critic = mlp(feature_dim + condition_dim, self.hidden, 1)
+        self.decoder = mlp(feature_dim, self.hidden, condition_dim)
+        self.feedback = nn.Sequential(mlp(self.hidden, self.hidden, self.hidden), nn.LeakyReLU(0.2))
+
+    def start(self, x: Tensor, y: Tensor, a: Tensor, rng: torch.Generator) -> None:
+        self.optimizer = self.adam(self.encoder, self.generator_in, self.generator_out)
+        self.critic_optimizer = self.adam(self.critic)
+        self.decoder_optimizer = self.adam(self.decoder, lr=self.dec_lr)
+        self.feedback_optimizer = self.adam(self.feedback, lr=self.feed_lr)
+
+    def step(self, batches: Callable[[], tuple[Tensor, Tensor]], rng: torch.Generator) -> Tensor:
+        loss = torch.zeros(())
+        for loop in range(self.feedback_loop):
+            loss = self._pass(batches, rng, self.a1 if loop else 0.0)
+        return loss
+
+    def _pass(
+        self, batches: Callable[[], tuple[Tensor, Tensor]], rng: torch.Generator, strength: float
+    ) -> Tensor:
+        for _ in range(self.critic_iter):
+            x, a = batches()
+            recons = self.recons_weight * F.l1_loss(self.decoder(x), a)
+            self.decoder_optimizer.zero_grad()
+            recons.backward()
+            self.decoder_optimizer.step()
+            fake = self._decode(self._noise(a, rng), a, strength).detach()
+            real_score = self.critic(torch.cat([x, a], 1)).mean()
+            fake_score = self.critic(torch.cat([fake, a], 1)).mean()
+            penalty = gradient_penalty(self.critic, x, fake, a, rng)
+            critic_loss = self.gamma_d * (fake_score - real_score + self.penalty * penalty)
+            self.critic_optimizer.zero_grad()
+            critic_loss.backward()
+            self.critic_optimizer.step()
+        x, a = batches()
+        z, divergence = encode(self.encoder, x, a, rng)
+        loss = (self._decode(z, a, strength) - x).square().sum(1).mean() + divergence
+        fake = self._decode(self._noise(a, rng), a, strength)
+        loss = loss - self.gamma_g * self.critic(torch.cat([fake, a], 1)).mean()
+        loss = loss + self.recons_weight * F.l1_loss(self.decoder(fake), a)
+        optimizers = [self.optimizer]
+        if strength:
+            optimizers.append(self.feedback_optimizer)
+        if not self.freeze_dec:
+            optimizers.append(self.decoder_optimizer)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        return loss.detach()
+
+    def _noise(self, a: Tensor, rng: torch.Generator) -> Tensor:
+        return torch.randn(len(a), self.latent, device=a.device, generator=rng)
+
+    def _decode(self, z: Tensor, a: Tensor, strength: float) -> Tensor:
+        hidden = F.leaky_relu(self.generator_in(torch.cat([z, a], 1)), 0.2)
+        x = self.generator_out(hidden)
+        if not strength:
+            return x
+        units = self.decoder[1](self.decoder[0](x))
+        return self.generator_out(hidden + strength * self.feedback(units))
+
+    def generate(self, a: Tensor, rng: torch.Generator) -> Tensor:
+        return self._decode(self._noise(a, rng), a, self.a2 if self.feedback_loop > 1 else 0.0)

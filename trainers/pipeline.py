@@ -1,0 +1,256 @@
+"""Stage 3 in one function: from virtual base classes and the names' text features to the final classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfzsl.errors import UserError, unknown
+
+from .classifier import Classifier, check_new_names, fit_rows, text_shift
+from .generators import build_generator
+from .generators.base import device_generator
+
+if TYPE_CHECKING:
+    from .recovery import VirtualClasses
+
+MAX_GENERATED = 200_000  # features held at once; with thousands of new classes each gets fewer
+
+
+@dataclass(frozen=True)
+class StageThreeSettings:
+    """All of stage 3. The config keys are the field names in capitals, under GENERATOR.
+
+    Attributes:
+        name: a generator of `generators.GENERATORS`, or "none": new classes are then not trained on, their
+            rows are their (aligned) text features.
+        num_per_class: virtual features per base class, and generated ones per new class.
+        epochs, hidden, batch, lr: of a neural generator; 0 keeps its own (the paper's).
+        holdout: share of base classes that watch the generator's training; patience: epochs without progress
+            there before it stops.
+        place: "cone" puts virtual features into CLIP's image cone (see `place_in_cone`), "recovered" takes
+            them as stage 1 made them.
+        spread: distance of class means from their common mean, for "cone".
+        gap: how far image features lie along the mean text feature, for "cone".
+        concentration: of virtual features, for "cone".
+        align: shift all text features by one vector learned on the base classes (FLPT in feature space).
+        align_decay: weight of its squared length.
+        pull, classifier_steps, classifier_batch, classifier_lr, classifier_anneal, log_prior: see
+            `classifier.fit_rows`.
+        calibrate: balance base against new classes on pseudo-new ones, see `calibrate`.
+    """
+
+    name: str = "none"
+    num_per_class: int = 100
+    epochs: int = 0
+    hidden: int = 0
+    batch: int = 0
+    lr: float = 0.0
+    holdout: float = 0.1
+    patience: int = 10
+    place: str = "cone"
+    spread: float = 0.35
+    gap: float = 0.15
+    concentration: float = 1800.0
+    align: bool = True
+    align_decay: float = 1.0
+    pull: float = 7.0
+    classifier_steps: int = 150
+    classifier_batch: int = 4096
+    classifier_lr: float = 2e-3
+    classifier_anneal: bool = True
+    log_prior: bool = True
+    calibrate: bool = True
+
+
+def build_classifier(
+    virtual: VirtualClasses,
+    base_text: Tensor,
+    new_text: Tensor,
+    *,
+    new_classnames: Sequence[str],
+    shift: Tensor | None = None,
+    settings: StageThreeSettings | None = None,
+    generator: torch.Generator,
+    backbone: str = "",
+    weights: str = "",
+) -> Classifier:
+    """The classifier for base and new classes.
+
+    Args:
+        virtual: the recovered base classes (stage 1), in the order of `base_text`.
+        base_text: (C, d) unit text features of base classes; new_text: (K, d) of new ones, K may be 0. Both
+            in the tuned context when FLPT ran. Training runs on their device.
+        shift: (d,) FLPT's shift of image features, or None.
+        generator: the source of everything random.
+        backbone, weights: ids of the image encoder, kept in the classifier.
+
+    Raises UserError for new names that repeat or are base names, shapes that do not fit, unknown settings.
+    """
+    settings = settings or StageThreeSettings()
+    base_classnames = list(virtual.classnames)
+    check_new_names(base_classnames, new_classnames)
+    if len(base_text) != len(base_classnames) or new_text.shape != (len(new_classnames), base_text.shape[1]):
+        raise UserError(
+            f"{len(base_classnames)} base and {len(new_classnames)} new classes need as many text features, "
+            f"got {tuple(base_text.shape)} and {tuple(new_text.shape)}"
+        )
+    device = base_text.device
+    rng = device_generator(generator, device)
+    base_text, new_text = base_text.float(), new_text.to(base_text).float()
+    x, y = _virtual_features(virtual, base_text, new_text, settings, generator)
+    x, y = x.to(device), y.to(device)
+    if shift is not None:
+        shift = shift.to(x)
+        x = F.normalize(x + shift, dim=1)
+
+    base, new, moved = _train(x, y, base_text, new_text, settings, rng)
+    bias = 0.0
+    if settings.calibrate and len(new) and len(base) > 1:
+        bias = calibrate(x, y, base_text, len(new), settings, rng)
+    is_new = torch.arange(len(base) + len(new), device=device) >= len(base)
+    return Classifier(
+        weight=torch.cat([base, new]),
+        classnames=[*base_classnames, *new_classnames],
+        is_new=is_new,
+        bias=bias * is_new,
+        shift=shift,
+        text_shift=moved,
+        new_bias=bias,
+        backbone=backbone,
+        weights=weights,
+    )
+
+
+def _virtual_features(
+    virtual: VirtualClasses, base_text: Tensor, new_text: Tensor, s: StageThreeSettings, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    if s.place == "recovered":
+        return virtual.sample(s.num_per_class, rng)
+    if s.place != "cone":
+        raise unknown("GENERATOR.PLACE", s.place, ("cone", "recovered"))
+    rows = virtual.weight if virtual.weight is not None else virtual.mu - virtual.mu.mean(0)
+    means = place_in_cone(rows.to(base_text), base_text, new_text, spread=s.spread, gap=s.gap, generator=rng)
+    labels = torch.arange(len(means)).repeat_interleave(s.num_per_class)
+    noise = torch.randn(len(labels), means.shape[1], generator=rng) / s.concentration**0.5
+    return F.normalize(means.cpu()[labels] + noise, dim=1), labels
+
+
+def place_in_cone(
+    rows: Tensor,
+    base_text: Tensor,
+    new_text: Tensor,
+    *,
+    spread: float,
+    gap: float,
+    generator: torch.Generator,
+) -> Tensor:
+    """Class means (C, d) inside CLIP's cone of image features, from a teacher's rows.
+
+    The rows of a regularised softmax tell how class means differ, w_c ~ m_c - m, not where their mean m
+    lies, and a cosine with a text feature needs m too. Image and text features fill two cones (the modality
+    gap, Liang et al. 2022): m = gap * mean(t) + a part orthogonal to all rows and texts, |m|^2 = 3/4.
+    """
+    rows = F.normalize(rows, dim=1)
+    # With classes of unequal size the rows also hold multiples of m, and no longer cancel: remove that.
+    common = rows.mean(0)
+    excess = common.square().sum()
+    direction = common / excess.sqrt().clamp(min=1e-12)
+    rows = rows - excess / (excess + 1 / len(rows)) * (rows @ direction)[:, None] * direction
+    rows = F.normalize(rows, dim=1)
+    center = gap * base_text.mean(0)
+    # Orthogonal as far as there is room: the inverse leaves the directions that rows and texts hardly use.
+    used = torch.cat([rows, base_text, new_text]).double()
+    gram = used.T @ used
+    gram += 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
+    free = torch.randn(len(gram), generator=generator, dtype=torch.float64).to(gram.device)
+    free = F.normalize(torch.linalg.solve(gram, free), dim=0).to(rows)
+    return center + (0.75 - center.square().sum()).clamp(min=0).sqrt() * free + spread * rows
+
+
+def _train(
+    x: Tensor, y: Tensor, base_text: Tensor, new_text: Tensor, s: StageThreeSettings, rng: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows of base (C, d) and new classes (K, d), and the shift of text features or None."""
+    moved = None
+    if s.align and len(base_text) > 1:
+        moved = text_shift(x, y, base_text, rng, decay=s.align_decay)
+        base_text, new_text = F.normalize(base_text + moved, dim=1), F.normalize(new_text + moved, dim=1)
+    rows = base_text
+    if s.name != "none" and len(new_text):
+        own: dict[str, Any] = {
+            key: getattr(s, key) for key in ("epochs", "hidden", "batch", "lr") if getattr(s, key)
+        }
+        if s.name != "vmf":
+            own |= {"holdout": s.holdout, "patience": s.patience}
+        model = build_generator(s.name, x.shape[1], base_text.shape[1], **own)
+        model.fit(x, y, base_text, rng)
+        count = min(s.num_per_class, max(1, MAX_GENERATED // len(new_text)))
+        made = model.sample(new_text, count, rng)
+        labels = torch.arange(len(base_text), len(base_text) + len(new_text), device=y.device)
+        x, y = torch.cat([x, made]), torch.cat([y, labels.repeat_interleave(count)])
+        rows = torch.cat([base_text, new_text])
+    rows = fit_rows(
+        x,
+        y,
+        rows,
+        rng,
+        pull=s.pull,
+        steps=s.classifier_steps,
+        lr=s.classifier_lr,
+        anneal=s.classifier_anneal,
+        batch=s.classifier_batch,
+        log_prior=s.log_prior,
+    )
+    base = rows[: len(base_text)]
+    return base, rows[len(base_text) :] if len(rows) > len(base_text) else new_text, moved
+
+
+def calibrate(
+    x: Tensor, y: Tensor, base_text: Tensor, num_new: int, s: StageThreeSettings, rng: torch.Generator
+) -> float:
+    """The bias of new classes, in units of the cosine, that balances them against base classes.
+
+    No new class has a feature to calibrate on, but base classes do: a part of them, as large a share as the
+    new classes will be (at most half), plays the new classes, unseen while the other rows are trained.
+    The bias with the highest harmonic mean of their per-class accuracies is found on their virtual
+    features. Every base class plays once.
+    """
+    classes = len(base_text)
+    share = min(num_new / (classes + num_new), 0.5)
+    folds = min(round(1 / share), 5, classes)
+    order = torch.randperm(classes, device=x.device, generator=rng)
+    grid = torch.linspace(-0.15, 0.15, 301, device=x.device)
+    seen, unseen = torch.zeros_like(grid), torch.zeros_like(grid)
+    for fold in range(folds):
+        playing = torch.zeros(classes, dtype=torch.bool, device=x.device)
+        playing[order[fold::folds]] = True
+        relabel = torch.cat([(~playing).nonzero()[:, 0], playing.nonzero()[:, 0]]).argsort()
+        known = ~playing[y]
+        base, new, _ = _train(x[known], relabel[y[known]], base_text[~playing], base_text[playing], s, rng)
+        margin, correct = _margins(x, relabel[y], base, new)
+        seen += _curve(margin[known], correct[known], grid, above=True) / folds
+        unseen += _curve(margin[~known], correct[~known], grid, above=False) / folds
+    harmonic = 2 * seen * unseen / (seen + unseen).clamp(min=1e-12)
+    return float(grid[harmonic >= harmonic.max() - 1e-3].mean())
+
+
+def _margins(x: Tensor, y: Tensor, base: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
+    """By how much the best base class beats the best new one, and whether the best of y's own part is y."""
+    base_top, base_class = (x @ base.T).max(1)
+    new_top, new_class = (x @ new.T).max(1)
+    return base_top - new_top, torch.where(y < len(base), base_class == y, new_class + len(base) == y)
+
+
+def _curve(margin: Tensor, correct: Tensor, grid: Tensor, above: bool) -> Tensor:
+    """Accuracy at each bias of the grid: right within its part, and its part wins."""
+    # The same number of features per class: the mean over features is the mean over classes.
+    margins = margin[correct].sort().values
+    below = torch.searchsorted(margins, grid).to(grid)
+    hits = len(margins) - below if above else below
+    return hits / max(len(margin), 1)
