@@ -100,6 +100,14 @@ def test_towers_with_a_cache_use_it():
     assert all(tiny(name).text_tower.cacheable == (name in FAST) for name in CONFIGS if name != "tiny-openai")
 
 
+def test_a_layer_compiles_in_one_piece(monkeypatch):
+    compiled = torch.compile(prompts._run_layer, backend="eager", fullgraph=True)
+    monkeypatch.setattr(prompts, "_compiled_layer", lambda: compiled)
+    backbone = tiny("tiny-vit")
+    monkeypatch.setattr(backbone, "compiled", True)
+    assert max(compare(backbone, NAMES, 4, "end", False, 2)) < 1e-5
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     names=st.lists(st.text("abc -'7_", min_size=1, max_size=30), min_size=1, max_size=7),

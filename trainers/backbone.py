@@ -126,6 +126,7 @@ class Backbone(nn.Module):
         preprocess_cfg: size (h, w), mean, std, interpolation, resize_mode of its pictures.
         identity: what features made with it are marked with.
         precision: fp32, fp16, amp or bf16; set it with `use_precision`.
+        compiled: learn prompts through compiled layers.
     """
 
     has_text_encoder = True
@@ -139,6 +140,7 @@ class Backbone(nn.Module):
         self.weights_id = weights_id
         self.dim = dim
         self.precision = "fp32"
+        self.compiled = False
         self.context_length: int = model.context_length
         self.logit_scale = float(model.logit_scale.exp())
         self._make_tokenizer = tokenizer

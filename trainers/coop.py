@@ -16,8 +16,10 @@ from torch.nn import functional as F
 from dfzsl.toolbox import add_keys, register
 
 from .base import CLIPTrainer
-from .prompts import PromptLearner
+from .prompts import PromptLearner, require_text_encoder
 
+# torch.compile takes a minute before the first step: worth it on a GPU, for thousands of steps.
+add_keys("MODEL.BACKBONE", COMPILE=False)
 add_keys("TRAINER.COOP", N_CTX=16, CSC=False, CTX_INIT="", PREC="fp16", CLASS_TOKEN_POSITION="end")
 
 
@@ -62,8 +64,10 @@ class CoOp(CLIPTrainer):
         return PromptedCLIP(learner, self.backbone.logit_scale)
 
     def build_model(self) -> None:
-        self.model = self.build_prompted().to(self.device)
+        require_text_encoder(self.backbone)
         self.backbone.use_precision(self.settings.PREC)
+        self.backbone.compiled = self.cfg.MODEL.BACKBONE.COMPILE
+        self.model = self.build_prompted().to(self.device)
         learner = self.model.prompt_learner
         if self.cfg.MODEL.INIT_WEIGHTS:
             load_pretrained_weights(learner, self.cfg.MODEL.INIT_WEIGHTS)

@@ -9,8 +9,9 @@ its name to its end. The rows of all classes lie behind one another in one matri
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,9 @@ POSITIONS = ("end", "middle", "front")
 # Token rows whose activations are kept for the backward pass at once (about 0.4 MB each in ViT-B/16's text
 # tower, float32); more of them are cut into chunks, recomputed when their gradient is asked for.
 ROWS_AT_ONCE = 8192
-# Padding tolerated where classes of different lengths share one attention call.
-WASTE = 1 / 8
+# Padding tolerated where classes of different lengths share one attention call: a GPU would rather compute
+# twice as much than be called twice as often.
+PADDING = {"cpu": 1 / 8, "cuda": 1.0}
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Prompts:
         names = _checked_names(classnames)
         tower = self.tower = backbone.text_tower
         self.autocast = backbone.autocast
+        self.compiled = backbone.compiled
         length = tower.context_length
         start, word = _start_and_word(backbone)
         # Start token, a word, full stop, end token.
@@ -115,11 +118,12 @@ class Prompts:
 
     def _encode_fast(self, context: Tensor) -> Tensor:
         blocks = self.blocks
+        layer = _compiled_layer() if self.compiled and torch.is_grad_enabled() else _run_layer
         parts = []
         for block in blocks:
             at_once = max(1, ROWS_AT_ONCE // len(block.ids))
             several = len(blocks) > 1 or len(context) > at_once
-            run = functools.partial(_run_block, self.tower, block, self.shared)
+            run = functools.partial(_run_block, self.tower, layer, block, self.shared)
             parts.append(torch.cat([_recomputed(run, part, several) for part in context.split(at_once)]))
         order = torch.cat([block.order for block in blocks])
         return torch.cat(parts, dim=1)[:, order.argsort()]
@@ -154,6 +158,7 @@ class Prompts:
     def _group(self) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
         """Cut the classes, sorted by length, into blocks, and each block into groups of nearly one length."""
         lengths = (self.end + 1 - self.shared).tolist()
+        padding = PADDING[self.ids.device.type]
         order: list[int] = []
         groups: list[tuple[int, int]] = []
         rows = self.shared
@@ -164,7 +169,7 @@ class Prompts:
                 yield order, groups
                 order, groups, rows = [], [], self.shared
             count = groups[-1][0] + 1 if groups else 1
-            if groups and count * length <= (1 + WASTE) * (in_group + length):
+            if groups and count * length <= (1 + padding) * (in_group + length):
                 rows += count * length - groups[-1][0] * groups[-1][1]
                 groups[-1] = (count, length)
                 in_group += length
@@ -200,22 +205,35 @@ class Prompts:
         )
 
 
-def _run_block(tower: TextTower, block: Block, shared: int, context: Tensor) -> Tensor:
+def _run_block(tower: TextTower, run: Callable, block: Block, shared: int, context: Tensor) -> Tensor:
     """Features (B, n, d) of one block for contexts (B, C or 1, M, w)."""
     x = tower.embed(block.ids).expand(len(context), -1, -1)
     learned = (block.slots >= 0).nonzero()[:, 0]
     x = x.index_copy(1, learned, context[:, block.owner[learned], block.slots[learned]].to(x.dtype))
     x = x + tower.positions[block.positions]
-    for layer in tower.blocks:
-        attn = layer.attn
-        qkv = F.linear(layer.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-        mixed = _attend(qkv.unflatten(-1, (3, attn.num_heads, -1)), shared, block.groups)
-        if layer is tower.blocks[-1]:
-            # Only the end tokens are looked at.
-            x, mixed = x[:, block.last], mixed[:, block.last]
-        x = x + layer.ls_1(attn.out_proj(mixed))
-        x = x + layer.ls_2(layer.mlp(layer.ln_2(x)))
-    return tower.project(x)
+    for layer in tower.blocks[:-1]:
+        x = run(layer, x, shared, block.groups)
+    # Of the last layer's rows only the end tokens are looked at.
+    return tower.project(run(tower.blocks[-1], x, shared, block.groups, block.last))
+
+
+def _run_layer(
+    layer: Any, x: Tensor, shared: int, groups: Sequence[tuple[int, int]], wanted: Tensor | None = None
+) -> Tensor:
+    """One residual attention block on rows (B, R, w), for the `wanted` rows if not all."""
+    attn = layer.attn
+    qkv = F.linear(layer.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
+    mixed = _attend(qkv.unflatten(-1, (3, attn.num_heads, -1)), shared, groups)
+    if wanted is not None:
+        x, mixed = x[:, wanted], mixed[:, wanted]
+    x = x + layer.ls_1(attn.out_proj(mixed))
+    return x + layer.ls_2(layer.mlp(layer.ln_2(x)))
+
+
+@functools.cache
+def _compiled_layer() -> Callable:
+    """`_run_layer` as fused kernels; all layers share them, each new set of classes makes its own."""
+    return torch.compile(_run_layer)
 
 
 def _attend(qkv: Tensor, shared: int, groups: Sequence[tuple[int, int]]) -> Tensor:
@@ -244,7 +262,7 @@ def _causal(length: int, like: Tensor) -> Tensor:
     return torch.full((length, length), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
 
 
-def _recomputed(run, context: Tensor, several: bool) -> Tensor:
+def _recomputed(run: Callable, context: Tensor, several: bool) -> Tensor:
     """run(context); if one of several, with its activations dropped and recomputed for the gradient."""
     if several and torch.is_grad_enabled() and context.requires_grad:
         return checkpoint(run, context, use_reentrant=False)
@@ -289,6 +307,15 @@ def _lay_out(
     return torch.where(slots < 0, ids, word), slots
 
 
+def require_text_encoder(backbone: Backbone | FeatureBackbone) -> None:
+    """Raise UserError where there are features only."""
+    if not backbone.has_text_encoder:
+        raise UserError(
+            "prompts are learned through a text encoder, and there are features only: "
+            "name the backbone they come from with MODEL.BACKBONE.NAME"
+        )
+
+
 class PromptLearner(nn.Module):
     """CoOp's context: M vectors, shared by all classes or one set a class.
 
@@ -305,7 +332,7 @@ class PromptLearner(nn.Module):
 
     def __init__(
         self,
-        backbone: Backbone | FeatureBackbone,
+        backbone: Backbone,
         classnames: Sequence[str],
         n_ctx: int = 16,
         ctx_init: str = "",
@@ -313,11 +340,7 @@ class PromptLearner(nn.Module):
         class_specific: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(backbone, Backbone):
-            raise UserError(
-                "prompts are learned through a text encoder, and there are features only: "
-                "name the backbone they come from with MODEL.BACKBONE.NAME"
-            )
+        require_text_encoder(backbone)
         # Not a submodule: the frozen model is neither trained nor saved with the context.
         object.__setattr__(self, "backbone", backbone)
         words = ctx_init.replace("_", " ").strip()
