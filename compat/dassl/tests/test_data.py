@@ -87,7 +87,7 @@ def test_few_shot_draws(items, capsys):
     random.seed(1)
     expected = random.sample(by_label[0], 5) + random.sample(by_label[2], 5) + by_label[1]
     assert drawn == expected
-    note = "Note: 1 classes have fewer than 5 items; took all: name 1 (4)\n"
+    note = "Note: fewer than 5 items in 1 of 3 classes, all of them taken: name 1 (4)\n"
     assert capsys.readouterr().out == "Creating a 5-shot dataset\n" + note
 
     random.seed(1)
@@ -273,6 +273,9 @@ def test_bad_data(make_cfg, tmp_path, items):
     for empty in ([], None):
         with pytest.raises(ValueError, match="there are no items"):
             build_data_loader(make_cfg(), data_source=empty)
+    # Four of the five items are drawn, one less than a batch.
+    with pytest.raises(ValueError, match="no batch"):
+        build_data_loader(make_cfg(), "RandomClassSampler", items[:5], batch_size=5, n_ins=4)
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     loader = build_data_loader(make_cfg(), data_source=[Datum(str(bad))], is_train=False)

@@ -421,7 +421,8 @@ def test_test_runs_without_gradients_and_falls_back(make_cfg, capsys):
     trainer.test(split="val")
     assert "Evaluate on the *val* set" in capsys.readouterr().out
     trainer.val_loader = None
-    assert trainer.test(split="val") == accuracy
+    with pytest.warns(UserWarning, match="no validation data"):
+        assert trainer.test(split="val") == accuracy
     assert "Evaluate on the *test* set" in capsys.readouterr().out
 
 

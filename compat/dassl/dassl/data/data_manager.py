@@ -32,12 +32,12 @@ def build_data_loader(
     """A loader over `data_source` (a list of Datum) that yields the batches described at DatasetWrapper.
 
     In training an incomplete last batch is dropped, unless it is the only one. Raises ValueError if there is
-    no item.
+    no item or no batch.
     """
     if data_source is None or len(data_source) == 0:
         raise ValueError("cannot build a data loader: there are no items")
     wrapper = dataset_wrapper or DatasetWrapper
-    return DataLoader(
+    loader = DataLoader(
         wrapper(cfg, data_source, transform=tfm, is_train=is_train),
         batch_size=batch_size,
         sampler=build_sampler(
@@ -52,6 +52,9 @@ def build_data_loader(
         drop_last=is_train and len(data_source) >= batch_size,
         pin_memory=torch.cuda.is_available() and cfg.USE_CUDA,
     )
+    if len(loader) == 0:
+        raise ValueError(f"{sampler_type} draws no batch of {batch_size} from {len(data_source)} items")
+    return loader
 
 
 class DataManager:

@@ -18,6 +18,7 @@ import datetime
 import os
 import shutil
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -474,6 +475,8 @@ class SimpleTrainer(TrainerBase):
         if split == "val" and self.val_loader is not None:
             loader = self.val_loader
         else:
+            if split == "val":
+                warnings.warn("there are no validation data: the test data stand for them", stacklevel=3)
             split, loader = "test", self.test_loader
         print(f"Evaluate on the *{split}* set")
         for batch in tqdm(loader):

@@ -166,7 +166,8 @@ class DatasetBase:
         for data_source in data_sources:
             drawn: list[Any] = []
             short = []
-            for label, items in self.split_dataset_by_label(data_source).items():
+            groups = self.split_dataset_by_label(data_source)
+            for label, items in groups.items():
                 if len(items) >= num_shots:
                     drawn.extend(random.sample(items, num_shots))
                 elif repeat:
@@ -176,7 +177,8 @@ class DatasetBase:
                     short.append(f"{items[0].classname or label} ({len(items)})")
             if short:
                 listed = ", ".join(short[:5]) + (", ..." if len(short) > 5 else "")
-                print(f"Note: {len(short)} classes have fewer than {num_shots} items; took all: {listed}")
+                counts = f"{len(short)} of {len(groups)} classes"
+                print(f"Note: fewer than {num_shots} items in {counts}, all of them taken: {listed}")
             output.append(drawn)
         return output[0] if len(output) == 1 else output
 
