@@ -66,7 +66,8 @@ def _bessel(kappa: Tensor, nu: float) -> tuple[Tensor, Tensor]:
 
 
 def _checked_kappa(kappa: Tensor | float) -> Tensor:
-    kappa = torch.as_tensor(kappa)
+    if not isinstance(kappa, Tensor):
+        kappa = torch.tensor(kappa, dtype=torch.float64)
     if not (torch.isfinite(kappa).all() and (kappa > 0).all()):
         raise ValueError("the concentration kappa must be finite and greater than 0")
     return kappa
@@ -93,7 +94,7 @@ def concentration(resultant: Tensor | float, d: int) -> Tensor:
     Start of Banerjee et al. (2005), kappa = R (d - R^2) / (1 - R^2), then Newton's steps with
     A_d' = 1 - A_d^2 - (d - 1) A_d / kappa. Raises ValueError outside 0 <= resultant < 1.
     """
-    r = torch.as_tensor(resultant).double()
+    r = resultant.double() if isinstance(resultant, Tensor) else torch.tensor(resultant, dtype=torch.float64)
     if not ((r >= 0) & (r < 1)).all():
         raise ValueError("the mean resultant length must be at least 0 and less than 1")
     nu = _checked_dimension(d) / 2 - 1
