@@ -198,7 +198,10 @@ class HTTPTeacher:
             raise UserError(
                 "a teacher behind an address answers queries; set TEACHER.ACCESS to logits or less"
             )
-        about = self._request(None)
+        try:
+            about = self._request(None)
+        except OSError as error:
+            raise UserError(f"the teacher does not describe itself ({error})") from error
         names, dim = about.get("classnames"), about.get("dim")
         if not isinstance(names, list) or not isinstance(dim, int) or not names or dim < 1:
             raise UserError(f"{self.url}: the server's description lacks 'classnames' or 'dim'")
