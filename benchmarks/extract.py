@@ -1,9 +1,10 @@
 """Extraction's throughput beside a plain DataLoader loop, and beside its two halves alone.
 
-    python benchmarks/extract.py [--backbone ViT-B-16] [--images 2000] [--side 500] [--device cuda]
+    python benchmarks/extract.py [--backbone ViT-B-16] [--images 2000] [--side 400] [--device cuda]
 
 All are measured in one run on the same pictures. "decoder alone" is the loader with no encoder, "encoder
-alone" the encoder on one batch again and again: no loop can be faster than the slower of the two.
+alone" the encoder on one batch again and again. Beside a GPU no loop is faster than the slower of the two;
+on a CPU, where they share the cores, their times add up.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +25,6 @@ from tabulate import tabulate
 
 from dfzsl.datasets.features import encode_datums
 from dfzsl.trainers.backbone import load_backbone
-
-T = TypeVar("T")
 
 
 def pictures(folder: Path, count: int, side: int) -> list[Datum]:
@@ -74,10 +73,10 @@ def encoder_alone(backbone, count: int, batch_size: int, device: str) -> None:
     features.cpu()  # waits for the device
 
 
-def rate(count: int, run: Callable[[], T]) -> tuple[float, T]:
+def rate(count: int, run: Callable[[], object]) -> float:
     started = time.perf_counter()
-    result = run()
-    return count / (time.perf_counter() - started), result
+    run()
+    return count / (time.perf_counter() - started)
 
 
 def main() -> None:
@@ -89,6 +88,7 @@ def main() -> None:
     flags.add_argument("--side", type=int, default=400, help="height of a picture")
     flags.add_argument("--batch-size", type=int, default=256)
     flags.add_argument("--workers", type=int, default=os.cpu_count())
+    flags.add_argument("--rounds", type=int, default=3)
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = flags.parse_args()
     backbone = load_backbone(args.backbone, args.weights, args.device, args.precision)
@@ -98,21 +98,25 @@ def main() -> None:
         encoder_alone(backbone, size, size, device)  # warm-up
 
         def ours(cache: str) -> torch.Tensor:
-            return encode_datums(
-                backbone, datums, backbone.transform, Path(folder) / cache, size, workers, device
-            )
+            place = Path(folder) / cache
+            return encode_datums(backbone, datums, backbone.transform, place, size, workers, device)
 
-        rates = {}
-        rates["decoder alone"], _ = rate(len(datums), lambda: decoder_alone(backbone, datums, size, workers))
-        rates["encoder alone"], _ = rate(
-            len(datums), lambda: encoder_alone(backbone, len(datums), size, device)
-        )
-        rates["plain loop"], expected = rate(
-            len(datums), lambda: plain(backbone, datums, size, workers, device)
-        )
-        rates["extract"], found = rate(len(datums), lambda: ours("cache"))
-        rates["extract, again (cache)"], _ = rate(len(datums), lambda: ours("cache"))
-    bound = min(rates["decoder alone"], rates["encoder alone"])
+        rates: dict[str, float] = {}
+        for turn in range(args.rounds):
+            # In turn, and the best of each counts: other work on the machine then hits all alike.
+            runs: dict[str, Callable[[], object]] = {
+                "decoder alone": lambda: decoder_alone(backbone, datums, size, workers),
+                "encoder alone": lambda: encoder_alone(backbone, len(datums), size, device),
+                "plain loop": lambda: plain(backbone, datums, size, workers, device),
+                "extract": partial(ours, f"cache{turn}"),
+                "extract, again (cache)": partial(ours, f"cache{turn}"),
+            }
+            for name, run in runs.items():
+                rates[name] = max(rates.get(name, 0.0), rate(len(datums), run))
+        difference = (plain(backbone, datums, size, workers, device) - ours("cache0")).abs().max().item()
+    halves = [1 / rates["decoder alone"], 1 / rates["encoder alone"]]
+    # Beside a GPU the halves overlap; on a CPU they share its cores.
+    bound = 1 / (max(halves) if device.startswith("cuda") else sum(halves))
     rows = [
         [name, f"{r:.0f}", f"{r / rates['plain loop']:.2f}", f"{r / bound:.2f}"] for name, r in rates.items()
     ]
@@ -120,8 +124,7 @@ def main() -> None:
         f"{args.backbone} on {device}, {args.precision}, {args.images} pictures of {args.side * 4 // 3} x "
         f"{args.side}, {workers} workers, batches of {size}"
     )
-    print(tabulate(rows, ["", "images/s", "of plain", "of the slower half"], tablefmt="github"))
-    difference = (expected - found).abs().max().item()
+    print(tabulate(rows, ["", "images/s", "of plain", "of the bound"], tablefmt="github"))
     print(f"largest difference between the plain loop's features and extract's: {difference:.1e}")
 
 
