@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -123,7 +123,7 @@ class DataFreeManager:
     where the data set has read training or validation images in spite of TEACHER.FILE.
     """
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: Any, custom_tfm_test: Callable | None = None) -> None:
         self.dataset = build_dataset(cfg)
         if self.dataset.train_x or self.dataset.train_u or self.dataset.val:
             raise UserError(
@@ -138,7 +138,7 @@ class DataFreeManager:
             sampler_type=cfg.DATALOADER.TEST.SAMPLER,
             data_source=self.dataset.test,
             batch_size=cfg.DATALOADER.TEST.BATCH_SIZE,
-            tfm=build_transform(cfg, is_train=False),
+            tfm=custom_tfm_test or build_transform(cfg, is_train=False),
             is_train=False,
         )
         self.num_classes = self.dataset.num_classes

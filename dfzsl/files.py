@@ -66,6 +66,18 @@ def save_tensors(
     metadata = {name: json.dumps(value) for name, value in about.items()}
     with atomic(path) as temporary:
         save_file(plain, temporary, metadata)
+        _order_header(temporary)
+
+
+def _order_header(path: Path) -> None:
+    """Sort the header of a safetensors file, whose order is random: the same content is the same bytes."""
+    with open(path, "r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        ordered = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(ordered) <= length:
+            file.seek(8)
+            file.write(ordered.ljust(length))
 
 
 def load_tensors(

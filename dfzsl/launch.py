@@ -1,6 +1,6 @@
 """Whole protocols by one command: every method, every seed, both splits, then the table.
 
-    python -m dfzsl.launch base2new --methods CoOp DFZSL -- imagenet 1 2 3
+    python -m dfzsl.launch base2new --methods CoOp,DFZSL imagenet 1 2 3 OPTIM.MAX_EPOCH 10
 
 Runs keep CoOp's folders, `OUTPUT/base2new/train_base/DATASET/shots_16/TRAINER/CONFIG/seed1`. A run that has
 its results.json is finished and never done again; one that was interrupted goes on. Workers (local processes
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import sys
 import time
@@ -26,31 +27,19 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import dfzsl.configs
-import dfzsl.trainers
 
 from . import train
 from .errors import UserError, unknown
 from .results import RESULTS
 
 CONFIGS = Path(dfzsl.configs.__file__).parent
-FREE = ("ZeroshotCLIP", "TeacherZeroshot", "TextTeacherMix")
+OWNER = "TeacherZeroshot"
+FREE = ("ZeroshotCLIP", OWNER, "TextTeacherMix")
 METHODS = (*FREE, "CoOp", "CoCoOp", "DFZSL")
-XD_TARGETS = [
-    "caltech101",
-    "oxford_pets",
-    "stanford_cars",
-    "oxford_flowers",
-    "food101",
-    "fgvc_aircraft",
-    "sun397",
-    "dtd",
-    "eurosat",
-    "ucf101",
-    "imagenetv2",
-    "imagenet_sketch",
-    "imagenet_a",
-    "imagenet_r",
-]
+DEFAULT_SEEDS = ("1", "2", "3")
+TARGETS = ("caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101")
+TARGETS += ("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101")
+XD_TARGETS = (*TARGETS, "imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 
 
 @dataclass(frozen=True)
@@ -104,78 +93,113 @@ PROTOCOLS = {
 
 
 @dataclass(frozen=True)
+class Method:
+    """A trainer, on real images or on virtual features, with a config: `TRAINER[@virtual][:CONFIG]`."""
+
+    trainer: str
+    virtual: bool = False
+    config: str = ""
+
+    @classmethod
+    def parse(cls, given: str) -> Method:
+        """Raises UserError for an unknown trainer, listing the known ones."""
+        name, _, config = given.partition(":")
+        name, _, source = name.partition("@")
+        known = {known.lower(): known for known in TRAINER_REGISTRY.registered_names()}
+        if name.lower() not in known or source not in ("", "virtual"):
+            raise unknown("method", given, [*known.values(), "CoOp@virtual"])
+        return cls(known[name.lower()], bool(source), config)
+
+    @property
+    def name(self) -> str:
+        """The folder name of its results."""
+        return f"{self.trainer}@virtual" if self.virtual else self.trainer
+
+    @property
+    def type(self) -> type:
+        return TRAINER_REGISTRY.get(self.trainer)
+
+    @property
+    def data_free(self) -> bool:
+        return self.virtual or self.type.needs_teacher
+
+
+@dataclass(frozen=True)
 class Job:
     """One method on one data set with one seed: train and test, then test on the other classes."""
 
     protocol: str
-    method: str
+    method: Method
     data: Data
     seed: int
     shots: int
     teacher_shots: int
     output: Path
-    config: str = ""
     opts: tuple[str, ...] = ()
 
     @property
-    def trainer(self) -> type:
-        return TRAINER_REGISTRY.get(self.trainer_name)
-
-    @property
-    def trainer_name(self) -> str:
-        return self.method.partition("@")[0]
-
-    @property
-    def data_free(self) -> bool:
-        """DFZSL and the text/teacher mix by nature, others (CoOp@virtual) by the method's suffix."""
-        return self.trainer.needs_teacher or self.method.endswith("@virtual")
-
-    @property
     def config_file(self) -> Path | None:
-        folder = CONFIGS / "trainers" / self.trainer_name
-        for name in (self.config, self.data.given.partition(":")[0], self.trainer.recipe):
-            if name and (folder / f"{name}.yaml").exists():
-                return folder / f"{name}.yaml"
-            if name and name == self.config:
-                raise unknown(f"config of {self.trainer_name}", name, (p.stem for p in folder.glob("*.yaml")))
+        """The method's config: the one it names, else the data set's own, else the trainer's recipe.
+
+        A config that is a folder holds one file for each data set.
+        """
+        folder, kind = CONFIGS / "trainers" / self.method.trainer, self.data.given.partition(":")[0]
+        named = self.method.config
+        wanted = [f"{named}/{kind}", named] if named else [kind, self.method.type.recipe]
+        for name in wanted:
+            if (path := folder / f"{name}.yaml").is_file():
+                return path
+        if named:
+            known = {p.relative_to(folder).parts[0].removesuffix(".yaml") for p in folder.rglob("*.yaml")}
+            raise unknown(f"config of {self.method.trainer} for {kind}", named, known)
         return None
 
     def folder(self, part: str, data: Data | None = None) -> Path:
         """The output folder of one part (`train_base`, `test_new`), laid out as CoOp lays it out."""
-        shots = self.teacher_shots if self.data_free or self.method == "TeacherZeroshot" else self.shots
-        config = self.config_file.stem if self.config_file else "default"
+        config = self.method.config or (self.config_file.stem if self.config_file else "default")
         name = (data or self.data).name
         return (
             self.output
             / self.protocol
             / part
             / name
-            / f"shots_{shots if shots > 0 else 'all'}"
-            / self.method
+            / f"shots_{self.shots_seen if self.shots_seen > 0 else 'all'}"
+            / self.method.name
             / config
             / f"seed{self.seed}"
         )
 
     @property
+    def shots_seen(self) -> int:
+        """Images a class behind this job: the teacher's where it learns from the teacher. Below 1: all."""
+        owner = self.method.trainer == OWNER or self.method.data_free
+        return self.teacher_shots if owner else self.shots
+
+    @property
     def teacher(self) -> Job:
         """The owner's job that writes the teacher this one reads."""
-        return replace(self, method="TeacherZeroshot", config="", opts=())
+        return replace(self, method=Method(OWNER))
 
     def arguments(self, part: str, classes: str, data: Data | None = None) -> list[str]:
         """The train.py command line of one part."""
         data = data or self.data
-        shots = self.teacher_shots if self.method == "TeacherZeroshot" else self.shots
-        words = ["--trainer", self.trainer_name, "--seed", str(self.seed), *data.arguments()]
+        words = ["--trainer", self.method.trainer, "--seed", str(self.seed), *data.arguments()]
         words += ["--output-dir", str(self.folder(part, data))]
         if self.config_file:
             words += ["--config-file", str(self.config_file)]
         trained = self.folder(f"train_{PROTOCOLS[self.protocol].train}")
-        if part.startswith("test") or not self.trainer.trains:
+        if part.startswith("test") or not self.method.type.trains:
             words += ["--eval-only"]
-            if self.trainer.trains:
+            if self.method.type.trains:
                 words += ["--model-dir", str(trained)]
-        words += ["DATASET.SUBSAMPLE_CLASSES", classes, "DATASET.NUM_SHOTS", str(shots), *data.overrides()]
-        if self.data_free:
+        words += [
+            "DATASET.SUBSAMPLE_CLASSES",
+            classes,
+            "DATASET.NUM_SHOTS",
+            str(self.shots_seen),
+            *data.overrides(),
+        ]
+        if self.method.data_free:
             owner = self.teacher.folder(f"train_{PROTOCOLS[self.protocol].train}")
             words += ["TEACHER.FILE", str(owner / "teacher.safetensors")]
         return words + list(self.opts)
@@ -197,7 +221,7 @@ class Job:
 
     def run(self) -> None:
         """Run what is not finished. A teacher that is missing is made first."""
-        if self.data_free:
+        if self.method.data_free:
             with self.teacher.locked(wait=True):
                 self.teacher.run()
         for folder, arguments in self.parts():
@@ -286,38 +310,37 @@ def launch(jobs: list[Job], launcher: str, workers: int, output: Path) -> None:
 
 def plan(args: argparse.Namespace) -> list[Job]:
     """The jobs a command line asks for. Raises UserError for what is unknown."""
-    protocol = PROTOCOLS[args.protocol]
-    names = list(TRAINER_REGISTRY.registered_names())
-    lowered = {name.lower(): name for name in names}
-    methods = []
-    for method in args.methods:
-        name, at, suffix = method.partition("@")
-        if name == "all":
-            methods += [n for n in names if TRAINER_REGISTRY.get(n).__module__.startswith("dfzsl.trainers")]
-            continue
-        if name.lower() not in lowered or suffix not in ("", "virtual"):
-            raise unknown("method", method, [*names, *(f"{n}@virtual" for n in ("CoOp", "FLPT"))])
-        methods.append(lowered[name.lower()] + at + suffix)
-    words = args.dataset or [protocol.default]
-    given, seeds = words[0], words[1:] or ["1", "2", "3"]
-    if not all(seed.isdecimal() for seed in seeds):
-        raise UserError(f"seeds are whole numbers, not {' '.join(seeds)}; usage: DATASET [SEED...]")
-    sets = [Data(name, args.root) for name in ([given] if given != "all" else [*XD_TARGETS[:10], "imagenet"])]
+    given, *rest = args.words or [PROTOCOLS[args.protocol].default]
+    seeds = list(itertools.takewhile(str.isdecimal, rest))
+    opts = rest[len(seeds) :]
+    if len(opts) % 2:
+        raise UserError(f"after DATASET and seeds come KEY VALUE pairs, not {' '.join(opts)}")
+    if args.methods == "all":
+        ours = [
+            n
+            for n in TRAINER_REGISTRY.registered_names()
+            if hasattr(TRAINER_REGISTRY.get(n), "needs_teacher")
+        ]
+        methods = [Method(name) for name in ours]
+    else:
+        methods = [Method.parse(method) for method in args.methods.split(",")]
+    # The owner comes first: others wait for its teacher.
+    methods = sorted(dict.fromkeys(methods), key=lambda method: method.trainer != OWNER)
+    names = ["imagenet", *TARGETS] if given == "all" else [given]
     jobs = [
         Job(
-            args.protocol,
-            method,
-            data,
-            int(seed),
-            args.shots,
-            args.teacher_shots,
-            Path(args.output),
-            args.config,
-            tuple(args.opts),
+            protocol=args.protocol,
+            method=method,
+            data=Data(name, args.root),
+            seed=int(seed),
+            shots=args.shots,
+            teacher_shots=args.teacher_shots,
+            output=Path(args.output),
+            opts=tuple(opts),
         )
-        for data in sets
-        for seed in seeds
-        for method in dict.fromkeys(methods)
+        for name in names
+        for seed in seeds or DEFAULT_SEEDS
+        for method in methods
     ]
     for job in jobs:
         job.parts()
@@ -327,37 +350,26 @@ def plan(args: argparse.Namespace) -> list[Job]:
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m dfzsl.launch", description=__doc__.splitlines()[0])
     flags.add_argument("protocol", choices=PROTOCOLS)
-    flags.add_argument(
-        "--methods", nargs="+", default=[*FREE, "DFZSL"], help="trainers, TRAINER@virtual, or all"
-    )
+    flags.add_argument("--methods", default="", help="all, or TRAINER[@virtual][:CONFIG],...")
     flags.add_argument("--root", default=os.environ.get("DATA", "data"), help="data folder (or env DATA)")
     flags.add_argument("--output", default="output", help="where all runs and tables go")
-    flags.add_argument(
-        "--shots", type=int, default=16, help="images a class for methods that train on images"
-    )
+    flags.add_argument("--shots", type=int, default=16, help="images a class, for training on images")
     flags.add_argument("--teacher-shots", type=int, default=-1, help="images a class for the owner; -1: all")
-    flags.add_argument("--config", default="", help="config in configs/trainers/TRAINER/, without .yaml")
     flags.add_argument("--launcher", choices=("local", "slurm"), default="local")
-    flags.add_argument(
-        "--workers", type=int, default=0, help="processes at once; 0: one a GPU, else one a core"
-    )
+    flags.add_argument("--workers", type=int, default=0, help="processes; 0: one a GPU, else one a core")
     flags.add_argument("--dry-run", action="store_true", help="list the runs and stop")
     flags.add_argument(
-        "--opts", nargs="+", default=[], metavar="KEY VALUE", help="config overrides for all runs"
-    )
-    flags.add_argument(
-        "dataset",
+        "words",
         nargs="*",
-        metavar="DATASET [SEED...]",
+        metavar="DATASET [SEED...] [KEY VALUE...]",
         help="name, folder:PATH, csv:PATH, features:PATH, or all; seeds default to 1 2 3",
     )
     return flags
 
 
 def main() -> None:
-    args = parser().parse_args()
-    if not args.dataset and args.protocol == "base2new":
-        args.methods = list(METHODS)
+    args = parser().parse_intermixed_args()
+    args.methods = args.methods or ",".join([*FREE, "DFZSL"] if args.words else METHODS)
     jobs = plan(args)
     todo = [job for job in jobs if not job.finished]
     print(f"{len(jobs)} runs ({len(jobs) - len(todo)} finished already) into {args.output}/{args.protocol}")
@@ -374,7 +386,9 @@ def main() -> None:
     failed = [job for job in jobs if not job.finished]
     if failed:
         first = failed[0].failure.read_text().strip() if failed[0].failure.exists() else "interrupted"
-        raise UserError(f"{len(failed)} of {len(jobs)} runs failed; the first, {failed[0].method}: {first}")
+        raise UserError(
+            f"{len(failed)} of {len(jobs)} runs failed; the first, {failed[0].method.name}: {first}"
+        )
 
 
 if __name__ == "__main__":

@@ -31,10 +31,9 @@ def write_features(path: Path, seed: int = 0, per_class: int = 24, dim: int = 32
     """A feature file whose geometry is CLIP's in small: concentrated classes, a modality gap, text that
     points only roughly at its class. `changes` replace or (None) drop arrays."""
     rng = np.random.default_rng(seed)
-    means = unit(unit(rng.normal(size=dim)) + 0.35 * rng.normal(size=(len(CLASSES), dim)) / dim**0.5 * 3)
-    text = unit(
-        unit(rng.normal(size=dim)) + means - means.mean(0) + 0.25 * rng.normal(size=means.shape) / dim**0.5
-    )
+    means = unit(unit(rng.normal(size=dim)) + rng.normal(size=(len(CLASSES), dim)) / dim**0.5)
+    off = rng.normal(size=means.shape) / dim**0.5
+    text = unit(unit(rng.normal(size=dim)) + means - means.mean(0) + off)
     arrays: dict[str, object] = {"text": text.astype("float16"), "classnames": np.array(CLASSES)}
     for split in ("val", "test"):
         labels = np.repeat(np.arange(len(CLASSES)), per_class)

@@ -43,6 +43,16 @@ def test_tensors_round_trip(tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
+def test_the_same_content_is_the_same_bytes(tmp_path):
+    tensors = {name: torch.ones(3) for name in "abcdefgh"}
+    about = {"kind": "thing", **{name: name for name in "pqrstuv"}, "größe": "ünï"}
+    files = [tmp_path / str(i) for i in range(4)]
+    for path in files:
+        save_tensors(path, tensors, about)
+    assert len({path.read_bytes() for path in files}) == 1
+    assert load_tensors(files[0], "thing")[1] == about
+
+
 def test_tensors_of_another_kind_or_not_finite_are_refused(tmp_path):
     save_tensors(tmp_path / "t", {"a": torch.tensor([1.0, float("inf")])}, {"kind": "thing"})
     with pytest.raises(UserError, match="expected a teacher file, found thing"):

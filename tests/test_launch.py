@@ -6,15 +6,15 @@ import sys
 import pytest
 
 from dfzsl.errors import UserError
-from dfzsl.launch import Data, Job, parser, plan
+from dfzsl.launch import Data, Job, Method, parser, plan
 
 
 def jobs(*words: str):
-    return plan(parser().parse_args(["base2new", *words]))
+    return plan(parser().parse_intermixed_args(["base2new", *words]))
 
 
 def test_folders_are_laid_out_as_coop_lays_them_out(tmp_path):
-    (job,) = jobs("--methods", "CoOp", "--output", str(tmp_path), "--", "imagenet", "2")
+    (job,) = jobs("--methods", "CoOp", "--output", str(tmp_path), "imagenet", "2")
     folders = [folder.relative_to(tmp_path).as_posix() for folder, _ in job.parts()]
     config = job.config_file.stem
     assert folders == [
@@ -24,7 +24,7 @@ def test_folders_are_laid_out_as_coop_lays_them_out(tmp_path):
 
 
 def test_the_new_classes_are_tested_with_the_model_of_the_base_classes(tmp_path):
-    (job,) = jobs("--methods", "CoOp", "--output", str(tmp_path), "--", "imagenet", "1")
+    (job,) = jobs("--methods", "CoOp", "--output", str(tmp_path), "imagenet", "1")
     (train_folder, train_words), (_, test_words) = job.parts()
     assert "--eval-only" not in train_words
     assert train_words[train_words.index("DATASET.SUBSAMPLE_CLASSES") + 1] == "base"
@@ -33,7 +33,7 @@ def test_the_new_classes_are_tested_with_the_model_of_the_base_classes(tmp_path)
 
 
 def test_data_free_methods_read_the_owners_teacher_of_the_same_seed(tmp_path):
-    (job,) = jobs("--methods", "dfzsl", "--output", str(tmp_path), "--", "shapes", "3")
+    (job,) = jobs("--methods", "dfzsl", "--output", str(tmp_path), "shapes", "3")
     words = job.parts()[0][1]
     teacher = words[words.index("TEACHER.FILE") + 1]
     assert teacher == str(job.teacher.parts()[0][0] / "teacher.safetensors")
@@ -48,11 +48,11 @@ def test_a_data_set_that_brings_its_backbone_keeps_it():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--methods", "cocopp", "--", "shapes"], "unknown method 'cocopp'; known: CoCoOp"),
-        (["--methods", "CoOp", "--", "imagnet"], "unknown data set 'imagnet'; known: imagenet"),
-        (["--methods", "CoOp", "--", "shapes", "one"], "seeds are whole numbers"),
-        (["--methods", "CoOp", "--", "features:/nowhere.npz"], "/nowhere.npz does not exist"),
-        (["--methods", "CoOp", "--config", "nope", "--", "shapes"], "unknown config of CoOp 'nope'"),
+        (["--methods", "cocopp", "shapes"], "unknown method 'cocopp'; known: CoCoOp"),
+        (["--methods", "CoOp", "imagnet"], "unknown data set 'imagnet'; known: imagenet"),
+        (["--methods", "CoOp", "shapes", "one"], "after DATASET and seeds come KEY VALUE pairs, not one"),
+        (["--methods", "CoOp", "features:/nowhere.npz"], "/nowhere.npz does not exist"),
+        (["--methods", "CoOp:nope", "shapes"], "unknown config of CoOp for shapes 'nope'"),
     ],
 )
 def test_a_slip_is_told_in_one_line(words, message):
@@ -61,12 +61,13 @@ def test_a_slip_is_told_in_one_line(words, message):
 
 
 def test_a_job_is_locked_against_others(tmp_path):
-    job = Job("base2new", "ZeroshotCLIP", Data("shapes", "data"), 1, 16, -1, tmp_path)
+    job = Job("base2new", Method("ZeroshotCLIP"), Data("shapes", "data"), 1, 16, -1, tmp_path)
     with job.locked() as mine:
         assert mine
         code = (
-            "from pathlib import Path; from dfzsl.launch import Data, Job; import sys\n"
-            f"job = Job('base2new', 'ZeroshotCLIP', Data('shapes', ''), 1, 16, -1, Path({str(tmp_path)!r}))\n"
+            "from pathlib import Path; from dfzsl.launch import Data, Job, Method; import sys\n"
+            f"root = Path({str(tmp_path)!r})\n"
+            f"job = Job('base2new', Method('ZeroshotCLIP'), Data('shapes', ''), 1, 16, -1, root)\n"
             "with job.locked() as free: sys.exit(7 if free else 0)"
         )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

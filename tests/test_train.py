@@ -101,7 +101,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(feature_file, tmp_path):
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(feature_file, tmp_path, change, message):
-    base = words("DFZSL", feature_file, tmp_path / "out")
+    base = words("ZeroshotCLIP", feature_file, tmp_path / "out", "--eval-only")
     with pytest.raises(UserError, match=message):
         train.main([*base, *change])
 
@@ -124,7 +124,7 @@ def test_a_broken_feature_file_is_named(tmp_path, changes, message):
 def test_a_teacher_of_other_classes_is_refused(teacher, tmp_path):
     other = write_features(tmp_path / "other.npz", classnames=np.array([f"class {i}" for i in range(8)]))
     client = words("DFZSL", other, tmp_path / "client", "DATASET.SUBSAMPLE_CLASSES", "base")
-    with pytest.raises(ValueError, match="the teacher's classes are not the base classes"):
+    with pytest.raises(ValueError, match="the teacher's class names are not the base classes"):
         train.main([*client, "TEACHER.FILE", str(teacher)])
     assert not (tmp_path / "client" / "classifier.safetensors").exists()
 

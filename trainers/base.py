@@ -59,13 +59,15 @@ class CLIPTrainer(TrainerX):
         self.stage_seconds: dict[str, float] = {}
         self.virtual: VirtualClasses | None = None
         self.queries = 0
-        cfg = self.cfg
+        cfg = self.cfg = _for_this_machine(self.cfg)
         backbone_cfg = cfg.MODEL.BACKBONE
         backbone = None
         if backbone_cfg.NAME:
             backbone = load_backbone(backbone_cfg.NAME, backbone_cfg.WEIGHTS, self.device)
             cfg = self.cfg = _with_input_of(cfg, backbone)
-        self.dm = DataFreeManager(cfg) if self.data_free else DataManager(cfg)
+        self.transform = build_transform(cfg, is_train=False)
+        manager = DataFreeManager if self.data_free else DataManager
+        self.dm = manager(cfg, custom_tfm_test=self.transform)
         dataset = self.dm.dataset
         if backbone is None:
             backbone = _feature_backbone(dataset)
@@ -76,7 +78,6 @@ class CLIPTrainer(TrainerX):
         self.num_source_domains = self.dm.num_source_domains
         self.lab2cname = self.dm.lab2cname
         self.train_loader_u = None
-        self.transform = build_transform(cfg, is_train=False)
         validates = cfg.TEST.SPLIT == "val" or cfg.TEST.FINAL_MODEL == "best_val"
         self.val_loader = self._feature_loader(dataset.val) if dataset.val and validates else None
         self.test_loader = self._feature_loader(dataset.test)
@@ -89,7 +90,7 @@ class CLIPTrainer(TrainerX):
             datums,
             self.transform,
             batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE,
-            num_workers=min(self.cfg.DATALOADER.NUM_WORKERS, os.cpu_count() or 1),
+            num_workers=self.cfg.DATALOADER.NUM_WORKERS,
             device=self.device,
         )
         return features, torch.tensor([datum.label for datum in datums])
@@ -126,34 +127,52 @@ class CLIPTrainer(TrainerX):
         Writes OUTPUT_DIR/virtual.safetensors, and reads it instead of asking the teacher again.
         """
         started = time.perf_counter()
-        cfg = self.cfg.RECOVERY
-        oracle = open_oracle(self.cfg.TEACHER.FILE, self.cfg.TEACHER.ACCESS)
-        missing = sorted(set(self.classnames) ^ set(oracle.classnames))
-        if missing:
-            raise UserError(
-                f"{self.cfg.TEACHER.FILE}: the teacher's classes are not the base classes of "
-                f"{self.cfg.DATASET.NAME}; they differ in {', '.join(missing[:5])}"
-            )
-        generator = torch.Generator().manual_seed(max(self.cfg.SEED, 0))
-        path = Path(self.cfg.OUTPUT_DIR) / "virtual.safetensors"
+        source, output = self.cfg.TEACHER.FILE, Path(self.cfg.OUTPUT_DIR)
+        settings = {key.lower(): value for key, value in self.cfg.RECOVERY.items()}
+        generator = self.stage_generator()
+        path = output / "virtual.safetensors"
         if path.exists():
             self.virtual = VirtualClasses.load(path)
         else:
-            text = self.backbone.class_features(oracle.classnames, [self.template]).cpu()
-            settings = {key.lower(): value for key, value in cfg.items()}
-            self.virtual = recover(oracle, text, generator=generator, **settings)
+            # Answers of a server were paid for: they are kept, and an interrupted run goes on from them.
+            journal = output / "answers" if source.startswith(("http://", "https://")) else None
+            oracle = open_oracle(source, self.cfg.TEACHER.ACCESS, journal)
+            if oracle.backbone and oracle.backbone != self.backbone_id:
+                raise UserError(
+                    f"{source}: a teacher of {oracle.backbone} cannot read features of {self.backbone_id}"
+                )
+            self.virtual = recover(
+                oracle,
+                self.text_of(self.classnames),
+                self.classnames,
+                new_text=self.text_of(self.dm.dataset.new_classnames),
+                generator=generator,
+                **settings,
+            )
             self.virtual.save(path)
         self.virtual = self.virtual.ordered_as(self.classnames)
+        self.queries = self.virtual.queries
         loader = VirtualLoader(
             self.virtual,
-            batch_size=self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE,
-            num_per_class=cfg.NUM_PER_CLASS,
-            oracle=oracle if cfg.FILTER else None,
+            self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE,
+            **{key: settings[key] for key in ("num_per_class", "filter", "fresh")},
             generator=generator,
         )
-        self.queries = self.virtual.queries
         self.stage_seconds["recovery"] = time.perf_counter() - started
         return loader
+
+    def stage_generator(self) -> torch.Generator:
+        """A random stream of a stage's own, from the seed of the run."""
+        return torch.Generator().manual_seed(max(self.cfg.SEED, 0))
+
+    def text_of(self, classnames: list[str]) -> torch.Tensor:
+        """Unit text features (n, d) of classes in the data set's prompt, on the CPU."""
+        return self.backbone.class_features(classnames, [self.template]).cpu()
+
+    @property
+    def backbone_id(self) -> str:
+        """Which image encoder made this run's features: a teacher of another one cannot read them."""
+        return f"{self.backbone.name or 'features'} ({self.backbone.weights_id})"
 
     def resume_model_if_exist(self, directory: str) -> int:
         """The epoch to go on from; 0 for a trainer whose training has no epochs to resume."""
@@ -189,7 +208,8 @@ class CLIPTrainer(TrainerX):
     @property
     def images_used(self) -> int:
         """Training images this run could see."""
-        return 0 if self.data_free or self.dm.dataset.test_only else len(self.dm.dataset.train_x)
+        unseen = self.data_free or not self.trains or self.dm.dataset.test_only
+        return 0 if unseen else len(self.dm.dataset.train_x)
 
     @torch.no_grad()
     def test(self, split: str | None = None) -> float:
@@ -242,6 +262,15 @@ class CLIPTrainer(TrainerX):
     def notes(self) -> list[str]:
         """Sentences that belong beside this run's numbers in every table."""
         return []
+
+
+def _for_this_machine(cfg):
+    """The config with no more loader processes than there are processors."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS = min(cfg.DATALOADER.NUM_WORKERS, os.cpu_count() or 1)
+    cfg.freeze()
+    return cfg
 
 
 def _with_input_of(cfg, backbone):

@@ -48,7 +48,7 @@ class DFZSL(FLPT):
         if self.tuned:
             super().build_model()
         else:
-            print("FLPT is left out: " + self.notes()[0])
+            print(self.notes()[0])
             self.max_epoch = 0
 
     def notes(self) -> list[str]:
@@ -91,7 +91,9 @@ class DFZSL(FLPT):
             new_classnames=new,
             shift=shift,
             settings=StageThreeSettings(**settings),
-            generator=torch.Generator().manual_seed(max(self.cfg.SEED, 0)),
+            generator=self.stage_generator(),
+            backbone=self.backbone.name,
+            weights=self.backbone.weights_id,
         )
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:

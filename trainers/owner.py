@@ -34,7 +34,7 @@ class TeacherZeroshot(CLIPTrainer):
         """Fit on all training images (or NUM_SHOTS a class), save, test."""
         started = time.perf_counter()
         features, labels = self.encode(self.dm.dataset.train_x)
-        self.teacher = fit_teacher(features, labels, self.classnames, self.backbone.identity)
+        self.teacher = fit_teacher(features, labels, self.classnames, self.backbone_id)
         self.teacher.save(Path(self.cfg.OUTPUT_DIR) / TEACHER)
         self.stage_seconds["teacher"] = time.perf_counter() - started
         self.test()

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
 # Base-to-new with FLPT: bash scripts/flpt/base2new.sh DATASET [SEED...]
-source "$(dirname "$0")/../setup.sh" && exec python -m dfzsl.launch base2new --methods FLPT -- "$@"
+source "$(dirname "$0")/../setup.sh" && exec python -m dfzsl.launch base2new --methods FLPT "$@"

@@ -1,0 +1,231 @@
+"""What was measured: one Outcome a method, data set and seed, from results.json files or from CoOp's logs."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..results import RESULTS, per_class_mean, read_results
+
+# The folders (parts) of a protocol: where it trains, and where it tests what was trained.
+PROTOCOLS = {
+    "base2new": ("train_base", "test_new"),
+    "gzsl": ("train_base", "test_all"),
+    "xd": ("train_all", "test_all"),
+}
+SHIFTED = "imagenet"  # a target of `xd` whose name starts with it is a shifted ImageNet, not another data set
+
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True, order=True)
+class Method:
+    """A trainer (`CoOp`, `CoOp@virtual`) with its shots and the config it ran with."""
+
+    name: str
+    shots: str
+    config: str
+    from_log: bool = False
+
+    @property
+    def label(self) -> str:
+        name, _, source = self.name.partition("@")
+        return name + (" (virtual)" if source else "") + (" (log)" if self.from_log else "")
+
+
+@dataclass
+class Outcome:
+    """One method on one data set with one seed.
+
+    parts: what each part measured, {"train_base": results, "test_new": results}; `xd` has one entry for
+        training and one for each target data set.
+    failure: why the run stopped, "" where it did not.
+    """
+
+    protocol: str
+    dataset: str
+    method: Method
+    seed: int
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    failure: str = ""
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """The results of the part that trained; it must not be missing."""
+        return self.parts[PROTOCOLS[self.protocol][0]]
+
+    @property
+    def missing(self) -> list[str]:
+        """The parts that have no results. Of `xd` only the training is known to be due."""
+        due = PROTOCOLS[self.protocol][: 1 if self.protocol == "xd" else 2]
+        return [part for part in due if part not in self.parts]
+
+    @property
+    def targets(self) -> Scores:
+        """Accuracy in percent on each target of `xd`; empty in other protocols."""
+        if self.protocol != "xd":
+            return {}
+        return {part: run["accuracy"] for part, run in self.parts.items() if part != "train_all"}
+
+    def scores(self) -> Scores:
+        """The protocol's scores in percent; nothing may be missing.
+
+        base2new: base, new. gzsl: seen S, unseen U (means over classes). xd: source and means over targets.
+        """
+        if self.protocol == "base2new":
+            return {"base": self.parts["train_base"]["accuracy"], "new": self.parts["test_new"]["accuracy"]}
+        if self.protocol == "gzsl":
+            rows = self.parts["test_all"]["per_class"]
+            return {
+                "seen S": per_class_mean([row for row in rows if not row["new"]]),
+                "unseen U": per_class_mean([row for row in rows if row["new"]]),
+            }
+        return transfer_scores(self.parts["train_all"]["accuracy"], self.targets)
+
+
+def transfer_scores(source: float, targets: Scores) -> Scores:
+    """The scores of `xd`: accuracy on the source, mean over other data sets, mean over shifted sources."""
+    others = [value for name, value in targets.items() if not name.startswith(SHIFTED)]
+    shifted = [value for name, value in targets.items() if name.startswith(SHIFTED)]
+    scores = {"source": source}
+    scores |= {"other data sets": statistics.fmean(others)} if others else {}
+    return scores | ({"shifted source": statistics.fmean(shifted)} if shifted else {})
+
+
+def protocol_folders(folder: Path) -> list[tuple[str, Path]]:
+    """(protocol, its folder) for an output folder or for the folder of one protocol; [] for any other."""
+    parts = {part for pair in PROTOCOLS.values() for part in pair}
+    found = []
+    for path in [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]:
+        present = parts & {child.name for child in path.iterdir()}
+        if path.name in PROTOCOLS and present:
+            found.append((path.name, path))
+        elif present:
+            by_parts = "xd" if "train_all" in present else "gzsl" if "test_all" in present else "base2new"
+            found.append((by_parts, path))
+    return found
+
+
+def collect(folder: Path) -> list[Outcome]:
+    """Every outcome below an output folder or a protocol's folder, in order of data set, method and seed.
+
+    Raises UserError when there is none, and for a results.json that is broken or of another schema.
+    """
+    return _gather(folder, _read_run, "results")
+
+
+def collect_logs(folder: Path) -> list[Outcome]:
+    """Every outcome of a tree of CoOp's logs, train_base/DATASET/shots_16/TRAINER/CONFIG/seed1/log.txt.
+
+    Raises UserError when there is none.
+    """
+    return _gather(folder, _read_log, "logs of CoOp")
+
+
+def _gather(
+    folder: Path, read: Callable[[Path], tuple[dict[str, Any] | None, str]], what: str
+) -> list[Outcome]:
+    """The outcomes below `folder`; `read` gives a run's results and why it failed, from its own folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give an output folder, such as output or output/base2new")
+    found: dict[tuple[str, str, Method, int], Outcome] = {}
+    for protocol, root in protocol_folders(folder):
+        for run in sorted(root.glob("*/*/shots_*/*/*/seed*")):
+            part, dataset, shots, name, config, seed = run.relative_to(root).parts
+            if part not in PROTOCOLS[protocol] or not seed[4:].isdecimal():
+                continue
+            results, failure = read(run)
+            if results is None and not failure:
+                continue
+            tests_target = protocol == "xd" and part == "test_all"
+            method = Method(name, shots.removeprefix("shots_"), config, read is _read_log)
+            key = protocol, _source(root) if protocol == "xd" else dataset, method, int(seed[4:])
+            outcome = found.setdefault(key, Outcome(*key))
+            if results is not None:
+                outcome.parts[dataset if tests_target else part] = results
+            outcome.failure = outcome.failure or failure
+    if not found:
+        raise UserError(f"{folder}: no {what} here; give an output folder, such as output or output/base2new")
+    return [found[key] for key in sorted(found)]
+
+
+def _source(root: Path) -> str:
+    """The data set that the runs of an `xd` folder train on."""
+    names = sorted(path.name for path in root.glob("train_all/*"))
+    if len(names) > 1:
+        raise UserError(f"{root}: runs of several sources share their tests' folders: {', '.join(names)}")
+    return names[0] if names else "unknown source"
+
+
+PER_CLASS = {"class", "correct", "total", "new"}
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "accuracy": (int, float),
+    "per_class": list,
+    "trained_parameters": int,
+    "images_used": int,
+    "queries": int,
+    "seconds": dict,
+    "notes": list,
+}
+
+
+def _read_run(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """(results, failure) of one run of ours."""
+    path, failed = folder / RESULTS, folder / "failed.txt"
+    failure = " ".join(failed.read_text(encoding="utf-8").split()) if failed.exists() else ""
+    if not path.exists():
+        return None, failure
+    results = read_results(path)
+    broken = [name for name, kind in FIELDS.items() if not isinstance(results.get(name), kind)]
+    if not broken and not 0 <= results["accuracy"] <= 100:
+        broken = ["accuracy"]
+    if not broken and not all(row.keys() >= PER_CLASS for row in results["per_class"]):
+        broken = ["per_class"]
+    if broken:
+        raise UserError(f"{path}: a broken results file, see {', '.join(broken)}; run it again")
+    return results, failure
+
+
+ACCURACY = re.compile(r"\* accuracy: ([\d.]+)%")
+TRAINING_ENDED = re.compile(r"Finish\w* training")
+TRAINING = re.compile(r"^epoch \[\d+/\d+\]", re.MULTILINE)
+ELAPSED = re.compile(r"Elapsed: (?:(\d+) days?, )?(\d+):(\d\d):(\d\d)")
+IMAGES = re.compile(r"# train_x\s+([\d,]+)")
+
+
+def _read_log(folder: Path) -> tuple[dict[str, Any] | None, str]:
+    """(results, failure) of one run of CoOp: the last of its log files that comes to a test result."""
+    failure = ""
+    for path in sorted(folder.glob("log.txt*"), reverse=True):
+        results = parse_log(path.read_text(encoding="utf-8", errors="replace"))
+        if results:
+            return results, ""
+        failure = f"{path.name} ends before a test result"
+    return None, failure
+
+
+def parse_log(text: str) -> dict[str, Any] | None:
+    """Results from the text of a log of CoOp; None where the run did not come to its test.
+
+    A run that trains tests on validation images between its epochs, so that only what stands after
+    "Finish training" is its test result.
+    """
+    ended = TRAINING_ENDED.search(text)
+    if TRAINING.search(text) and not ended:
+        return None
+    after = text[ended.end() :] if ended else text[max(text.find("=> result"), 0) :]
+    accuracies = ACCURACY.findall(after)
+    if not accuracies:
+        return None
+    results: dict[str, Any] = {"accuracy": float(accuracies[-1]), "per_class": [], "notes": []}
+    if ended and (elapsed := ELAPSED.search(after)):
+        days, hours, minutes, seconds = (int(part or 0) for part in elapsed.groups())
+        results["seconds"] = {"train": ((days * 24 + hours) * 60 + minutes) * 60 + seconds}
+    if ended and (images := IMAGES.search(text)):
+        results["images_used"] = int(images[1].replace(",", ""))
+    return results
