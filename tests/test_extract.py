@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import fake_data
@@ -19,6 +20,7 @@ from dfzsl.datasets import extract, features
 from dfzsl.datasets.features import encode_datums
 from dfzsl.errors import UserError
 from dfzsl.files import load_tensors
+from dfzsl.train import cli
 
 IMAGES = {
     "OxfordPets": "oxford_pets",
@@ -163,9 +165,9 @@ def test_two_ranks_share_the_images(tmp_path):
     assert not [path for path in Path(os.environ["DFZSL_CACHE"]).iterdir() if path.suffix != ".safetensors"]
 
 
-def command(*words: str) -> subprocess.CompletedProcess:
+def command(*words: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "dfzsl.datasets.extract", *words],
+        [sys.executable, *launcher, "-m", "dfzsl.datasets.extract", *words],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
@@ -185,6 +187,26 @@ def test_the_command_itself(tmp_path):
     assert len(dataset("Features", output).test) == 15
 
 
-def test_a_mistake_at_the_command_is_one_line(tmp_path):
-    done = command("folder:nowhere", "--backbone", "shapes", "--output", str(tmp_path / "f.safetensors"))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "nowhere: no such" in done.stderr
+@pytest.mark.slow
+def test_torchrun(tmp_path):
+    """The real launcher and the real command: two ranks write what one writes."""
+    root = fake_data.make("Csv", tmp_path)
+    words = [f"csv:{root}", "--backbone", "shapes", "--workers", "1", "--batch-size", "4"]
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29611"]
+    for output, how in ((one, []), (two, launcher)):
+        given = [*words, "--output", str(output), "--cache", str(tmp_path / output.stem)]
+        done = command(*given, launcher=how)
+        assert done.returncode == 0, done.stderr
+    left, right = load_tensors(one, "features"), load_tensors(two, "features")
+    assert left[1] == right[1] and all(
+        torch.equal(left[0][name], right[0][name]) for name in left[0] | right[0]
+    )
+
+
+def test_a_mistake_at_the_command_is_one_line(tmp_path, capfd):
+    words = ["folder:nowhere", "--backbone", "shapes", "--output", str(tmp_path / "f.safetensors")]
+    with pytest.raises(SystemExit) as left:
+        cli(lambda: extract.main(words))
+    said = capfd.readouterr().err
+    assert left.value.code == 2 and said.count("\n") == 1 and "nowhere: no such" in said
