@@ -59,7 +59,7 @@ def extract_rows(
             f"the teacher's {level} are not linear in the features (off by {off:.0%}): it has an intercept, "
             "another kind of head, or rounded answers; set RECOVERY.METHOD to simulator"
         )
-    return answers.T.float()
+    return answers.T.float().contiguous()
 
 
 def _centred_log(probabilities: Tensor) -> Tensor:
