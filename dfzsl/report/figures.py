@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import statistics
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ VARIABLES |= {TEXT: "currentColor"} | {color: f"var(--method{i})" for i, color i
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dfzsl",
+    "text.parse_math": False,
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -101,7 +103,8 @@ def plots(section: Section, single: Sequence[Section], colors: Palette) -> list[
 
 def _draw(title: str, height: float, paint: Callable[[Axes], str]) -> Plot:
     """One plot of `height` inches; `paint` draws on the axes and returns the caption."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has the fonts, not matplotlib
         canvas = Canvas((WIDTH, height), layout="constrained")
         axes = canvas.add_subplot()
         axes.grid(color=LINE, linewidth=0.5)
@@ -250,7 +253,7 @@ def _iso_h(axes: Axes) -> None:
 
 def _legend(axes: Axes) -> None:
     """Below the axes, whatever their height."""
-    axes.get_figure().legend(loc="outside lower center", ncols=2, handletextpad=0.3, columnspacing=1)
+    axes.figure.legend(loc="outside lower center", ncols=2, handletextpad=0.3, columnspacing=1)
 
 
 def _dots(values: dict[str, dict[str, float]], title: str, name: str, colors: Palette) -> Plot:

@@ -162,15 +162,25 @@ def _source(root: Path) -> str:
     return names[0] if names else "unknown source"
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
 PER_CLASS = {"class", "correct", "total", "new"}
-FIELDS: dict[str, type | tuple[type, ...]] = {
-    "accuracy": (int, float),
-    "per_class": list,
-    "trained_parameters": int,
-    "images_used": int,
-    "queries": int,
-    "seconds": dict,
-    "notes": list,
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "accuracy": lambda value: _is_number(value) and 0 <= value <= 100,
+    "per_class": lambda rows: (
+        isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= PER_CLASS for row in rows)
+    ),
+    "trained_parameters": _is_count,
+    "images_used": _is_count,
+    "queries": _is_count,
+    "seconds": lambda stages: isinstance(stages, dict) and all(map(_is_number, stages.values())),
+    "notes": lambda notes: isinstance(notes, list) and all(isinstance(note, str) for note in notes),
 }
 
 
@@ -181,11 +191,7 @@ def _read_run(folder: Path) -> tuple[dict[str, Any] | None, str]:
     if not path.exists():
         return None, failure
     results = read_results(path)
-    broken = [name for name, kind in FIELDS.items() if not isinstance(results.get(name), kind)]
-    if not broken and not 0 <= results["accuracy"] <= 100:
-        broken = ["accuracy"]
-    if not broken and not all(row.keys() >= PER_CLASS for row in results["per_class"]):
-        broken = ["per_class"]
+    broken = [name for name, is_right in FIELDS.items() if not is_right(results.get(name))]
     if broken:
         raise UserError(f"{path}: a broken results file, see {', '.join(broken)}; run it again")
     return results, failure

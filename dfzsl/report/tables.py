@@ -177,7 +177,7 @@ def _differences(done: dict[str, list[Outcome]], datasets: tuple[str, ...]) -> l
             if missing := _listed(every_seed - seeds):
                 where = f" on {dataset}" if len(datasets) > 1 else ""
                 notes.append(
-                    f"{label}: no result for seed {missing}{where}; averaged over seed {_listed(seeds)}, "
+                    f"{label}: no result for seed {missing}{where}; averaged over {_listed(seeds)}, "
                     "unlike the others"
                 )
     if len(_backbones(done)) > 1:
