@@ -79,7 +79,7 @@ def plots(section: Section, single: Sequence[Section], colors: Palette) -> list[
         return []
     made = []
     if section.protocol == "xd":
-        made.append(_bars(rows, "Mean over targets", {row.label: row.rank for row in rows}, {}, colors))
+        made.append(_bars(rows, "Mean over other data sets", colors))
         targets = sorted({name for row in rows for name in row.targets})
         by_target = {
             name: {row.label: row.targets[name].mean for row in rows if name in row.targets}
@@ -87,7 +87,7 @@ def plots(section: Section, single: Sequence[Section], colors: Palette) -> list[
         }
         made.append(_dots(by_target, "Accuracy on each target", "accuracy", colors))
     else:
-        made.append(_bars(rows, "H", {row.label: row.h or 0 for row in rows}, _deviations(rows), colors))
+        made.append(_bars(rows, "H", colors))
         made.append(_scatter(section, colors))
     if single:
         by_set = {
@@ -132,24 +132,12 @@ def _embeddable(svg: str, title: str) -> str:
     )
 
 
-def _deviations(rows: Sequence[Summary]) -> dict[str, float]:
-    return {
-        row.label: row.mean_h.deviation for row in rows if row.mean_h and row.mean_h.deviation is not None
-    }
-
-
-def _bars(
-    rows: Sequence[Summary],
-    name: str,
-    values: dict[str, float],
-    deviations: dict[str, float],
-    colors: Palette,
-) -> Plot:
-    """Horizontal bars in the order of the table's rows, the best on top, its number at the end of each."""
+def _bars(rows: Sequence[Summary], name: str, colors: Palette) -> Plot:
+    """Horizontal bars of the headline, the best on top, its number at the end of each."""
 
     def paint(axes: Axes) -> str:
         for place, row in enumerate(reversed(rows)):
-            value, deviation = values[row.label], deviations.get(row.label)
+            value, deviation = row.headline.mean, row.headline.deviation
             color = MUTED if row.source else colors[row.label][0]
             axes.barh(place, value, height=0.7, color=color, alpha=0.45 if row.source else 0.85, linewidth=0)
             if deviation is not None:
@@ -159,15 +147,11 @@ def _bars(
             axes.annotate(text, end, (4, 0), textcoords="offset points", va="center", fontsize=8)
         axes.set_yticks(range(len(rows)), [row.label for row in reversed(rows)])
         axes.tick_params(axis="y", length=0)
-        axes.set_xlim(0, max(values.values()) * 1.22 or 1)
+        axes.set_xlim(0, max(row.headline.mean for row in rows) * 1.22 or 1)
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
-        return (
-            f"{name} in percent, of the averaged accuracies. Whiskers: standard deviation over seeds."
-            if deviations
-            else f"{name} in percent."
-        )
+        return f"{name} in percent. Whiskers: standard deviation over seeds."
 
     return _draw(name, 0.7 + 0.26 * len(rows), paint)
 
@@ -301,11 +285,10 @@ def _changes(section: Section, colors: Palette) -> Plot | None:
     """A grid of classes and methods: accuracy minus zero-shot CLIP's."""
     if section.protocol == "xd":
         return None
-    accuracies = {label: _accuracies(runs) for label, runs in section.outcomes.items()}
-    accuracies = {label: found for label, found in accuracies.items() if found}
-    baseline = next((found for label, found in accuracies.items() if label.startswith(BASELINE)), None)
-    order = [row.label for row in section.summaries if row.label in accuracies]
-    labels = [label for label in order if accuracies[label] is not baseline]
+    accuracies = {label: found for label, runs in section.outcomes.items() if (found := _accuracies(runs))}
+    names = {label: runs[0].method.name for label, runs in section.outcomes.items()}
+    baseline = next((found for label, found in accuracies.items() if names[label] == BASELINE), None)
+    labels = [row.label for row in section.summaries if accuracies.get(row.label, baseline) is not baseline]
     if not baseline or not labels:
         return None
     changes = {

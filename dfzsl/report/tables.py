@@ -53,9 +53,11 @@ class Summary:
     targets: dict[str, Spread] = field(default_factory=dict)  # of `xd`
 
     @property
-    def rank(self) -> float:
-        """What rows are sorted by: H, or the mean over other data sets."""
-        return list(self.scores.values())[:2][-1].mean if self.h is None else self.h
+    def headline(self) -> Spread:
+        """The one number that methods are ranked by: H, or in `xd` the mean over other data sets."""
+        if self.h is None:
+            return list(self.scores.values())[:2][-1]
+        return Spread(self.h, self.mean_h.deviation if self.mean_h else None)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def _section(
         others = [name for name in _backbones(done) if name.replace("/", "-") != "ViT-B-16"]
         if figures and others:
             notes.append(f"Published figures are of ViT-B/16, runs here of {', '.join(others)}")
-    summaries.sort(key=lambda row: -row.rank)
+    summaries.sort(key=lambda row: -row.headline.mean)
     return Section(protocol, datasets, summaries, notes, dict(done))
 
 
