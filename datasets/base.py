@@ -77,7 +77,7 @@ class ClassDataset(DatasetBase):
         split = self.read()
         check(split, self.dataset_dir)
         new = list(split.new) if split.new is not None else second_half(len(split.classnames))
-        base = [label for label in range(len(split.classnames)) if label not in set(new)]
+        base = sorted(set(range(len(split.classnames))) - set(new))
         self.all_classnames = list(split.classnames)
         self.base_classnames = [split.classnames[label] for label in base]
         self.new_classnames = [split.classnames[label] for label in new]
@@ -120,10 +120,8 @@ class ClassDataset(DatasetBase):
             return split.train, split.val
         kept = os.path.join(self.dataset_dir, "split_fewshot", f"shot_{shots}-seed_{seed}.pkl")
         if os.path.exists(kept):
-            drawn = read_fewshot(kept)
-            return relocate(drawn["train"], split.train, kept), relocate(
-                drawn.get("val", []), split.val, kept
-            )
+            drawn, drawn_val = read_fewshot(kept)
+            return relocate(drawn, split.train, kept), relocate(drawn_val, split.val, kept)
         state = random.getstate()
         if seed >= 0:
             random.seed(seed)
@@ -242,16 +240,18 @@ class _FewshotUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def read_fewshot(path: str | os.PathLike[str]) -> dict[str, list[tuple[str, int]]]:
-    """CoOp's pickled few-shot draw as {"train": [(path, label), ...], "val": [...]}; no code in it is run."""
+def read_fewshot(path: str | os.PathLike[str]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
+    """(path, label) of the training and validation images of a draw that CoOp pickled; no code in it is run."""
     try:
         with open(path, "rb") as file:
             content = _FewshotUnpickler(file).load()
-        return {
-            part: [(str(item._impath), int(item._label)) for item in items] for part, items in content.items()
-        }
+        train, val = (
+            [(str(item._impath), int(item._label)) for item in items]
+            for items in (content["train"], content.get("val", []))
+        )
     except Exception as error:  # a broken pickle raises nearly anything
         raise UserError(f"{path}: not a few-shot file of CoOp's ({error}); delete it to draw anew") from None
+    return train, val
 
 
 def relocate(drawn: Iterable[tuple[str, int]], rows: Sequence[Row], source: str) -> list[Row]:

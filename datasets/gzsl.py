@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from dassl.data.datasets import DATASET_REGISTRY, Datum
-from scipy.io import loadmat
 
 from dfzsl.errors import UserError
 from dfzsl.toolbox import add_keys, register
@@ -140,6 +139,8 @@ class APY(XLSA17):
 
 def load_mat(path: str, how: str, names: list[str] | None = None) -> dict[str, np.ndarray]:
     """The arrays of a MATLAB file (v7 or older), only `names` if given. Raises UserError if it is broken."""
+    from scipy.io import loadmat  # here, since the import takes longer than all others of the package
+
     require(path, how)
     try:
         content = loadmat(path, variable_names=names)

@@ -260,7 +260,9 @@ def test_a_hostile_few_shot_file_runs_nothing(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps({"train": 3}), pickle.dumps([1])])
+@pytest.mark.parametrize(
+    "content", [b"", b"not a pickle", pickle.dumps({"train": 3}), pickle.dumps({}), pickle.dumps([1])]
+)
 def test_a_broken_few_shot_file(tmp_path, content):
     root = fake_data.make("OxfordPets", tmp_path)
     path = root / "oxford_pets/split_fewshot/shot_2-seed_1.pkl"

@@ -175,6 +175,7 @@ def command(*words: str, launcher: Sequence[str] = ()) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.slow
 def test_the_command_itself(tmp_path):
     """With the built-in backbone, from the shell: no warning of runpy's, and a file that can be read."""
     if not (Path(features.__file__).parent / "shapes/clip.safetensors").exists():
