@@ -238,7 +238,13 @@ def test_bad_files(tmp_path):
     good = tmp_path / "good"
     torch.save({"state_dict": {"a": torch.ones(1000)}, "epoch": 1}, good)
     bad = tmp_path / "bad"
-    for content in (b"", b"hello", good.read_bytes()[:500], b"PK\x03\x04" + bytes(100), b"\x80\x02." * 5):
+    whole = good.read_bytes()
+    directory = whole.rindex(b"good/data.pkl")
+    for content in (
+        *(b"", b"hello", whole[:500], b"PK\x03\x04" + bytes(100), b"\x80\x02." * 5),
+        whole.replace(b"PK\x01\x02", b"PK\x01\x03"),
+        whole[:directory] + b"go\xffd" + whole[directory + 4 :],
+    ):
         bad.write_bytes(content)
         with pytest.raises(pickle.UnpicklingError, match=r"cannot load .*bad as a checkpoint"):
             load_checkpoint(str(bad))
@@ -248,7 +254,7 @@ def test_bad_files(tmp_path):
         load_checkpoint(str(tmp_path / "none"))
 
 
-@pytest.mark.filterwarnings("ignore:.*TorchScript", "ignore:.*deprecated")
+@pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_torchscript_is_refused(tmp_path):
     torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "bad")
     with pytest.raises(pickle.UnpicklingError, match="TorchScript"):

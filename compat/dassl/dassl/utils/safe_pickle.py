@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["Inert", "load_old_checkpoint"]
+__all__ = ["Inert", "is_torchscript", "load_old_checkpoint"]
 
 ADMITTED = {
     # Bytes, in the pickle protocol of torch.save.
@@ -71,13 +71,17 @@ class _RestrictedPickle:
         return _Unpickler(file, **kwargs).load()
 
 
+def is_torchscript(fpath: str) -> bool:
+    """Whether torch.load would hand the file over to torch.jit.load, which some versions do in any case."""
+    if not zipfile.is_zipfile(fpath):
+        return False
+    with zipfile.ZipFile(fpath) as archive:
+        return any(name.endswith("constants.pkl") for name in archive.namelist())
+
+
 def load_old_checkpoint(fpath: str, map_location: Any = None) -> Any:
     """The checkpoint, its schedulers and optimizers as Inert. Raises pickle.UnpicklingError that says why."""
     try:
-        if zipfile.is_zipfile(fpath):
-            with zipfile.ZipFile(fpath) as archive:
-                if any(name.endswith("constants.pkl") for name in archive.namelist()):
-                    raise pickle.UnpicklingError("it is a TorchScript program")
         return torch.load(
             fpath, map_location=map_location, pickle_module=_RestrictedPickle(), weights_only=False
         )

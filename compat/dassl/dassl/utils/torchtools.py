@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import warnings
 from collections import OrderedDict
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .safe_pickle import load_old_checkpoint
+from .safe_pickle import is_torchscript, load_old_checkpoint
 from .tools import mkdir_if_missing, replace_file
 
 __all__ = [
@@ -66,6 +67,13 @@ def load_checkpoint(fpath: str) -> Any:
         raise ValueError("File path is None")
     if not os.path.exists(fpath):
         raise FileNotFoundError(f'File is not found at "{fpath}"')
+    try:
+        torchscript = is_torchscript(fpath)
+    except Exception as error:
+        # zipfile has many words for a damaged archive.
+        raise pickle.UnpicklingError(f"cannot load {fpath} as a checkpoint: {error}") from error
+    if torchscript:
+        raise pickle.UnpicklingError(f"cannot load {fpath} as a checkpoint: it is a TorchScript program")
     map_location = None if torch.cuda.is_available() else "cpu"
     try:
         return torch.load(fpath, map_location=map_location, weights_only=True)
