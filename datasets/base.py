@@ -241,7 +241,7 @@ class _FewshotUnpickler(pickle.Unpickler):
 
 
 def read_fewshot(path: str | os.PathLike[str]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(path, label) of the training and validation images of a draw that CoOp pickled; no code in it is run."""
+    """(path, label) of the training and of the validation images that CoOp drew; no code in it is run."""
     try:
         with open(path, "rb") as file:
             content = _FewshotUnpickler(file).load()
