@@ -239,21 +239,19 @@ def _compiled_layer() -> Callable:
 def _attend(qkv: Tensor, shared: int, groups: Sequence[tuple[int, int]]) -> Tensor:
     """Causal attention of rows (B, R, 3, H, D) that hold a prefix and, behind it, classes that each see
     the prefix and themselves. Returns (B, R, w)."""
-    q, k, v = qkv.unbind(2)
-    q = q * q.shape[-1] ** -0.5
-    k0, v0 = k[:, :shared], v[:, :shared]
-    scores = torch.einsum("bshd,bthd->bhst", q[:, :shared], k0) + _causal(shared, q)
+    scale = qkv.shape[-1] ** -0.5
+    prefix, *classes = qkv.split([shared, *(count * length for count, length in groups)], dim=1)
+    q, k0, v0 = prefix.unbind(2)
+    scores = torch.einsum("bshd,bthd->bhst", q * scale, k0) + _causal(shared, q)
     out = [torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v0).flatten(2)]
-    row = shared
-    for count, length in groups:
-        rows = slice(row, row + count * length)
-        row = rows.stop
-        qn, kn, vn = (t[:, rows].unflatten(1, (count, length)) for t in (q, k, v))
-        before = torch.einsum("bnshd,bthd->bnhst", qn, k0)
-        within = torch.einsum("bnshd,bnthd->bnhst", qn, kn) + _causal(length, q)
+    for rows, (count, length) in zip(classes, groups, strict=True):
+        q, k, v = rows.unflatten(1, (count, length)).unbind(3)
+        q = q * scale
+        before = torch.einsum("bnshd,bthd->bnhst", q, k0)
+        within = torch.einsum("bnshd,bnthd->bnhst", q, k) + _causal(length, q)
         weights = torch.cat([before, within], dim=-1).softmax(-1)
         before, within = weights.split([shared, length], dim=-1)
-        mixed = torch.einsum("bnhst,bthd->bnshd", before, v0) + torch.einsum("bnhst,bnthd->bnshd", within, vn)
+        mixed = torch.einsum("bnhst,bthd->bnshd", before, v0) + torch.einsum("bnhst,bnthd->bnshd", within, v)
         out.append(mixed.flatten(3).flatten(1, 2))
     return torch.cat(out, dim=1)
 
