@@ -144,7 +144,8 @@ class VirtualClasses:
         return VirtualClasses(**values | {"classnames": list(classnames)})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        tensors = {"mu": self.mu, "kappa": self.kappa, "weight": self.weight}
+        # The file format refuses tensors that share memory, as they may where mu is the weight.
+        tensors = {"mu": self.mu, "kappa": self.kappa, "weight": self.weight.clone()}
         if self.network is not None:
             tensors |= {f"network.{name}": value for name, value in self.network.state_dict().items()}
         about = {
