@@ -113,8 +113,6 @@ class TrainerBase:
         self._optims: OrderedDict[str, Any] = OrderedDict()
         self._scheds: OrderedDict[str, Any] = OrderedDict()
         self._writer: Any = None
-        self.epoch = 0
-        self.best_result = float("-inf")
 
     # Models
 
@@ -186,7 +184,8 @@ class TrainerBase:
         checkpoints are of different epochs.
         """
         names = self.get_model_names()
-        if not all(os.path.exists(os.path.join(directory, name, "checkpoint")) for name in names):
+        there = [os.path.exists(os.path.join(directory, name, "checkpoint")) for name in names]
+        if not there or not all(there):
             print("No checkpoint found, train from scratch")
             return 0
         print(f"Found checkpoint at {directory} (will resume training)")
