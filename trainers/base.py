@@ -113,6 +113,11 @@ class CLIPTrainer(TrainerX):
         return batch["img"].to(self.device), batch["label"].to(self.device)
 
     def before_train(self) -> None:
+        if self.dm.dataset.test_only and not self.data_free:
+            raise UserError(
+                f"{self.cfg.DATASET.NAME} ({self.cfg.DATASET.SUBSAMPLE_CLASSES} classes) has test images only; "
+                "test a trained model on it with --eval-only --model-dir"
+            )
         super().before_train()
         self.train_started = time.perf_counter()
         self.train_loader_x = self.recover_virtual_features() if self.data_free else self._train_loader()

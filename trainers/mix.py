@@ -18,6 +18,7 @@ add_keys("TRAINER.TEXTTEACHERMIX", TEXT=0.7)
 class TextTeacherMix(CLIPTrainer):
     """Base class c: TEXT * t_c + (1 - TEXT) * w_c of unit rows, renormalised. New class: its text."""
 
+    recipe = "vit_b16"
     trains = False
     needs_teacher = True
 

@@ -24,7 +24,7 @@ TEACHER = "teacher.safetensors"
 class TeacherZeroshot(CLIPTrainer):
     """Multinomial logistic regression on the image features of the base classes; text for all others."""
 
-    trains = True
+    recipe = "vit_b16"
 
     def build_model(self) -> None:
         self.text = self.backbone.class_features(self.classnames, [self.template])
