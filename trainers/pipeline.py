@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfzsl.errors import UserError, unknown
+from dfzsl.errors import UserError
 
 from .classifier import Classifier, check_new_names, fit_rows, text_shift
 from .generators import build_generator
@@ -29,15 +29,10 @@ class StageThreeSettings:
     Attributes:
         name: a generator of `generators.GENERATORS`, or "none": new classes are then not trained on, their
             rows are their (aligned) text features.
-        num_per_class: virtual features per base class, and generated ones per new class.
+        num_per_class: virtual features per base class; num_generated: generated ones per new class.
         epochs, hidden, batch, lr: of a neural generator; 0 keeps its own (the paper's).
         holdout: share of base classes that watch the generator's training; patience: epochs without progress
             there before it stops.
-        place: "cone" puts virtual features into CLIP's image cone (see `place_in_cone`), "recovered" takes
-            them as stage 1 made them.
-        spread: distance of class means from their common mean, for "cone".
-        gap: how far image features lie along the mean text feature, for "cone".
-        concentration: of virtual features, for "cone".
         align: shift all text features by one vector learned on the base classes (FLPT in feature space).
         align_decay: weight of its squared length.
         pull, classifier_steps, classifier_batch, classifier_lr, classifier_anneal, log_prior: see
@@ -47,16 +42,13 @@ class StageThreeSettings:
 
     name: str = "none"
     num_per_class: int = 100
+    num_generated: int = 100
     epochs: int = 0
     hidden: int = 0
     batch: int = 0
     lr: float = 0.0
     holdout: float = 0.1
     patience: int = 10
-    place: str = "cone"
-    spread: float = 0.35
-    gap: float = 0.15
-    concentration: float = 1800.0
     align: bool = True
     align_decay: float = 1.0
     pull: float = 7.0
@@ -103,8 +95,8 @@ def build_classifier(
     device = base_text.device
     rng = device_generator(generator, device)
     base_text, new_text = base_text.float(), new_text.to(base_text).float()
-    x, y = _virtual_features(virtual, base_text, new_text, settings, generator)
-    x, y = x.to(device), y.to(device)
+    x, y = virtual.sample(settings.num_per_class, generator)
+    x, y = x.to(base_text), y.to(device)
     if shift is not None:
         shift = shift.to(x)
         x = F.normalize(x + shift, dim=1)
@@ -127,59 +119,13 @@ def build_classifier(
     )
 
 
-def _virtual_features(
-    virtual: VirtualClasses, base_text: Tensor, new_text: Tensor, s: StageThreeSettings, rng: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    if s.place == "recovered":
-        return virtual.sample(s.num_per_class, rng)
-    if s.place != "cone":
-        raise unknown("GENERATOR.PLACE", s.place, ("cone", "recovered"))
-    rows = virtual.weight if virtual.weight is not None else virtual.mu - virtual.mu.mean(0)
-    means = place_in_cone(rows.to(base_text), base_text, new_text, spread=s.spread, gap=s.gap, generator=rng)
-    labels = torch.arange(len(means)).repeat_interleave(s.num_per_class)
-    noise = torch.randn(len(labels), means.shape[1], generator=rng) / s.concentration**0.5
-    return F.normalize(means.cpu()[labels] + noise, dim=1), labels
-
-
-def place_in_cone(
-    rows: Tensor,
-    base_text: Tensor,
-    new_text: Tensor,
-    *,
-    spread: float,
-    gap: float,
-    generator: torch.Generator,
-) -> Tensor:
-    """Class means (C, d) inside CLIP's cone of image features, from a teacher's rows.
-
-    The rows of a regularised softmax tell how class means differ, w_c ~ m_c - m, not where their mean m
-    lies, and a cosine with a text feature needs m too. Image and text features fill two cones (the modality
-    gap, Liang et al. 2022): m = gap * mean(t) + a part orthogonal to all rows and texts, |m|^2 = 3/4.
-    """
-    rows = F.normalize(rows, dim=1)
-    # With classes of unequal size the rows also hold multiples of m, and no longer cancel: remove that.
-    common = rows.mean(0)
-    excess = common.square().sum()
-    direction = common / excess.sqrt().clamp(min=1e-12)
-    rows = rows - excess / (excess + 1 / len(rows)) * (rows @ direction)[:, None] * direction
-    rows = F.normalize(rows, dim=1)
-    center = gap * base_text.mean(0)
-    # Orthogonal as far as there is room: the inverse leaves the directions that rows and texts hardly use.
-    used = torch.cat([rows, base_text, new_text]).double()
-    gram = used.T @ used
-    gram += 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), device=gram.device)
-    free = torch.randn(len(gram), generator=generator, dtype=torch.float64).to(gram.device)
-    free = F.normalize(torch.linalg.solve(gram, free), dim=0).to(rows)
-    return center + (0.75 - center.square().sum()).clamp(min=0).sqrt() * free + spread * rows
-
-
 def _train(
     x: Tensor, y: Tensor, base_text: Tensor, new_text: Tensor, s: StageThreeSettings, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows of base (C, d) and new classes (K, d), and the shift of text features or None."""
     moved = None
     if s.align and len(base_text) > 1:
-        moved = text_shift(x, y, base_text, rng, decay=s.align_decay)
+        moved = text_shift(x, y, base_text, rng, decay=s.align_decay, batch=s.classifier_batch)
         base_text, new_text = F.normalize(base_text + moved, dim=1), F.normalize(new_text + moved, dim=1)
     rows = base_text
     if s.name != "none" and len(new_text):
@@ -190,7 +136,7 @@ def _train(
             own |= {"holdout": s.holdout, "patience": s.patience}
         model = build_generator(s.name, x.shape[1], base_text.shape[1], **own)
         model.fit(x, y, base_text, rng)
-        count = min(s.num_per_class, max(1, MAX_GENERATED // len(new_text)))
+        count = min(s.num_generated, max(1, MAX_GENERATED // len(new_text)))
         made = model.sample(new_text, count, rng)
         labels = torch.arange(len(base_text), len(base_text) + len(new_text), device=y.device)
         x, y = torch.cat([x, made]), torch.cat([y, labels.repeat_interleave(count)])
