@@ -32,7 +32,7 @@ setup(
     package_data={
         "dfzsl": ["py.typed"],
         "dfzsl.datasets": ["*/*.safetensors", "*/*.json"],
-        "dfzsl.configs": ["*/*.yaml", "*/*/*.yaml"],
+        "dfzsl.configs": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
     },
     install_requires=[
         "torch>=2.4",

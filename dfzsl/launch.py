@@ -94,21 +94,33 @@ PROTOCOLS = {
 
 @dataclass(frozen=True)
 class Method:
-    """A trainer, on real images or on virtual features, with a config: `TRAINER[@virtual][:CONFIG]`."""
+    """A trainer, its source of features and its config: `TRAINER[@virtual][:CONFIG][+VARIANT]`.
+
+    Variants are changes to the config, listed in configs/ablations.yaml.
+    """
 
     trainer: str
     virtual: bool = False
     config: str = ""
+    variant: str = ""
 
     @classmethod
     def parse(cls, given: str) -> Method:
-        """Raises UserError for an unknown trainer, listing the known ones."""
-        name, _, config = given.partition(":")
+        """Raises UserError for an unknown trainer or variant, listing the known ones."""
+        name, _, variant = given.partition("+")
+        name, _, config = name.partition(":")
         name, _, source = name.partition("@")
         known = {known.lower(): known for known in TRAINER_REGISTRY.registered_names()}
         if name.lower() not in known or source not in ("", "virtual"):
             raise unknown("method", given, [*known.values(), "CoOp@virtual"])
-        return cls(known[name.lower()], bool(source), config)
+        method = cls(known[name.lower()], bool(source), config, variant)
+        if variant and variant not in method.variants:
+            raise unknown(f"variant of {method.trainer}", variant, method.variants)
+        return method
+
+    @property
+    def variants(self) -> dict[str, list]:
+        return yaml.safe_load((CONFIGS / "ablations.yaml").read_text()).get(self.trainer, {})
 
     @property
     def name(self) -> str:
@@ -157,6 +169,8 @@ class Job:
     def folder(self, part: str, data: Data | None = None) -> Path:
         """The output folder of one part (`train_base`, `test_new`), laid out as CoOp lays it out."""
         config = self.method.config or (self.config_file.stem if self.config_file else "default")
+        if self.method.variant:
+            config += f"+{self.method.variant}"
         name = (data or self.data).name
         return (
             self.output
@@ -202,6 +216,7 @@ class Job:
         if self.method.data_free:
             owner = self.teacher.folder(f"train_{PROTOCOLS[self.protocol].train}")
             words += ["TEACHER.FILE", str(owner / "teacher.safetensors")]
+        words += map(str, self.method.variants.get(self.method.variant, []))
         return words + list(self.opts)
 
     def parts(self) -> list[tuple[Path, list[str]]]:
@@ -323,7 +338,11 @@ def plan(args: argparse.Namespace) -> list[Job]:
         ]
         methods = [Method(name) for name in ours]
     else:
-        methods = [Method.parse(method) for method in args.methods.split(",")]
+        methods = []
+        for word in args.methods.split(","):
+            method = Method.parse(word.removesuffix("+all"))
+            variants = method.variants if word.endswith("+all") else [method.variant]
+            methods += [replace(method, variant=variant) for variant in variants]
     # The owner comes first: others wait for its teacher.
     methods = sorted(dict.fromkeys(methods), key=lambda method: method.trainer != OWNER)
     names = ["imagenet", *TARGETS] if given == "all" else [given]
@@ -350,7 +369,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m dfzsl.launch", description=__doc__.splitlines()[0])
     flags.add_argument("protocol", choices=PROTOCOLS)
-    flags.add_argument("--methods", default="", help="all, or TRAINER[@virtual][:CONFIG],...")
+    flags.add_argument("--methods", default="", help="all, or TRAINER[@virtual][:CONFIG][+VARIANT],...")
     flags.add_argument("--root", default=os.environ.get("DATA", "data"), help="data folder (or env DATA)")
     flags.add_argument("--output", default="output", help="where all runs and tables go")
     flags.add_argument("--shots", type=int, default=16, help="images a class, for training on images")

@@ -5,8 +5,11 @@ import sys
 
 import pytest
 
+from dfzsl import train
 from dfzsl.errors import UserError
 from dfzsl.launch import Data, Job, Method, parser, plan
+from dfzsl.trainers.pipeline import StageThreeSettings
+from dfzsl.trainers.recovery import RecoverySettings
 
 
 def jobs(*words: str):
@@ -41,6 +44,16 @@ def test_data_free_methods_read_the_owners_teacher_of_the_same_seed(tmp_path):
     assert "seed3" in teacher
 
 
+@pytest.mark.parametrize("variant", Method("DFZSL").variants)
+def test_every_variant_is_a_run_of_its_own_with_settings_that_exist(variant, tmp_path):
+    (job,) = jobs("--methods", f"DFZSL+{variant}", "--output", str(tmp_path), "shapes", "1")
+    folder, arguments = job.parts()[0]
+    assert f"+{variant}" in str(folder)
+    cfg = train.setup_cfg(train.parser().parse_args(arguments))
+    RecoverySettings(**{key.lower(): value for key, value in cfg.RECOVERY.items()})
+    StageThreeSettings(**{key.lower(): value for key, value in cfg.GENERATOR.items()})
+
+
 def test_a_data_set_that_brings_its_backbone_keeps_it():
     assert Data("shapes", "data").overrides()[:2] == ["MODEL.BACKBONE.NAME", "shapes"]
 
@@ -49,6 +62,7 @@ def test_a_data_set_that_brings_its_backbone_keeps_it():
     ("words", "message"),
     [
         (["--methods", "cocopp", "shapes"], "unknown method 'cocopp'; known: CoCoOp"),
+        (["--methods", "DFZSL+no_flpd", "shapes"], "unknown variant of DFZSL 'no_flpd'; known: no_flpt"),
         (["--methods", "CoOp", "imagnet"], "unknown data set 'imagnet'; known: imagenet"),
         (["--methods", "CoOp", "shapes", "one"], "after DATASET and seeds come KEY VALUE pairs, not one"),
         (["--methods", "CoOp", "features:/nowhere.npz"], "/nowhere.npz does not exist"),
