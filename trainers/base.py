@@ -287,6 +287,8 @@ def _with_input_of(cfg, backbone):
     cfg.INPUT.PIXEL_MEAN = list(preprocess["mean"])
     cfg.INPUT.PIXEL_STD = list(preprocess["std"])
     cfg.INPUT.INTERPOLATION = preprocess["interpolation"]
+    if "normalize" not in cfg.INPUT.TRANSFORMS:
+        cfg.INPUT.TRANSFORMS = (*cfg.INPUT.TRANSFORMS, "normalize")
     cfg.freeze()
     return cfg
 
