@@ -36,7 +36,7 @@ from dfzsl.trainers.backbone import load_backbone
 
 FOLDER = Path(__file__).parents[1] / "datasets" / "shapes"
 HALVES = classes()[:60], classes()[60:]
-USUAL = "a photo of a {}. itap of my {}. a bad photo of the {}. a drawing of one {}, a type of shape. X X X X"
+USUAL = "a photo of a . itap of my . a bad photo of the . a drawing of one , a type of shape. X X X X"
 
 
 # ------------------------------------------------------------------------------------------ the pictures
@@ -104,7 +104,7 @@ def test_training_never_shows_an_object_of_the_data_set(monkeypatch):
 
 
 def test_captions_say_what_is_shown_in_known_words(backbone):
-    known = set(torch.cat([backbone.tokenize(text).flatten() for text in captions.vocabulary()]).tolist())
+    known = set(backbone.tokenize(captions.vocabulary()).flatten().tolist())
     rng = np.random.default_rng(0)
     said = []
     for index in range(600):
@@ -219,7 +219,7 @@ def test_zero_shot_accuracy_is_as_claimed(backbone):
         features = backbone.encode_image(torch.stack([backbone.transform(image) for image in images]))
         text = backbone.encode_text([f"a photo of a {c.name}." for c in half])
         right = (features @ text.t()).argmax(1) == torch.arange(60).repeat_interleave(4)
-        assert 0.45 < right.float().mean() < 0.9
+        assert 0.45 < right.float().mean() < 0.75
 
 
 @pytest.fixture(scope="module")
