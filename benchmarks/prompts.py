@@ -23,8 +23,8 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfzsl.trainers.backbone import Backbone, load_backbone
-from dfzsl.trainers.prompts import ROWS_AT_ONCE, Prompts
+from dfzsl.trainers.backbone import ROWS_AT_ONCE, Backbone, load_backbone
+from dfzsl.trainers.prompts import Prompts
 
 N_CTX = 4
 # The plain way keeps some 29 MB a class: more classes than these go through in pieces, whose gradients add
@@ -89,6 +89,7 @@ def measure(args: argparse.Namespace) -> None:
             rows.append(features.detach())
         if args.device == "cuda":
             torch.cuda.synchronize()
+        assert context.grad is not None
         return torch.cat(rows, 1), context.grad
 
     if args.device == "cuda":

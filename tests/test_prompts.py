@@ -61,15 +61,16 @@ def test_features_and_gradients_equal_the_plain_encoding(name, class_specific, p
 @pytest.mark.parametrize("name", ["tiny-vit", "tiny-both-ways"])
 @pytest.mark.parametrize("class_specific", [False, True])
 def test_chunks_with_recomputation_change_nothing(name, class_specific, monkeypatch):
+    backbone = both_ways(name)
     for rows in (1, 20, 45):
-        monkeypatch.setattr(prompts, "ROWS_AT_ONCE", rows)
-        assert max(compare(both_ways(name), NAMES, 4, "end", class_specific, 3)) < 1e-5
+        monkeypatch.setattr(backbone, "rows_at_once", rows)
+        assert max(compare(backbone, NAMES, 4, "end", class_specific, 3)) < 1e-5
 
 
 def test_chunks_hold_few_activations(monkeypatch):
     """What autograd keeps does not grow with the number of classes once they are cut into chunks."""
     backbone = tiny("tiny-vit")
-    monkeypatch.setattr(prompts, "ROWS_AT_ONCE", 64)
+    monkeypatch.setattr(backbone, "rows_at_once", 64)
     kept = []
     for classes in (50, 200):
         layout = Prompts(backbone, [f"thing number {i}" for i in range(classes)], 4)
@@ -199,7 +200,12 @@ def test_evaluation_encodes_once_until_the_context_changes(backbone, monkeypatch
     learner = PromptLearner(backbone, NAMES, n_ctx=4)
     calls = []
     encode = learner.prompts.encode
-    monkeypatch.setattr(learner.prompts, "encode", lambda context: calls.append(1) or encode(context))
+
+    def counted(context):
+        calls.append(1)
+        return encode(context)
+
+    monkeypatch.setattr(learner.prompts, "encode", counted)
     learner.eval()
     with torch.no_grad():
         first = learner()

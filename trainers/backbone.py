@@ -29,6 +29,7 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "amp": torch.float16
 # What OpenAI's archives hold beside the weights; nobody else's do.
 OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
 TEXTS_AT_ONCE = 256
+ROWS_AT_ONCE = 8192
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +128,8 @@ class Backbone(nn.Module):
         identity: what features made with it are marked with.
         precision: fp32, fp16, amp or bf16; set it with `use_precision`.
         compiled: learn prompts through compiled layers.
+        rows_at_once: tokens of prompts whose activations are kept for the backward pass (0.4 MB each in the
+            text tower of ViT-B/16); where there are more, they are recomputed in chunks of so many.
     """
 
     has_text_encoder = True
@@ -141,6 +144,7 @@ class Backbone(nn.Module):
         self.dim = dim
         self.precision = "fp32"
         self.compiled = False
+        self.rows_at_once = ROWS_AT_ONCE
         self.context_length: int = model.context_length
         self.logit_scale = float(model.logit_scale.exp())
         self._make_tokenizer = tokenizer

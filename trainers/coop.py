@@ -15,11 +15,12 @@ from torch.nn import functional as F
 
 from dfzsl.toolbox import add_keys, register
 
+from .backbone import ROWS_AT_ONCE
 from .base import CLIPTrainer
 from .prompts import PromptLearner, require_text_encoder
 
 # torch.compile takes a minute before the first step: worth it on a GPU, for thousands of steps.
-add_keys("MODEL.BACKBONE", COMPILE=False)
+add_keys("MODEL.BACKBONE", COMPILE=False, ROWS_AT_ONCE=ROWS_AT_ONCE)
 add_keys("TRAINER.COOP", N_CTX=16, CSC=False, CTX_INIT="", PREC="fp16", CLASS_TOKEN_POSITION="end")
 
 
@@ -67,6 +68,7 @@ class CoOp(CLIPTrainer):
         require_text_encoder(self.backbone)
         self.backbone.use_precision(self.settings.PREC)
         self.backbone.compiled = self.cfg.MODEL.BACKBONE.COMPILE
+        self.backbone.rows_at_once = self.cfg.MODEL.BACKBONE.ROWS_AT_ONCE
         self.model = self.build_prompted().to(self.device)
         learner = self.model.prompt_learner
         if self.cfg.MODEL.INIT_WEIGHTS:

@@ -23,9 +23,6 @@ from dfzsl.errors import UserError
 from .backbone import Backbone, FeatureBackbone, TextTower
 
 POSITIONS = ("end", "middle", "front")
-# Token rows whose activations are kept for the backward pass at once (about 0.4 MB each in ViT-B/16's text
-# tower, float32); more of them are cut into chunks, recomputed when their gradient is asked for.
-ROWS_AT_ONCE = 8192
 # Padding tolerated where classes of different lengths share one attention call: a GPU would rather compute
 # twice as much than be called twice as often.
 PADDING = {"cpu": 1 / 8, "cuda": 1.0}
@@ -79,6 +76,7 @@ class Prompts:
         names = _checked_names(classnames)
         tower = self.tower = backbone.text_tower
         self.autocast = backbone.autocast
+        self.rows_at_once = backbone.rows_at_once
         self.compiled = backbone.compiled
         length = tower.context_length
         start, word = _start_and_word(backbone)
@@ -121,7 +119,7 @@ class Prompts:
         layer = _compiled_layer() if self.compiled and torch.is_grad_enabled() else _run_layer
         parts = []
         for block in blocks:
-            at_once = max(1, ROWS_AT_ONCE // len(block.ids))
+            at_once = max(1, self.rows_at_once // len(block.ids))
             several = len(blocks) > 1 or len(context) > at_once
             run = functools.partial(_run_block, self.tower, layer, block, self.shared)
             parts.append(torch.cat([_recomputed(run, part, several) for part in context.split(at_once)]))
@@ -131,7 +129,7 @@ class Prompts:
     def _encode_plain(self, context: Tensor) -> Tensor:
         """All positions of every prompt: for towers that look both ways, or end somewhere else."""
         classes = len(self.ids)
-        at_once = max(1, ROWS_AT_ONCE // self.ids.shape[1])
+        at_once = max(1, self.rows_at_once // self.ids.shape[1])
         several = len(context) * classes > at_once
         rows = []
         for one in context:
@@ -152,7 +150,7 @@ class Prompts:
 
     @functools.cached_property
     def blocks(self) -> list[Block]:
-        """The rows of all prompts, shortest first, in blocks of at most ROWS_AT_ONCE."""
+        """The rows of all prompts, shortest first, in blocks of at most `rows_at_once`."""
         return [self._block(order, groups) for order, groups in self._group()]
 
     def _group(self) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
@@ -165,7 +163,7 @@ class Prompts:
         in_group = 0  # rows without padding of the group under way
         for index in sorted(range(len(lengths)), key=lengths.__getitem__):
             length = lengths[index]
-            if order and rows + length > ROWS_AT_ONCE:
+            if order and rows + length > self.rows_at_once:
                 yield order, groups
                 order, groups, rows = [], [], self.shared
             count = groups[-1][0] + 1 if groups else 1
