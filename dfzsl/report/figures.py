@@ -281,6 +281,10 @@ def _accuracies(outcomes: Sequence[Outcome]) -> dict[tuple[str, bool], float]:
     return {key: statistics.fmean(values) for key, values in found.items()}
 
 
+def _short(name: str) -> str:
+    return name if len(name) <= 28 else f"{name[:27]}…"
+
+
 def _changes(section: Section, colors: Palette) -> Plot | None:
     """A grid of classes and methods: accuracy minus zero-shot CLIP's."""
     if section.protocol == "xd":
@@ -306,7 +310,7 @@ def _changes(section: Section, colors: Palette) -> Plot | None:
                 tile.set(facecolor=GAIN if change > 0 else LOSS, alpha=0.75 * abs(change) / scale)
                 axes.add_patch(tile)
                 axes.text(column, row, f"{change:+.0f}", ha="center", va="center", fontsize=7)
-        axes.set_yticks(range(len(shown)), [f"{name}  (new)" if new else name for name, new in shown])
+        axes.set_yticks(range(len(shown)), [_short(name) + " (new)" * new for name, new in shown])
         axes.set_xticks(range(len(labels)), labels, rotation=35, ha="left", rotation_mode="anchor")
         axes.xaxis.tick_top()
         axes.tick_params(length=0)

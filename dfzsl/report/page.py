@@ -27,7 +27,7 @@ def page(parts: Sequence[Section]) -> str:
     body = "".join(
         _section(part, place, _averaged(part, parts), colors) for place, part in enumerate(ordered)
     )
-    links = "".join(f'<a href="#s{place}">{escape(part.title)}</a>' for place, part in enumerate(ordered))
+    links = "\n".join(f'<a href="#s{place}">{escape(part.title)}</a>' for place, part in enumerate(ordered))
     return f"""<!doctype html>
 <html lang="en">
 <head>
