@@ -135,27 +135,43 @@ def _rows_through(boundary: Tensor, own: Tensor, other: Tensor, starts: Tensor) 
     """The rows W (C, d) with sum zero that best meet (w_own - w_other).x = 0 at all boundary points x.
 
     Least squares on the plane sum_c w_c.start_c = const, which rules out W = 0: there W = s + u with the
-    centred starting points s and u orthogonal to them, and u solves a well-conditioned system.
+    centred starting points s and u orthogonal to them. Conjugate gradients find u, preconditioned by the
+    blocks of single classes, which hold all but the coupling of neighbours.
     """
     classes, d = starts.shape
-
-    def normal(rows: Tensor) -> Tensor:
-        residual = ((rows[own] - rows[other]) * boundary).sum(1, keepdim=True) * boundary
-        return torch.zeros_like(rows).index_add_(0, own, residual).index_add_(0, other, -residual)
-
+    signs = (
+        torch.zeros(len(boundary), classes).scatter_(1, own[:, None], 1.0).scatter_(1, other[:, None], -1.0)
+    )
+    near = [boundary[sign != 0] for sign in signs.T]
+    blocks = torch.stack([x.T @ x for x in near])
+    ridge = 1e-4 * blocks.diagonal(dim1=1, dim2=2).mean() * torch.eye(d)
+    inverses = torch.linalg.inv(blocks + ridge)
     centred = starts - starts.mean(0)
     centred = centred / centred.norm()
 
-    def projected(rows: Tensor) -> Tensor:
+    def normal(rows: Tensor) -> Tensor:
+        residual = ((boundary @ rows.T) * signs).sum(1, keepdim=True)
+        return (signs * residual).T @ boundary
+
+    def project(rows: Tensor) -> Tensor:
         return rows - (rows * centred).sum() * centred
 
-    def matvec(flat: np.ndarray) -> np.ndarray:
-        rows = torch.from_numpy(np.asarray(flat, dtype=np.float32)).view(classes, d)
-        return projected(normal(projected(rows))).flatten().numpy()
+    def on_plane(work: Callable[[Tensor], Tensor]) -> LinearOperator:
+        """`work` on the rows orthogonal to `centred`, as scipy wants it."""
 
-    operator = LinearOperator((classes * d, classes * d), matvec=matvec, dtype=np.float32)
-    right = -projected(normal(centred)).flatten().numpy()
-    solution, _ = cg(operator, right, rtol=1e-5, maxiter=1000)
+        def matvec(flat: np.ndarray) -> np.ndarray:
+            rows = torch.from_numpy(np.asarray(flat, dtype=np.float32)).view(classes, d)
+            return project(work(project(rows))).flatten().numpy()
+
+        return LinearOperator((classes * d, classes * d), matvec=matvec, dtype=np.float32)
+
+    solution, _ = cg(
+        on_plane(normal),
+        -project(normal(centred)).flatten().numpy(),
+        rtol=1e-6,
+        maxiter=500,
+        M=on_plane(lambda rows: torch.einsum("cde,ce->cd", inverses, rows)),
+    )
     rows = centred + torch.from_numpy(solution).view(classes, d)
     rows = rows - rows.mean(0)
     return rows / rows.square().sum(1).mean().sqrt()
