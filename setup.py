@@ -18,9 +18,11 @@ setup(
     python_requires=">=3.10",
     packages=[
         "dfzsl",
+        "dfzsl.report",
         "dfzsl.trainers",
         "dfzsl.trainers.generators",
         "dfzsl.datasets",
+        "dfzsl.datasets.shapes",
         "dfzsl.configs",
     ],
     package_dir={
@@ -31,7 +33,8 @@ setup(
     },
     package_data={
         "dfzsl": ["py.typed"],
-        "dfzsl.datasets": ["*/*.safetensors", "*/*.json"],
+        "dfzsl.report": ["*.yaml", "*.css"],
+        "dfzsl.datasets.shapes": ["*.safetensors", "*.json", "*.csv"],
         "dfzsl.configs": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
     },
     install_requires=[
@@ -41,11 +44,12 @@ setup(
         "filelock",
         "numpy",
         "pillow",
+        "pyyaml",
         "safetensors",
         "scikit-learn",
         "scipy",
         "submitit",
-        "tabulate",
+        "tabulate>=0.10",
         "tqdm",
         "yacs",
     ],

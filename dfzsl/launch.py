@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import itertools
 import os
 import sys
@@ -401,7 +402,13 @@ def main() -> None:
     launch(jobs, args.launcher, workers, Path(args.output))
     from . import report
 
-    report.show(Path(args.output) / args.protocol)
+    folder = Path(args.output) / args.protocol
+    report.show(folder)
+    if importlib.util.find_spec("matplotlib"):
+        from .report.page import write_page
+
+        write_page(folder / "report.html", report.sections(report.collect(folder)))
+        print(f"The same with pictures: {folder / 'report.html'}")
     failed = [job for job in jobs if not job.finished]
     if failed:
         first = failed[0].failure.read_text().strip() if failed[0].failure.exists() else "interrupted"

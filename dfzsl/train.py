@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pickle
 import re
 import sys
 from collections.abc import Sequence
@@ -150,9 +151,9 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
         return (
             "out of memory; lower DATALOADER.TRAIN_X.BATCH_SIZE, DATALOADER.TEST.BATCH_SIZE or "
-            "MODEL.CLASS_CHUNK, or use a smaller backbone"
+            "--shots, or use a smaller backbone"
         )
-    if isinstance(error, OSError):
+    if isinstance(error, OSError | pickle.UnpicklingError):
         return " ".join(str(error).split())
     return None
 

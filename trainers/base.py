@@ -26,6 +26,7 @@ from dfzsl.toolbox import add_keys, keys_of
 from .backbone import FeatureBackbone, load_backbone
 from .oracles import open_oracle
 from .recovery import RecoverySettings, VirtualClasses, recover
+from .vmf import fit_classes
 
 add_keys("MODEL.BACKBONE", WEIGHTS="openai")
 add_keys("TEACHER", FILE="", ACCESS="logits")
@@ -57,6 +58,7 @@ class CLIPTrainer(TrainerX):
 
     def build_data_loader(self) -> None:
         self.stage_seconds: dict[str, float] = {}
+        self.losses: dict[int, float] = {}
         self.virtual: VirtualClasses | None = None
         self.queries = 0
         cfg = self.cfg = _for_this_machine(self.cfg)
@@ -115,12 +117,17 @@ class CLIPTrainer(TrainerX):
     def before_train(self) -> None:
         if self.dm.dataset.test_only and not self.data_free:
             raise UserError(
-                f"{self.cfg.DATASET.NAME} ({self.cfg.DATASET.SUBSAMPLE_CLASSES} classes) has test images only; "
+                f"{self.cfg.DATASET.NAME} ({self.cfg.DATASET.SUBSAMPLE_CLASSES}) has test images only; "
                 "test a trained model on it with --eval-only --model-dir"
             )
         super().before_train()
-        self.train_started = time.perf_counter()
         self.train_loader_x = self.recover_virtual_features() if self.data_free else self._train_loader()
+        self.train_started = time.perf_counter()
+
+    def write_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
+        super().write_scalar(tag, scalar_value, global_step)
+        if tag == "train/loss":
+            self.losses[self.epoch] = float(scalar_value)  # the epoch's mean so far
 
     def after_epoch(self) -> None:
         super().after_epoch()
@@ -211,6 +218,11 @@ class CLIPTrainer(TrainerX):
             self._models[name].load_state_dict(state, strict=False)
 
     @property
+    def trained_parameters(self) -> int:
+        models = self._models.values()
+        return sum(p.numel() for model in models for p in model.parameters() if p.requires_grad)
+
+    @property
     def images_used(self) -> int:
         """Training images this run could see."""
         unseen = self.data_free or not self.trains or self.dm.dataset.test_only
@@ -254,15 +266,26 @@ class CLIPTrainer(TrainerX):
             cfg=self.cfg,
             accuracy=100.0 * sum(correct) / max(sum(total), 1),
             per_class=per_class,
-            trained_parameters=sum(
-                p.numel() for m in self._models.values() for p in m.parameters() if p.requires_grad
-            ),
+            trained_parameters=self.trained_parameters,
             images_used=self.images_used,
             queries=self.queries,
             seconds=self.stage_seconds,
+            curves={"loss": list(self.losses.values())} if self.losses else {},
+            concentration=self._concentrations(),
             peak_memory=peak_memory(),
             notes=self.notes(),
         )
+
+    def _concentrations(self) -> list[dict]:
+        """Recovered and true concentration of each class, the truth measured on the test features."""
+        labels = self.test_loader.labels
+        if self.virtual is None or torch.bincount(labels, minlength=self.num_classes).min() < 2:
+            return []
+        _, true = fit_classes(self.test_loader.features, labels, self.num_classes)
+        return [
+            {"class": name, "recovered": float(recovered), "true": float(measured)}
+            for name, recovered, measured in zip(self.classnames, self.virtual.kappa, true, strict=True)
+        ]
 
     def notes(self) -> list[str]:
         """Sentences that belong beside this run's numbers in every table."""

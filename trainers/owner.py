@@ -32,12 +32,16 @@ class TeacherZeroshot(CLIPTrainer):
 
     def train(self) -> None:
         """Fit on all training images (or NUM_SHOTS a class), save, test."""
-        started = time.perf_counter()
         features, labels = self.encode(self.dm.dataset.train_x)
+        started = time.perf_counter()
         self.teacher = fit_teacher(features, labels, self.classnames, self.backbone_id)
         self.teacher.save(Path(self.cfg.OUTPUT_DIR) / TEACHER)
         self.stage_seconds["teacher"] = time.perf_counter() - started
         self.test()
+
+    @property
+    def trained_parameters(self) -> int:
+        return self.teacher.weight.numel() if self.teacher else 0
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
         self.teacher = Teacher.load(Path(directory) / TEACHER)
