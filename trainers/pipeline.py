@@ -48,10 +48,10 @@ class StageThreeSettings:
     batch: int = 0
     lr: float = 0.0
     holdout: float = 0.1
-    patience: int = 10
+    patience: int = 20
     align: bool = True
     align_decay: float = 1.0
-    pull: float = 7.0
+    pull: float = 3.0
     classifier_steps: int = 150
     classifier_batch: int = 4096
     classifier_lr: float = 2e-3

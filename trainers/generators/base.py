@@ -185,7 +185,7 @@ class NeuralGenerator(FeatureGenerator):
         batch: int = 64,
         lr: float = 3e-5,
         holdout: float = 0.1,
-        patience: int = 10,
+        patience: int = 20,
         **settings: Any,
     ) -> None:
         super().__init__(feature_dim, condition_dim)
