@@ -43,7 +43,8 @@ class RecoverySettings:
         moments      the simulator's expected loss from the vMF's second moment: no draws, d queries
         gmm          the paper's: nothing is learned, prototypes are the text features
         generator    the paper's: an MLP from text and noise instead of a vMF
-    directions: mean directions of the classes: "geometry" (geometry.py), or "teacher": the learned rows.
+    directions: mean directions of the classes: "geometry" (geometry.py), or "teacher": the learned rows. gmm
+        and generator start from the text features instead.
     concentration: "geometry" (one value from `coherence`) or "paper" (angles between text features).
     theta: factor on the concentration.
     epochs, lr, draws: of simulator, moments and generator; draws per class and epoch.
