@@ -109,6 +109,20 @@ def test_a_layer_compiles_in_one_piece(monkeypatch):
     assert max(compare(backbone, NAMES, 4, "end", False, 2)) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["tiny-vit", "tiny-both-ways", "tiny-coca"])
+def test_low_precision_stays_close_and_gives_float32(name, monkeypatch):
+    """The GPU's autocast, tried on the CPU's."""
+    backbone = both_ways(name)
+    learner = PromptLearner(backbone, NAMES, n_ctx=4)
+    exact = learner()
+    monkeypatch.setattr(backbone, "precision", "bf16")
+    low = learner()
+    (gradient,) = torch.autograd.grad(low[0].sum(), learner.ctx)
+    assert low.dtype == gradient.dtype == torch.float32
+    assert 0 < difference(low, exact) < 0.05
+    assert torch.isfinite(gradient).all() and gradient.abs().max() > 0
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     names=st.lists(st.text("abc -'7_", min_size=1, max_size=30), min_size=1, max_size=7),

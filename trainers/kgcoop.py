@@ -13,12 +13,12 @@ from dfzsl.toolbox import add_keys, register
 
 from .coop import CoOp
 
-add_keys("TRAINER.COOP", W=8.0)
+add_keys("TRAINER.KGCOOP", W=8.0)
 
 
 @register(TRAINER_REGISTRY)
 class KgCoOp(CoOp):
-    """Cross-entropy + W * mean_c (1 - cos(t_c, t_c of CLIP)).
+    """Cross-entropy + W * mean_c (1 - cos(t_c, t_c of CLIP)); the context is set as CoOp's.
 
     For unit rows that is half the squared distance which the paper writes; its figures come from this form.
     """
@@ -33,6 +33,6 @@ class KgCoOp(CoOp):
         text = self.model.prompt_learner()
         logits = self.model.logit_scale * features @ text.T
         distance = 1 - (text * self.fixed_text).sum(1).mean()
-        loss = F.cross_entropy(logits, label) + self.settings.W * distance
+        loss = F.cross_entropy(logits, label) + self.cfg.TRAINER.KGCOOP.W * distance
         self.update(loss)
         return self.summary(loss, logits, label)
