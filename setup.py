@@ -35,7 +35,7 @@ setup(
         "dfzsl": ["py.typed"],
         "dfzsl.report": ["*.yaml", "*.css"],
         "dfzsl.datasets.shapes": ["*.safetensors", "*.json", "*.csv"],
-        "dfzsl.configs": ["*.yaml", "*/*.yaml", "*/*/*.yaml"],
+        "dfzsl.configs": ["*.yaml", "*/*.yaml", "*/*/*.yaml", "*/*/*/*.yaml"],
     },
     install_requires=[
         "torch>=2.4",
