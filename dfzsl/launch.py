@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import dfzsl.configs
+from dfzsl.trainers.base import CLIPTrainer
 
 from . import train
 from .errors import UserError, unknown
@@ -38,8 +39,8 @@ OWNER = "TeacherZeroshot"
 FREE = ("ZeroshotCLIP", OWNER, "TextTeacherMix")
 METHODS = (*FREE, "CoOp", "CoCoOp", "DFZSL")
 DEFAULT_SEEDS = ("1", "2", "3")
-TARGETS = ("caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101")
-TARGETS += ("fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101")
+TARGETS = ["caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101"]
+TARGETS += ["fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"]
 XD_TARGETS = (*TARGETS, "imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
 
 
@@ -129,7 +130,7 @@ class Method:
         return f"{self.trainer}@virtual" if self.virtual else self.trainer
 
     @property
-    def type(self) -> type:
+    def type(self) -> type[CLIPTrainer]:
         return TRAINER_REGISTRY.get(self.trainer)
 
     @property
@@ -332,12 +333,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
     if len(opts) % 2:
         raise UserError(f"after DATASET and seeds come KEY VALUE pairs, not {' '.join(opts)}")
     if args.methods == "all":
-        ours = [
-            n
-            for n in TRAINER_REGISTRY.registered_names()
-            if hasattr(TRAINER_REGISTRY.get(n), "needs_teacher")
-        ]
-        methods = [Method(name) for name in ours]
+        registered = map(Method, TRAINER_REGISTRY.registered_names())
+        methods = [method for method in registered if issubclass(method.type, CLIPTrainer)]
     else:
         methods = []
         for word in args.methods.split(","):

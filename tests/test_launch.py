@@ -4,10 +4,12 @@ import subprocess
 import sys
 
 import pytest
+from dassl.engine import TRAINER_REGISTRY
 
 from dfzsl import train
 from dfzsl.errors import UserError
 from dfzsl.launch import Data, Job, Method, parser, plan
+from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.pipeline import StageThreeSettings
 from dfzsl.trainers.recovery import RecoverySettings
 
@@ -42,6 +44,16 @@ def test_data_free_methods_read_the_owners_teacher_of_the_same_seed(tmp_path):
     assert teacher == str(job.teacher.parts()[0][0] / "teacher.safetensors")
     assert "TeacherZeroshot" in teacher
     assert "seed3" in teacher
+
+
+def test_a_trainer_that_is_registered_is_compared(monkeypatch):
+    class Mine(CLIPTrainer):
+        recipe = "none"
+
+    monkeypatch.setitem(TRAINER_REGISTRY._obj_map, "Mine", Mine)
+    planned = jobs("--methods", "all", "shapes", "1")
+    assert {"Mine", "CoOp", "DFZSL", "TeacherZeroshot"} <= {job.method.name for job in planned}
+    assert planned[0].method.name == "TeacherZeroshot"
 
 
 @pytest.mark.parametrize("variant", Method("DFZSL").variants)

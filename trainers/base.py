@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from dassl.data import DataManager
@@ -48,6 +49,9 @@ class CLIPTrainer(TrainerX):
     training batches are drawn from the vMF distributions recovered from the teacher (stage 1).
     """
 
+    cfg: Any
+    backbone: Any  # a Backbone, or the FeatureBackbone where only features are at hand
+    dm: Any
     recipe = ""  # the config in configs/trainers/NAME/ that a protocol takes unless told otherwise
     trains = True  # False: nothing is learned, there is nothing to load for a test
     needs_teacher = False  # True: always data-free
@@ -63,7 +67,7 @@ class CLIPTrainer(TrainerX):
         self.queries = 0
         cfg = self.cfg = _for_this_machine(self.cfg)
         backbone_cfg = cfg.MODEL.BACKBONE
-        backbone = None
+        backbone: Any = None
         if backbone_cfg.NAME:
             backbone = load_backbone(backbone_cfg.NAME, backbone_cfg.WEIGHTS, self.device)
             cfg = self.cfg = _with_input_of(cfg, backbone)

@@ -83,6 +83,7 @@ class DFZSL(FLPT):
             base_text = self.backbone.class_features(base, [self.template])
             new_text = self.backbone.class_features(new, [self.template])
             shift = None
+        assert self.virtual is not None, "stage 1 comes first"
         settings = {key.lower(): value for key, value in self.cfg.GENERATOR.items()}
         return build_classifier(
             self.virtual,
@@ -101,4 +102,5 @@ class DFZSL(FLPT):
         self.classifier = Classifier.load(Path(directory) / CLASSIFIER)
 
     def model_inference(self, input: torch.Tensor) -> torch.Tensor:
+        assert self.classifier is not None, "train or load first"
         return self.classifier.logits(self.backbone.encode_image(input), self.classnames)

@@ -48,6 +48,7 @@ class TeacherZeroshot(CLIPTrainer):
 
     def model_inference(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (n, C): cosines to the teacher's rows where it knows the class, to the text elsewhere."""
+        assert self.teacher is not None, "train or load first"
         rows = self.text.clone()
         weight = torch.nn.functional.normalize(self.teacher.weight, dim=1).to(rows)
         known = {name: row for row, name in enumerate(self.teacher.classnames)}
