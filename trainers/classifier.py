@@ -130,7 +130,7 @@ def text_shift(
     decay: float = 1.0,
     steps: int = 150,
     lr: float = 3e-3,
-    batch: int = 4096,
+    batch: int = 1024,
     temperature: float = TEMPERATURE,
 ) -> Tensor:
     """The shift s (d,) of all text features that tells base classes apart best: FLPT in feature space.
@@ -158,7 +158,7 @@ def fit_rows(
     steps: int = 150,
     lr: float = 2e-3,
     anneal: bool = True,
-    batch: int = 4096,
+    batch: int = 1024,
     log_prior: bool = True,
     temperature: float = TEMPERATURE,
 ) -> Tensor:

@@ -53,7 +53,7 @@ class StageThreeSettings:
     align_decay: float = 1.0
     pull: float = 3.0
     classifier_steps: int = 150
-    classifier_batch: int = 4096
+    classifier_batch: int = 1024
     classifier_lr: float = 2e-3
     classifier_anneal: bool = True
     log_prior: bool = True
@@ -165,25 +165,28 @@ def calibrate(
     No new class has a feature to calibrate on, but base classes do: a part of them, as large a share as the
     new classes will be (at most half), plays the new classes, unseen while the other rows are trained.
     The bias with the highest harmonic mean of their per-class accuracies is found on their virtual
-    features. Every base class plays once.
+    features. Every base class plays equally often.
     """
     classes = len(base_text)
     share = min(num_new / (classes + num_new), 0.5)
     folds = min(round(1 / share), 5, classes)
-    order = torch.randperm(classes, device=x.device, generator=rng)
+    rounds = -(-4 // folds)
     grid = torch.linspace(-0.15, 0.15, 301, device=x.device)
     seen, unseen = torch.zeros_like(grid), torch.zeros_like(grid)
-    for fold in range(folds):
+    for turn in range(rounds * folds):
+        fold = turn % folds
+        if fold == 0:
+            order = torch.randperm(classes, device=x.device, generator=rng)
         playing = torch.zeros(classes, dtype=torch.bool, device=x.device)
         playing[order[fold::folds]] = True
         relabel = torch.cat([(~playing).nonzero()[:, 0], playing.nonzero()[:, 0]]).argsort()
         known = ~playing[y]
         base, new, _ = _train(x[known], relabel[y[known]], base_text[~playing], base_text[playing], s, rng)
         margin, correct = _margins(x, relabel[y], base, new)
-        seen += _curve(margin[known], correct[known], grid, above=True) / folds
-        unseen += _curve(margin[~known], correct[~known], grid, above=False) / folds
+        seen += _curve(margin[known], correct[known], grid, above=True)
+        unseen += _curve(margin[~known], correct[~known], grid, above=False)
     harmonic = 2 * seen * unseen / (seen + unseen).clamp(min=1e-12)
-    return float(grid[harmonic >= harmonic.max() - 1e-3].mean())
+    return float(grid[harmonic >= 0.999 * harmonic.max()].mean())
 
 
 def _margins(x: Tensor, y: Tensor, base: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
