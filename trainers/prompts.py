@@ -8,7 +8,9 @@ its name to its end. The rows of all classes lie behind one another in one matri
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -260,9 +262,30 @@ def _causal(length: int, like: Tensor) -> Tensor:
 
 def _recomputed(run: Callable, context: Tensor, several: bool) -> Tensor:
     """run(context); if one of several, with its activations dropped and recomputed for the gradient."""
-    if several and torch.is_grad_enabled() and context.requires_grad:
-        return checkpoint(run, context, use_reentrant=False)
-    return run(context)
+    if not several:
+        return run(context)
+    if torch.is_grad_enabled() and context.requires_grad:
+        features = checkpoint(run, context, use_reentrant=False)
+        features.register_hook(lambda _: _give_back())
+    else:
+        features = run(context)
+    _give_back()
+    return features
+
+
+def _give_back() -> None:
+    """Return freed memory to the system between chunks.
+
+    glibc keeps the large aligned blocks that torch has freed without using them again, so that a process
+    grows with every chunk.
+    """
+    if trim := _malloc_trim():
+        trim(0)
+
+
+@functools.cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    return getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
 def _checked_names(classnames: Sequence[str]) -> list[str]:
