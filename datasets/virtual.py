@@ -58,7 +58,6 @@ class VirtualLoader:
         self.virtual, self.batch_size, self.num_per_class = virtual, batch_size, num_per_class
         self.filter, self.fresh, self.generator = filter, fresh, generator
         self._drawn = self._kept = 0
-        self._passed = False
         self._features, self._labels = self.draw()
         filtered = f"the teacher keeps {self.kept_share:.1%}" if filter else "not filtered"
         print(f"Virtual features: {len(virtual.classnames)} classes x {num_per_class}, {filtered}")
@@ -103,9 +102,8 @@ class VirtualLoader:
         return max(len(self._labels) // self.batch_size, 1)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if self.fresh and self._passed:
+        if self.fresh:
             self._features, self._labels = self.draw()
-        self._passed = True
         yield from FeatureLoader(
             self._features,
             self._labels,

@@ -128,6 +128,12 @@ class CLIPTrainer(TrainerX):
         self.train_loader_x = self.recover_virtual_features() if self.data_free else self._train_loader()
         self.train_started = time.perf_counter()
 
+    def before_epoch(self) -> None:
+        super().before_epoch()
+        if self.data_free:
+            # Of the epoch's own: a resumed run draws what the uninterrupted one would have drawn.
+            self.draws.manual_seed(max(self.cfg.SEED, 0) * 1_000_003 + self.epoch + 1)
+
     def write_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
         super().write_scalar(tag, scalar_value, global_step)
         if tag == "train/loss":
@@ -145,7 +151,6 @@ class CLIPTrainer(TrainerX):
         started = time.perf_counter()
         source, output = self.cfg.TEACHER.FILE, Path(self.cfg.OUTPUT_DIR)
         settings = {key.lower(): value for key, value in self.cfg.RECOVERY.items()}
-        generator = self.stage_generator()
         path = output / "virtual.safetensors"
         if path.exists():
             self.virtual = VirtualClasses.load(path)
@@ -162,17 +167,18 @@ class CLIPTrainer(TrainerX):
                 self.text_of(self.classnames),
                 self.classnames,
                 new_text=self.text_of(self.dm.dataset.new_classnames),
-                generator=generator,
+                generator=self.stage_generator(),
                 **settings,
             )
             self.virtual.save(path)
         self.virtual = self.virtual.ordered_as(self.classnames)
         self.queries = self.virtual.queries
+        self.draws = self.stage_generator()
         loader = VirtualLoader(
             self.virtual,
             self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE,
             **{key: settings[key] for key in ("num_per_class", "filter", "fresh")},
-            generator=generator,
+            generator=self.draws,
         )
         self.stage_seconds["recovery"] = time.perf_counter() - started
         return loader
