@@ -5,8 +5,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 complete() {
     "$1" - <<'PYTHON' 2>/dev/null
 import importlib.util as util
-for name in "torch torchvision open_clip dassl yacs tabulate pytest xdist hypothesis matplotlib ruff mypy dfzsl.trainers".split():
+import os
+for name in "torch torchvision open_clip dassl yacs tabulate pytest xdist hypothesis matplotlib ruff mypy".split():
     assert util.find_spec(name), name
+# Another checkout's installation would run another checkout's code.
+assert os.path.samefile(util.find_spec("dfzsl.trainers").origin, "trainers/__init__.py")
 PYTHON
 }
 
@@ -14,6 +17,7 @@ if ! complete python; then
     if ! complete .venv/bin/python; then
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
             { echo "error: Python 3.10 or newer is needed as python3" >&2; exit 2; }
+        echo "Setting up .venv, once; this takes a minute or two" >&2
         python3 -m venv .venv ||
             { echo "error: python3 cannot make a virtual environment; install python3-venv" >&2; exit 2; }
         .venv/bin/python -m pip install --quiet --constraint constraints.txt torch torchvision open_clip_torch
