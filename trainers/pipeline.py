@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,8 +27,8 @@ class StageThreeSettings:
     """All of stage 3. The config keys are the field names in capitals, under GENERATOR.
 
     Attributes:
-        name: a generator of `generators.GENERATORS`, or "none": new classes are then not trained on, their
-            rows are their (aligned) text features.
+        name: a generator of `generators.GENERATORS`; "none": new classes are not trained on, their rows are
+            their (aligned) text features; "auto": "vmf" or "none", see `choose_generator`.
         num_per_class: virtual features per base class; num_generated: generated ones per new class.
         epochs, hidden, batch, lr: of a neural generator; 0 keeps its own (the paper's).
         holdout: share of base classes that watch the generator's training; patience: epochs without progress
@@ -40,7 +40,7 @@ class StageThreeSettings:
         calibrate: balance base against new classes on pseudo-new ones, see `calibrate`.
     """
 
-    name: str = "none"
+    name: str = "auto"
     num_per_class: int = 100
     num_generated: int = 100
     epochs: int = 0
@@ -101,6 +101,10 @@ def build_classifier(
         shift = shift.to(x)
         x = F.normalize(x + shift, dim=1)
 
+    if settings.name == "auto":
+        name = choose_generator(x, y, base_text, len(new_text), settings, rng)
+        print(f"Generator chosen on base classes that play new ones: {name}")
+        settings = replace(settings, name=name)
     base, new, moved = _train(x, y, base_text, new_text, settings, rng)
     bias = 0.0
     if settings.calibrate and len(new) and len(base) > 1:
@@ -157,32 +161,65 @@ def _train(
     return base, rows[len(base_text) :] if len(rows) > len(base_text) else new_text, moved
 
 
-def calibrate(
+def plays(
     x: Tensor, y: Tensor, base_text: Tensor, num_new: int, s: StageThreeSettings, rng: torch.Generator
-) -> float:
-    """The bias of new classes, in units of the cosine, that balances them against base classes.
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Rehearsals of stage 3 in which base classes play the new ones.
 
-    No new class has a feature to calibrate on, but base classes do: a part of them, as large a share as the
-    new classes will be (at most half), plays the new classes, unseen while the other rows are trained.
-    The bias with the highest harmonic mean of their per-class accuracies is found on their virtual
-    features. Every base class plays equally often.
+    No new class has a feature to choose anything by, but base classes do: a part of them, as large a share
+    as the new classes will be (at most half), is unseen while everything is trained on the others. Every base
+    class plays equally often, in at least four rehearsals.
+
+    Yields for all virtual features x: whether its class was trained on (n,), by how much the best base
+    class beats the best playing one (n,), and whether it is right within its own part (n,).
     """
     classes = len(base_text)
     share = min(num_new / (classes + num_new), 0.5)
     folds = min(round(1 / share), 5, classes)
     rounds = -(-4 // folds)
+    for _ in range(rounds):
+        order = torch.randperm(classes, device=x.device, generator=rng)
+        for fold in range(folds):
+            playing = torch.zeros(classes, dtype=torch.bool, device=x.device)
+            playing[order[fold::folds]] = True
+            relabel = torch.cat([(~playing).nonzero()[:, 0], playing.nonzero()[:, 0]]).argsort()
+            known = ~playing[y]
+            base, new, _ = _train(
+                x[known], relabel[y[known]], base_text[~playing], base_text[playing], s, rng
+            )
+            margin, correct = _margins(x, relabel[y], base, new)
+            yield known, margin, correct
+
+
+def choose_generator(
+    x: Tensor, y: Tensor, base_text: Tensor, num_new: int, s: StageThreeSettings, rng: torch.Generator
+) -> str:
+    """The better of "none" and "vmf" at telling apart classes that play new ones, unseen in training.
+
+    Whether images of unseen classes can be foretold from text depends on the data: where classes are
+    compositions it is easy, where base classes are few and unlike each other it does harm.
+    """
+    right = {}
+    if num_new == 0 or len(base_text) < 4:
+        return "none"
+    for name in ("none", "vmf"):
+        stream = torch.Generator(x.device)
+        stream.set_state(rng.get_state())  # the same rehearsals for both
+        rehearsals = plays(x, y, base_text, num_new, replace(s, name=name), stream)
+        right[name] = sum(float(correct[~known].float().mean()) for known, _, correct in rehearsals)
+    return "vmf" if right["vmf"] > right["none"] else "none"
+
+
+def calibrate(
+    x: Tensor, y: Tensor, base_text: Tensor, num_new: int, s: StageThreeSettings, rng: torch.Generator
+) -> float:
+    """The bias of new classes, in units of the cosine, that balances them against base classes.
+
+    It is the one with the highest harmonic mean of per-class accuracies in rehearsals (`plays`).
+    """
     grid = torch.linspace(-0.15, 0.15, 301, device=x.device)
     seen, unseen = torch.zeros_like(grid), torch.zeros_like(grid)
-    for turn in range(rounds * folds):
-        fold = turn % folds
-        if fold == 0:
-            order = torch.randperm(classes, device=x.device, generator=rng)
-        playing = torch.zeros(classes, dtype=torch.bool, device=x.device)
-        playing[order[fold::folds]] = True
-        relabel = torch.cat([(~playing).nonzero()[:, 0], playing.nonzero()[:, 0]]).argsort()
-        known = ~playing[y]
-        base, new, _ = _train(x[known], relabel[y[known]], base_text[~playing], base_text[playing], s, rng)
-        margin, correct = _margins(x, relabel[y], base, new)
+    for known, margin, correct in plays(x, y, base_text, num_new, s, rng):
         seen += _curve(margin[known], correct[known], grid, above=True)
         unseen += _curve(margin[~known], correct[~known], grid, above=False)
     harmonic = 2 * seen * unseen / (seen + unseen).clamp(min=1e-12)
