@@ -332,12 +332,13 @@ def plan(args: argparse.Namespace) -> list[Job]:
     opts = rest[len(seeds) :]
     if len(opts) % 2:
         raise UserError(f"after DATASET and seeds come KEY VALUE pairs, not {' '.join(opts)}")
-    if args.methods == "all":
+    chosen = args.methods or ",".join([*FREE, "DFZSL"] if args.words else METHODS)
+    if chosen == "all":
         registered = map(Method, TRAINER_REGISTRY.registered_names())
         methods = [method for method in registered if issubclass(method.type, CLIPTrainer)]
     else:
         methods = []
-        for word in args.methods.split(","):
+        for word in chosen.split(","):
             method = Method.parse(word.removesuffix("+all"))
             variants = method.variants if word.endswith("+all") else [method.variant]
             methods += [replace(method, variant=variant) for variant in variants]
@@ -386,7 +387,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_intermixed_args()
-    args.methods = args.methods or ",".join([*FREE, "DFZSL"] if args.words else METHODS)
     jobs = plan(args)
     todo = [job for job in jobs if not job.finished]
     print(f"{len(jobs)} runs ({len(jobs) - len(todo)} finished already) into {args.output}/{args.protocol}")

@@ -1,0 +1,240 @@
+"""What the documentation tells a reader to type, name or follow exists and is accepted."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import pkgutil
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from dassl.config import get_cfg_default
+from dassl.engine import TRAINER_REGISTRY
+
+from dfzsl import launch, train
+from dfzsl.datasets import extract
+from dfzsl.report import __main__ as report
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
+PAGES += [ROOT / "compat/dassl/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = sorted(path.name for path in ROOT.iterdir() if (path.is_dir() and path.name[0] not in "._"))
+FILES = [path.relative_to(ROOT).as_posix() for f in FOLDERS for path in (ROOT / f).rglob("*")]
+FILES += [path.name for path in ROOT.iterdir()]
+# Named, but not ours: written by the reader or part of CoOp.
+ELSEWHERE = {"trainers/feature_adapter.py", "parse_test_res.py"}
+PARSERS = {"dfzsl.report": report.parser, "dfzsl.datasets.extract": extract.parser}
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
+SPAN = re.compile(r"`([^`]+)`")
+
+
+def blocks(language: str) -> list:
+    return [
+        pytest.param(page, body, id=f"{page.relative_to(ROOT)}-{number}")
+        for page in PAGES
+        for number, (kind, body) in enumerate(FENCE.findall(page.read_text(encoding="utf-8")))
+        if kind == language
+    ]
+
+
+def spans(page: Path) -> list[str]:
+    """What stands in backticks outside of blocks, on one line each."""
+    prose = FENCE.sub("", page.read_text(encoding="utf-8"))
+    return [" ".join(found.split()) for found in SPAN.findall(prose)]
+
+
+def commands() -> list:
+    """(page, words) of every command: lines of shell blocks, and spans that begin as one."""
+    found = []
+    for page, body in (param.values for param in blocks("bash")):
+        found += [(page, line) for line in body.replace("\\\n", " ").splitlines()]
+    program = re.compile(r"(\w+=\S+ )*(bash|python|pip|torchrun) ")
+    found += [(page, span) for page in PAGES for span in spans(page) if program.match(span)]
+    cases: dict[str, list[str]] = {}
+    for page, line in found:
+        for part in line.split("&&"):
+            words = shlex.split(part, comments=True)
+            while words and re.fullmatch(r"\w+=.*", words[0]):
+                words = words[1:]
+            if words and words[0] == "cd":  # what follows runs in another project
+                break
+            if words:
+                cases.setdefault(f"{page.relative_to(ROOT)}: {shlex.join(words)}", words)
+    return [pytest.param(words, id=name) for name, words in cases.items()]
+
+
+@pytest.fixture
+def examples(monkeypatch, tmp_path):
+    """The trainer that docs/new_trainer.md has its reader write, for as long as a test runs."""
+    monkeypatch.setattr(TRAINER_REGISTRY, "_obj_map", dict(TRAINER_REGISTRY._obj_map))
+    page = ROOT / "docs/new_trainer.md"
+    code = next(param.values[1] for param in blocks("python") if param.values[0] == page)
+    exec(compile(code, str(page), "exec"), {"__name__": "dfzsl.trainers.feature_adapter"})
+
+
+@pytest.fixture
+def given(tmp_path):
+    """Replaces the files that a command reads by empty ones that exist."""
+
+    def stand_in(words: list[str]) -> list[str]:
+        new = []
+        for i, word in enumerate(words):
+            kind, colon, path = word.partition(":")
+            if colon and kind in ("folder", "csv", "features"):
+                word = f"{kind}:{_touched(tmp_path / Path(path).name)}"
+            elif i and words[i - 1] == "TEACHER.FILE":
+                word = str(_touched(tmp_path / Path(word).name))
+            new.append(word)
+        return new
+
+    return stand_in
+
+
+def _touched(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+def accept_train(words: list[str]) -> None:
+    cfg = train.setup_cfg(train.parser().parse_args([word for word in words if word != "..."]))
+    if "..." not in words:  # nothing is left to the reader
+        train.check(cfg)
+
+
+def accept_launch(words: list[str]) -> None:
+    jobs = launch.plan(launch.parser().parse_intermixed_args(words))
+    for job in jobs:
+        if job.seed == jobs[0].seed and job.data == jobs[0].data:
+            for _, arguments in job.parts():
+                train.setup_cfg(train.parser().parse_args(arguments))
+
+
+class Accepted(Exception):
+    """Thrown by a program's argument parser once it has accepted its arguments."""
+
+
+def accept_script(words: list[str], monkeypatch) -> None:
+    """Run a script up to where its arguments are accepted, and no further."""
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self, *args, **kwargs):
+        parse(self, *args, **kwargs)
+        raise Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "path", [str((ROOT / words[0]).parent), *sys.path])
+    with pytest.raises(Accepted):
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_are_accepted(words, monkeypatch, examples, given):
+    monkeypatch.chdir(ROOT)
+    program, *rest = given(words)
+    if program == "torchrun":
+        program, rest = "python", rest[rest.index("-m") :]
+    if program == "bash":
+        script, *arguments = rest
+        subprocess.run(["bash", "-n", script], check=True)
+        runs = [line for line in Path(script).read_text().splitlines() if "dfzsl.launch" in line]
+        for line in runs:
+            accept_launch([*shlex.split(line.partition("dfzsl.launch ")[2])[:-1], *arguments])
+        assert runs or script == "scripts/test.sh"
+    elif program == "python" and rest[0] == "train.py":
+        accept_train(rest[1:])
+    elif program == "python" and rest[:2] == ["-m", "dfzsl.launch"]:
+        accept_launch(rest[2:])
+    elif program == "python" and rest[0] == "-m":
+        PARSERS[rest[1]]().parse_args(rest[2:])
+    elif program == "python":
+        accept_script(rest, monkeypatch)
+    elif program == "pip":
+        path = rest[-1].partition("[")[0]
+        assert rest[0] == "install"
+        assert path.startswith("/path/to/") or (ROOT / path / "pyproject.toml").exists()
+    elif program == "pytest":
+        assert all(Path(path).exists() for path in rest)
+    else:
+        pytest.fail(f"no test knows how to try {program}")
+
+
+@pytest.mark.parametrize(("page", "code"), blocks("python"))
+def test_python_blocks_run(page, code, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(TRAINER_REGISTRY, "_obj_map", dict(TRAINER_REGISTRY._obj_map))
+    rows, text, new_text = torch.randn(3, 4, 512, generator=torch.Generator().manual_seed(0)).unbind()
+    # What the text around the block says is there.
+    names = {
+        "__name__": "dfzsl.trainers.mine",
+        "classnames": list("abcd"),
+        "text": text,
+        "new_text": new_text,
+    }
+    names["ask"] = lambda x: (x @ rows.T).argmax(1)
+    exec(compile(code, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path) if path else page
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.M)
+            assert anchor in [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings], target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_and_what_they_define_exist(page):
+    """`trainers/vmf.py`, `vmf.fit`, `trainers/vmf.py: fit`, `dfzsl.errors.UserError`"""
+    for span in spans(page):
+        name, _, attribute = span.partition(": ")
+        name = re.sub(r"\b[A-Z]+\b", "*", name.rstrip("/"))  # NAME, DATASET: any
+        if (
+            re.fullmatch(rf"({'|'.join(FOLDERS)})(/[\w.*-]+)+|[\w-]+\.(py|sh)", name)
+            and name not in ELSEWHERE
+        ):
+            base = page.parent.relative_to(ROOT).as_posix()
+            patterns = (name, f"{base}/{name}", f"*/{name}")
+            assert any(fnmatch.filter(FILES, pattern) for pattern in patterns), span
+        if attribute:
+            pkgutil.resolve_name(f"dfzsl.{name.removesuffix('.py').replace('/', '.')}:{attribute}")
+        elif match := re.match(r"((?:dfzsl|dassl|torch)(?:\.\w+)+)\b", span):
+            pkgutil.resolve_name(match[1])
+        elif (match := re.match(r"(\w+)\.(?!py|safetensors)([\w.]+)$", span)) and (
+            f"trainers/{match[1]}.py" in FILES
+        ):
+            pkgutil.resolve_name(f"dfzsl.trainers.{match[1]}:{match[2]}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_config_keys_exist_and_take_the_values_shown(page):
+    for span in spans(page):
+        key, *values = span.split()
+        if re.fullmatch(r"[A-Z_]+(\.[A-Z_]+)+", key):
+            cfg = get_cfg_default()
+            if len(values) == 1:
+                cfg.merge_from_list([key, values[0].strip('"')])
+            node = cfg
+            for part in key.split("."):
+                node = node[part]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_flags_exist(page, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts/data")
+    parsers = [train.parser(), launch.parser(), *(make() for make in PARSERS.values())]
+    parsers.append(runpy.run_path(str(ROOT / "scripts/data/prepare.py"))["parser"]())
+    known = {flag for parser in parsers for flag in parser._option_string_actions}
+    assert {span.split()[0] for span in spans(page) if span.startswith("--")} <= known
