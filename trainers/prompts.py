@@ -27,7 +27,10 @@ from .backbone import Backbone, FeatureBackbone, TextTower
 POSITIONS = ("end", "middle", "front")
 # Padding tolerated where classes of different lengths share one attention call: a GPU would rather compute
 # twice as much than be called twice as often.
-PADDING = {"cpu": 1 / 8, "cuda": 1.0}
+PADDING_ON_CPU, PADDING_ON_GPU = 1 / 8, 1.0
+
+
+Groups = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Block:
         ids, slots, positions: (R,) of each row: token id, context vector in its place (-1: none), position.
         owner: (R,) the class of each row, 0 in the prefix.
         groups: (classes, length) of consecutive rows with the same length.
+        masks: causal masks (length, length), to be added to scores: of the prefix, then of each group.
         last: (n,) the row of each class's end token.
     """
 
@@ -48,6 +52,7 @@ class Block:
     positions: Tensor
     owner: Tensor
     groups: tuple[tuple[int, int], ...]
+    masks: tuple[Tensor, ...]
     last: Tensor
 
 
@@ -118,12 +123,12 @@ class Prompts:
 
     def _encode_fast(self, context: Tensor) -> Tensor:
         blocks = self.blocks
-        layer = _compiled_layer() if self.compiled and torch.is_grad_enabled() else _run_layer
+        run_layer = _compiled_layer() if self.compiled and torch.is_grad_enabled() else _run_layer
         parts = []
         for block in blocks:
             at_once = max(1, self.rows_at_once // len(block.ids))
             several = len(blocks) > 1 or len(context) > at_once
-            run = functools.partial(_run_block, self.tower, layer, block, self.shared)
+            run = functools.partial(_run_block, self.tower, block, run_layer)
             parts.append(torch.cat([_recomputed(run, part, several) for part in context.split(at_once)]))
         order = torch.cat([block.order for block in blocks])
         return torch.cat(parts, dim=1)[:, order.argsort()]
@@ -158,7 +163,7 @@ class Prompts:
     def _group(self) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
         """Cut the classes, sorted by length, into blocks, and each block into groups of nearly one length."""
         lengths = (self.end + 1 - self.shared).tolist()
-        padding = PADDING[self.ids.device.type]
+        padding = PADDING_ON_CPU if self.ids.device.type == "cpu" else PADDING_ON_GPU
         order: list[int] = []
         groups: list[tuple[int, int]] = []
         rows = self.shared
@@ -201,29 +206,33 @@ class Prompts:
             positions=places,
             owner=owners if self.class_specific else torch.zeros_like(owners),
             groups=tuple(groups),
+            masks=tuple(
+                torch.full((n, n), float("-inf"), device=device).triu(1)
+                for n in (self.shared, *(length for _, length in groups))
+            ),
             last=first + self.end[chosen] - self.shared,
         )
 
 
-def _run_block(tower: TextTower, run: Callable, block: Block, shared: int, context: Tensor) -> Tensor:
+def _run_block(tower: TextTower, block: Block, run_layer: Callable, context: Tensor) -> Tensor:
     """Features (B, n, d) of one block for contexts (B, C or 1, M, w)."""
     x = tower.embed(block.ids).expand(len(context), -1, -1)
     learned = (block.slots >= 0).nonzero()[:, 0]
     x = x.index_copy(1, learned, context[:, block.owner[learned], block.slots[learned]].to(x.dtype))
     x = x + tower.positions[block.positions]
     for layer in tower.blocks[:-1]:
-        x = run(layer, x, shared, block.groups)
+        x = run_layer(layer, x, block.groups, block.masks)
     # Of the last layer's rows only the end tokens are looked at.
-    return tower.project(run(tower.blocks[-1], x, shared, block.groups, block.last))
+    return tower.project(run_layer(tower.blocks[-1], x, block.groups, block.masks, block.last))
 
 
 def _run_layer(
-    layer: Any, x: Tensor, shared: int, groups: Sequence[tuple[int, int]], wanted: Tensor | None = None
+    layer: Any, x: Tensor, groups: Groups, masks: Sequence[Tensor], wanted: Tensor | None = None
 ) -> Tensor:
     """One residual attention block on rows (B, R, w), for the `wanted` rows if not all."""
     attn = layer.attn
     qkv = F.linear(layer.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-    mixed = _attend(qkv.unflatten(-1, (3, attn.num_heads, -1)), shared, groups)
+    mixed = _attend(qkv.unflatten(-1, (3, attn.num_heads, -1)), groups, masks)
     if wanted is not None:
         x, mixed = x[:, wanted], mixed[:, wanted]
     x = x + layer.ls_1(attn.out_proj(mixed))
@@ -236,28 +245,24 @@ def _compiled_layer() -> Callable:
     return torch.compile(_run_layer)
 
 
-def _attend(qkv: Tensor, shared: int, groups: Sequence[tuple[int, int]]) -> Tensor:
+def _attend(qkv: Tensor, groups: Groups, masks: Sequence[Tensor]) -> Tensor:
     """Causal attention of rows (B, R, 3, H, D) that hold a prefix and, behind it, classes that each see
     the prefix and themselves. Returns (B, R, w)."""
-    scale = qkv.shape[-1] ** -0.5
+    shared, scale = len(masks[0]), qkv.shape[-1] ** -0.5
     prefix, *classes = qkv.split([shared, *(count * length for count, length in groups)], dim=1)
     q, k0, v0 = prefix.unbind(2)
-    scores = torch.einsum("bshd,bthd->bhst", q * scale, k0) + _causal(shared, q)
+    scores = torch.einsum("bshd,bthd->bhst", q * scale, k0) + masks[0]
     out = [torch.einsum("bhst,bthd->bshd", scores.softmax(-1), v0).flatten(2)]
-    for rows, (count, length) in zip(classes, groups, strict=True):
+    for rows, (count, length), mask in zip(classes, groups, masks[1:], strict=True):
         q, k, v = rows.unflatten(1, (count, length)).unbind(3)
         q = q * scale
         before = torch.einsum("bnshd,bthd->bnhst", q, k0)
-        within = torch.einsum("bnshd,bnthd->bnhst", q, k) + _causal(length, q)
+        within = torch.einsum("bnshd,bnthd->bnhst", q, k) + mask
         weights = torch.cat([before, within], dim=-1).softmax(-1)
         before, within = weights.split([shared, length], dim=-1)
         mixed = torch.einsum("bnhst,bthd->bnshd", before, v0) + torch.einsum("bnhst,bnthd->bnshd", within, v)
         out.append(mixed.flatten(3).flatten(1, 2))
     return torch.cat(out, dim=1)
-
-
-def _causal(length: int, like: Tensor) -> Tensor:
-    return torch.full((length, length), float("-inf"), dtype=like.dtype, device=like.device).triu(1)
 
 
 def _recomputed(run: Callable, context: Tensor, several: bool) -> Tensor:
