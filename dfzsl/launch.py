@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import itertools
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -322,7 +323,8 @@ def launch(jobs: list[Job], launcher: str, workers: int, output: Path) -> None:
             task.cancel()
         raise
     for task in tasks:
-        task.result()
+        if task.exception():
+            print(f"a worker ended early; its log: {task.paths.stderr}", file=sys.stderr)
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
@@ -345,6 +347,14 @@ def plan(args: argparse.Namespace) -> list[Job]:
     # The owner comes first: others wait for its teacher.
     methods = sorted(dict.fromkeys(methods), key=lambda method: method.trainer != OWNER)
     names = ["imagenet", *TARGETS] if given == "all" else [given]
+    if not PROTOCOLS[args.protocol].tests:
+        # The folder of a test names its own data set: it cannot tell two training sets apart.
+        trained = {path.name for path in Path(args.output, args.protocol).glob("train_*/*")}
+        if others := trained | {Data(name, args.root).name for name in names[1:]} - {Data(names[0], "").name}:
+            raise UserError(
+                f"{args.output}/{args.protocol} is for one training set, it holds {', '.join(sorted(others))}; "
+                "choose another --output"
+            )
     jobs = [
         Job(
             protocol=args.protocol,
@@ -395,6 +405,9 @@ def main() -> None:
             for _, arguments in job.parts():
                 print("python train.py", " ".join(arguments))
         return
+    # Either signal ends the workers too; a sweep in the background of a script would ignore the first.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     workers = args.workers or torch.cuda.device_count() or os.cpu_count() or 1
     launch(jobs, args.launcher, workers, Path(args.output))
     from . import report
