@@ -12,7 +12,7 @@ from dfzsl.errors import UserError
 from dfzsl.files import save_tensors
 from dfzsl.trainers.classifier import Classifier, fit_rows, minimise, text_shift
 from dfzsl.trainers.generators import GENERATORS
-from dfzsl.trainers.pipeline import StageThreeSettings, build_classifier, calibrate
+from dfzsl.trainers.pipeline import StageThreeSettings, build_classifier, calibrate, choose_generator
 from dfzsl.trainers.pipeline import _curve as curve
 from dfzsl.trainers.recovery import VirtualClasses
 
@@ -52,7 +52,9 @@ def build(world, new=None, **settings) -> Classifier:
         base_text,
         new_text,
         new_classnames=new_names,
-        settings=StageThreeSettings(**{"num_per_class": 40, "classifier_steps": 80} | settings),
+        settings=StageThreeSettings(
+            **{"name": "none", "num_per_class": 40, "classifier_steps": 80} | settings
+        ),
         generator=rng(1),
         backbone="ViT-B-32",
         weights="openai",
@@ -234,6 +236,38 @@ class TestStageThree:
         c = build(world, align=False, calibrate=False)
         assert torch.allclose(c.weight[BASE:], unit(world[2]), atol=1e-6)
         assert c.text_shift is None and not c.bias.any()
+
+    def test_auto_takes_the_generator_where_features_are_a_linear_map_of_text(self):
+        g = rng(8)
+        text = unit(torch.randn(24, DIM, generator=g))
+        turn = torch.linalg.qr(torch.randn(DIM, DIM, generator=g)).Q
+        means = unit(turn[7] + 0.5 * unit(text[:, :6] @ turn[:6]))
+        names = [f"class {i}" for i in range(24)]
+        virtual = VirtualClasses(means[:16], torch.full((16,), 300.0), names[:16], weight=means[:16])
+        made = {
+            name: build_classifier(
+                virtual,
+                text[:16],
+                text[16:],
+                new_classnames=names[16:],
+                settings=StageThreeSettings(name=name, num_per_class=40),
+                generator=rng(1),
+            )
+            for name in ("auto", "vmf")
+        }
+        assert torch.equal(made["auto"].weight, made["vmf"].weight)
+
+    @pytest.mark.parametrize(("better", "classes"), [("vmf", BASE), ("none", BASE), ("none", 3)])
+    def test_auto_takes_what_does_better_in_rehearsal(self, world, monkeypatch, better, classes):
+        def plays(x, y, base_text, num_new, s, rng):
+            known = y < BASE // 2
+            yield known, x[:, 0], torch.where(known, True, torch.full_like(known, s.name == better))
+
+        monkeypatch.setattr("dfzsl.trainers.pipeline.plays", plays)
+        virtual, base_text, *_ = world
+        x, y = virtual.sample(5, rng())
+        chosen = choose_generator(x, y, base_text[:classes], NEW, StageThreeSettings(), rng())
+        assert chosen == (better if classes >= 4 else "none")
 
     def test_image_shift_is_kept_and_learned_behind(self, world):
         virtual, base_text, new_text, names, _ = world
