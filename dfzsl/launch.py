@@ -305,9 +305,12 @@ def launch(jobs: list[Job], launcher: str, workers: int, output: Path) -> None:
     open_jobs = [job for job in jobs if not job.finished]
     if not open_jobs:
         return
+    # By all jobs, not by those still open: the number of threads can decide the last bit of a sum, and a
+    # sweep that goes on has to end as one that was never interrupted.
+    share = (os.cpu_count() or 1) // min(workers, len(jobs))
+    threads = max(1, min(share, torch.get_num_threads()))
     workers = min(workers, len(open_jobs))
     executor = submitit.AutoExecutor(folder=output / ".workers", cluster=launcher)
-    threads = max(1, (os.cpu_count() or 1) // workers)
     executor.update_parameters(timeout_min=7 * 24 * 60, cpus_per_task=threads)
     if torch.cuda.is_available():
         executor.update_parameters(gpus_per_node=1)
@@ -348,12 +351,13 @@ def plan(args: argparse.Namespace) -> list[Job]:
     methods = sorted(dict.fromkeys(methods), key=lambda method: method.trainer != OWNER)
     names = ["imagenet", *TARGETS] if given == "all" else [given]
     if not PROTOCOLS[args.protocol].tests:
-        # The folder of a test names its own data set: it cannot tell two training sets apart.
-        trained = {path.name for path in Path(args.output, args.protocol).glob("train_*/*")}
-        if others := trained | {Data(name, args.root).name for name in names[1:]} - {Data(names[0], "").name}:
+        # A test's folder names the data set it tests on, and cannot tell two training sets apart.
+        folders = Path(args.output, args.protocol).glob("train_*/*")
+        trained = {*(path.name for path in folders), *(Data(name, args.root).name for name in names)}
+        if len(trained) > 1:
             raise UserError(
-                f"{args.output}/{args.protocol} is for one training set, it holds {', '.join(sorted(others))}; "
-                "choose another --output"
+                f"one --output holds {args.protocol} runs from one data set, not from "
+                f"{', '.join(sorted(trained))}; choose another --output"
             )
     jobs = [
         Job(

@@ -86,6 +86,19 @@ def test_a_slip_is_told_in_one_line(words, message):
         jobs(*words)
 
 
+def test_one_output_folder_holds_cross_dataset_runs_from_one_source(tmp_path):
+    def planned(*words):
+        return plan(parser().parse_intermixed_args(["xd", "--output", str(tmp_path), *words]))
+
+    (job, *_) = planned("imagenet", "1")
+    job.parts()[0][0].mkdir(parents=True)
+    assert planned("imagenet", "2")
+    with pytest.raises(UserError, match="not from caltech101, imagenet; choose another --output"):
+        planned("caltech101", "1")
+    with pytest.raises(UserError, match="one data set"):
+        planned("all", "1")
+
+
 def test_a_job_is_locked_against_others(tmp_path):
     job = Job("base2new", Method("ZeroshotCLIP"), Data("shapes", "data"), 1, 16, -1, tmp_path)
     with job.locked() as mine:

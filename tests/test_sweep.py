@@ -1,0 +1,118 @@
+"""Whole sweeps through the command line: interrupted, repeated, and two at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import write_features
+
+METHODS = "ZeroshotCLIP,TeacherZeroshot,TextTeacherMix,DFZSL"
+
+
+def start(folder: Path, *seeds: str, methods: str = METHODS, workers: int = 1) -> subprocess.Popen:
+    """A sweep over FOLDER/animals.npz into FOLDER/output, in a process group of its own."""
+    words = ["base2new", "--methods", methods, "--workers", str(workers), "--output", "output"]
+    words += ["features:animals.npz", *seeds, "RECOVERY.NUM_PER_CLASS", "20"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "dfzsl.launch", *words],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finish(sweep: subprocess.Popen) -> str:
+    shown, errors = sweep.communicate()
+    assert sweep.returncode == 0, errors[-3000:]
+    return shown
+
+
+def files(folder: Path, *names: str) -> dict[str, Path]:
+    output = folder / "output"
+    return {str(path.relative_to(output)): path for name in names for path in output.rglob(name)}
+
+
+def outcome(folder: Path) -> tuple[dict[str, bytes], dict[str, dict]]:
+    """Everything a sweep found: its tensors byte for byte, its results without what the clock decides."""
+    results = {}
+    for name, path in files(folder, "results.json").items():
+        results[name] = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("seconds", "peak_memory", "versions"):
+            del results[name][key]
+    tensors = files(folder, "teacher.safetensors", "virtual.safetensors", "classifier.safetensors")
+    return {name: path.read_bytes() for name, path in tensors.items()}, results
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    write_features(tmp_path / "animals.npz")
+    return tmp_path
+
+
+def test_a_finished_sweep_shows_its_table_and_repeats_nothing(world):
+    shown = finish(start(world, "1"))
+    for method in METHODS.split(","):
+        assert method in shown
+    made = {name: path.stat().st_mtime_ns for name, path in files(world, "results.json").items()}
+    assert len(made) == 2 * len(METHODS.split(","))
+    again = finish(start(world, "1"))
+    assert "4 finished already" in again
+    assert {name: path.stat().st_mtime_ns for name, path in files(world, "results.json").items()} == made
+    table = [line for line in shown.splitlines() if "DFZSL" in line]
+    assert table == [line for line in again.splitlines() if "DFZSL" in line]
+
+
+def test_a_terminated_sweep_takes_its_workers_with_it(world):
+    sweep = start(world, "1", "2", "3")
+    while not files(world, "results.json") and sweep.poll() is None:
+        time.sleep(0.1)
+    sweep.terminate()
+    _, errors = sweep.communicate(timeout=60)  # its workers hold the pipes open while they live
+    assert sweep.returncode == 130, errors
+    assert "interrupted" in errors
+
+
+def test_two_sweeps_on_one_folder_share_the_work(world):
+    both = [start(world, "1", "2", methods="ZeroshotCLIP,TextTeacherMix") for _ in range(2)]
+    for sweep in both:
+        finish(sweep)
+    assert not files(world, "failed.txt")
+    assert len(files(world, "results.json")) == 3 * 2 * 2  # the teacher is made though nobody asked
+
+
+@pytest.mark.slow
+def test_a_sweep_killed_at_any_moment_ends_as_an_undisturbed_one(tmp_path):
+    quiet, killed = tmp_path / "quiet", tmp_path / "killed"
+    for folder in (quiet, killed):
+        folder.mkdir()
+        write_features(folder / "animals.npz")
+    started = time.monotonic()
+    finish(start(quiet, "1", "2", workers=2))
+    undisturbed = time.monotonic() - started
+    draw, kills = random.Random(0), 0
+    for _ in range(6):
+        sweep = start(killed, "1", "2", workers=2)
+        try:
+            sweep.communicate(timeout=draw.uniform(0.2, 1.0) * undisturbed)
+        except subprocess.TimeoutExpired:
+            os.killpg(sweep.pid, signal.SIGKILL)  # the launcher and its workers are one group
+            sweep.communicate()
+            kills += 1
+    assert kills >= 2
+    finish(start(killed, "1", "2", workers=2))
+    tensors, results = outcome(quiet)
+    tensors_of_killed, results_of_killed = outcome(killed)
+    assert len(tensors) == 2 * 3 and tensors_of_killed == tensors
+    assert len(results) == 2 * 8 and results_of_killed == results
+    assert not files(killed, "failed.txt")
