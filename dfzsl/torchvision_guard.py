@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import sys
+from types import ModuleType
 
 import torch
 
@@ -20,7 +21,7 @@ _SCHEMAS = (
 
 
 @functools.cache
-def import_torchvision() -> object:
+def import_torchvision() -> tuple[ModuleType, torch.library.Library | None]:
     """Import torchvision, once, and return the module (and the library handle that must stay alive).
 
     Call it before anything that imports torchvision (open_clip does). Every error but the missing

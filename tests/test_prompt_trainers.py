@@ -52,7 +52,7 @@ def features(tmp_path, backbone) -> Path:
         labels = torch.arange(len(ANIMALS)).repeat_interleave(16)
         x = F.normalize(means[labels] + 0.7 * unit(len(labels), 48, seed=seed), dim=1)
         arrays[f"x_{part}"], arrays[f"y_{part}"] = x.numpy(), labels.numpy()
-    np.savez(tmp_path / "animals.npz", **arrays)
+    np.savez(tmp_path / "animals.npz", **arrays)  # type: ignore[arg-type]
     return tmp_path / "animals.npz"
 
 
@@ -211,22 +211,25 @@ def test_zero_shot_is_cosine_with_the_template(trainer, features, tmp_path, back
     assert len(templates) == (8 if trainer.endswith("2") else 1)
 
 
-def test_pictures_and_their_features_train_alike(tmp_path, backbone):
-    """The same pictures, unaugmented, as files and as features."""
-    for part in ("train", "test"):
-        for label, name in enumerate(ANIMALS[:4]):
-            for number in range(4):
-                picture(tmp_path / "pictures" / part / name / f"{number}.jpg", label, number)
-    argv = words("CoOp", tmp_path / "pictures", tmp_path / "run")
-    argv[argv.index("--dataset-config-file") + 1] = str(ROOT / "configs/datasets/folder.yaml")
-    run = built(argv)
-    images = torch.stack([run.dm.dataset.test[i].label * torch.ones(3, 32, 32) for i in range(3)])
-    label = torch.arange(3) % 2
+def test_pictures_and_their_features_make_the_same_step(features, tmp_path):
+    run = built(words("CoOp", features, tmp_path / "run"))
+    images, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, 1, 0])
     run.optim.param_groups[0]["lr"] = 0.0
     run.batch_idx, run.num_batches = 0, 10
-    pictures = run.forward_backward({"img": images, "label": label})
-    encoded = run.forward_backward({"img": run.backbone.encode_image(images), "label": label})
+    pictures = run.forward_backward({"img": images, "label": labels})
+    encoded = run.forward_backward({"img": run.backbone.encode_image(images), "label": labels})
     assert pictures == pytest.approx(encoded)
+
+
+@pytest.mark.parametrize("transforms", ["['normalize']", "['random_flip', 'normalize']"])
+def test_a_folder_of_pictures_trains_augmented_or_not(transforms, tmp_path):
+    for part in ("train", "test"):
+        for number, name in enumerate(ANIMALS[:4] * 2):
+            picture(tmp_path / "pictures" / part / name / f"{number}.jpg", number % 4, number)
+    argv = words("FLPT", tmp_path / "pictures", tmp_path / "run")
+    argv[argv.index("--dataset-config-file") + 1] = str(ROOT / "configs/datasets/folder.yaml")
+    train.main([*argv, "INPUT.TRANSFORMS", transforms, "DATALOADER.TRAIN_X.BATCH_SIZE", "2"])
+    assert read_results(tmp_path / "run/results.json")["images_used"] == 4
 
 
 @pytest.mark.parametrize("trainer", LEARNERS)
@@ -266,7 +269,7 @@ def test_every_recipe_names_settings_of_its_trainer():
 def installed(tmp_path_factory) -> Path:
     """A copy of the package, laid out as it is installed, with the page's example dropped into trainers/."""
     page = (ROOT / "docs/new_trainer.md").read_text(encoding="utf-8")
-    name, code = re.search(r"`trainers/(\w+\.py)`:\s+```python\n(.*?)```", page, re.DOTALL).groups()
+    ((name, code),) = re.findall(r"`trainers/(\w+\.py)`:\s+```python\n(.*?)```", page, re.DOTALL)
     assert len(code.splitlines()) < 60
     site = tmp_path_factory.mktemp("site")
     ignore = shutil.ignore_patterns("__pycache__")
