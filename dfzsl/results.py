@@ -76,11 +76,9 @@ def _versions() -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed as a package"
-    git = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    found["revision"] = git.stdout.strip() or "unknown"
+    try:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        found["revision"] = subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        found["revision"] = "unknown"
     return found
