@@ -15,6 +15,7 @@ import contextlib
 import importlib.util
 import itertools
 import os
+import shutil
 import signal
 import sys
 import time
@@ -246,6 +247,7 @@ class Job:
             if not (folder / RESULTS).exists():
                 with _own_console():
                     train.main(arguments)
+                self.settings.write_text(" ".join(self.opts), encoding="utf-8")
 
     @contextlib.contextmanager
     def locked(self, wait: bool = False) -> Iterator[bool]:
@@ -262,6 +264,20 @@ class Job:
             yield True
         finally:
             lock.release()
+
+    @property
+    def settings(self) -> Path:
+        """The KEY VALUE pairs of what has been run here: no folder's name tells them."""
+        return self.parts()[0][0] / "settings.txt"
+
+    def check(self) -> None:
+        """Raises UserError for what is unknown, and where the folder holds this job with other settings."""
+        if self.settings.exists():
+            was, now = self.settings.read_text(encoding="utf-8"), " ".join(self.opts)
+            if was != now:
+                raise UserError(
+                    f"{self.settings.parent} was run with settings '{was}', not '{now}'; choose another --output"
+                )
 
     @property
     def failure(self) -> Path:
@@ -310,7 +326,8 @@ def launch(jobs: list[Job], launcher: str, workers: int, output: Path) -> None:
     share = (os.cpu_count() or 1) // min(workers, len(jobs))
     threads = max(1, min(share, torch.get_num_threads()))
     workers = min(workers, len(open_jobs))
-    executor = submitit.AutoExecutor(folder=output / ".workers", cluster=launcher)
+    folder = output / ".workers" / str(os.getpid())
+    executor = submitit.AutoExecutor(folder=folder, cluster=launcher)
     executor.update_parameters(timeout_min=7 * 24 * 60, cpus_per_task=threads)
     if torch.cuda.is_available():
         executor.update_parameters(gpus_per_node=1)
@@ -325,9 +342,11 @@ def launch(jobs: list[Job], launcher: str, workers: int, output: Path) -> None:
         for task in tasks:
             task.cancel()
         raise
-    for task in tasks:
-        if task.exception():
-            print(f"a worker ended early; its log: {task.paths.stderr}", file=sys.stderr)
+    early = [task for task in tasks if task.exception()]
+    for task in early:
+        print(f"a worker ended early; its log: {task.paths.stderr}", file=sys.stderr)
+    if not early:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
@@ -375,7 +394,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
         for method in methods
     ]
     for job in jobs:
-        job.parts()
+        job.check()
     return jobs
 
 
@@ -399,6 +418,18 @@ def parser() -> argparse.ArgumentParser:
     return flags
 
 
+def show(folder: Path) -> None:
+    """Print the tables of a protocol's folder, and write its page where matplotlib is there to draw it."""
+    from . import report
+
+    report.show(folder)
+    if importlib.util.find_spec("matplotlib"):
+        from .report.page import write_page
+
+        write_page(folder / "report.html", report.sections(report.collect(folder)))
+        print(f"The same with pictures: {folder / 'report.html'}")
+
+
 def main() -> None:
     args = parser().parse_intermixed_args()
     jobs = plan(args)
@@ -414,15 +445,8 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     workers = args.workers or torch.cuda.device_count() or os.cpu_count() or 1
     launch(jobs, args.launcher, workers, Path(args.output))
-    from . import report
-
-    folder = Path(args.output) / args.protocol
-    report.show(folder)
-    if importlib.util.find_spec("matplotlib"):
-        from .report.page import write_page
-
-        write_page(folder / "report.html", report.sections(report.collect(folder)))
-        print(f"The same with pictures: {folder / 'report.html'}")
+    if any(job.finished for job in jobs):
+        show(Path(args.output) / args.protocol)
     failed = [job for job in jobs if not job.finished]
     if failed:
         first = failed[0].failure.read_text().strip() if failed[0].failure.exists() else "interrupted"
