@@ -16,6 +16,8 @@ TEST labels: the best that the baseline could do if somebody set its scales for 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 from dataclasses import fields
 from pathlib import Path
 
@@ -100,14 +102,15 @@ def run(task: Task, shots: int, seed: int, recovery: dict, settings: dict) -> di
     virtual = recover(
         open_oracle(teacher, "weights"), base_text, new_text=new_text, generator=generator, **recovery
     )
-    ours: Classifier = build_classifier(
-        virtual,
-        base_text,
-        new_text,
-        new_classnames=task.names[task.base :],
-        settings=StageThreeSettings(**settings),
-        generator=generator,
-    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        ours: Classifier = build_classifier(
+            virtual,
+            base_text,
+            new_text,
+            new_classnames=task.names[task.base :],
+            settings=StageThreeSettings(**settings),
+            generator=generator,
+        )
     table = {}
     for name, base in (("zero-shot", base_text), ("teacher + zero", rows), ("mix + zero", mix)):
         logits = task.x_test @ torch.cat([base, new_text]).T

@@ -154,7 +154,7 @@ def fit_rows(
     rows: Tensor,
     generator: torch.Generator,
     *,
-    pull: float = 3.0,
+    pull: float = 1.0,
     steps: int = 150,
     lr: float = 2e-3,
     anneal: bool = True,
