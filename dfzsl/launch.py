@@ -276,7 +276,8 @@ class Job:
             was, now = self.settings.read_text(encoding="utf-8"), " ".join(self.opts)
             if was != now:
                 raise UserError(
-                    f"{self.settings.parent} was run with settings '{was}', not '{now}'; choose another --output"
+                    f"{self.settings.parent} was run with settings '{was}', not '{now}'; "
+                    "choose another --output"
                 )
 
     @property

@@ -99,6 +99,18 @@ def test_one_output_folder_holds_cross_dataset_runs_from_one_source(tmp_path):
         planned("all", "1")
 
 
+def test_a_folder_keeps_the_settings_it_was_run_with(tmp_path):
+    words = ["--methods", "CoOp", "--output", str(tmp_path), "shapes", "1", "OPTIM.MAX_EPOCH"]
+    (job,) = jobs(*words, "10")
+    job.settings.parent.mkdir(parents=True)
+    job.settings.write_text("OPTIM.MAX_EPOCH 10")
+    assert jobs(*words, "10") == [job]
+    with pytest.raises(
+        UserError, match=r"run with settings 'OPTIM\.MAX_EPOCH 10', not 'OPTIM\.MAX_EPOCH 20'"
+    ):
+        jobs(*words, "20")
+
+
 def test_a_job_is_locked_against_others(tmp_path):
     job = Job("base2new", Method("ZeroshotCLIP"), Data("shapes", "data"), 1, 16, -1, tmp_path)
     with job.locked() as mine:

@@ -71,6 +71,9 @@ def test_a_finished_sweep_shows_its_table_and_repeats_nothing(world):
     assert {name: path.stat().st_mtime_ns for name, path in files(world, "results.json").items()} == made
     table = [line for line in shown.splitlines() if "DFZSL" in line]
     assert table == [line for line in again.splitlines() if "DFZSL" in line]
+    assert {path.read_text() for path in files(world, "settings.txt").values()} == {
+        "RECOVERY.NUM_PER_CLASS 20"
+    }
 
 
 def test_a_terminated_sweep_takes_its_workers_with_it(world):
