@@ -100,20 +100,20 @@ def test_a_sweep_killed_at_any_moment_ends_as_an_undisturbed_one(tmp_path):
     for folder in (quiet, killed):
         folder.mkdir()
         write_features(folder / "animals.npz")
-    started = time.monotonic()
     finish(start(quiet, "1", "2", workers=2))
-    undisturbed = time.monotonic() - started
-    draw, kills = random.Random(0), 0
-    for _ in range(6):
-        sweep = start(killed, "1", "2", workers=2)
-        try:
-            sweep.communicate(timeout=draw.uniform(0.2, 1.0) * undisturbed)
-        except subprocess.TimeoutExpired:
+    draw, kills, sweep = random.Random(0), 0, start(killed, "1", "2", workers=2)
+    while sweep.returncode is None:
+        done = len(files(killed, "results.json")) + draw.randint(1, 4)
+        while sweep.poll() is None and len(files(killed, "results.json")) < done:
+            time.sleep(0.05)
+        time.sleep(draw.uniform(0, 0.5))
+        if sweep.poll() is None:
             os.killpg(sweep.pid, signal.SIGKILL)  # the launcher and its workers are one group
             sweep.communicate()
             kills += 1
+            sweep = start(killed, "1", "2", workers=2)
+    finish(sweep)
     assert kills >= 2
-    finish(start(killed, "1", "2", workers=2))
     tensors, results = outcome(quiet)
     tensors_of_killed, results_of_killed = outcome(killed)
     assert len(tensors) == 2 * 3 and tensors_of_killed == tensors
