@@ -124,6 +124,21 @@ def test_an_interrupted_run_ends_in_the_same_classifier(
         assert (tmp_path / name).read_bytes() == (client / name).read_bytes()
 
 
+def test_a_classifier_of_one_data_set_names_the_classes_of_another(world, tmp_path):
+    """The cross-data-set protocol: trained on all classes, tested on strangers by their tuned text."""
+    run("TeacherZeroshot", world, tmp_path / "owner", classes="all")
+    teacher = tmp_path / "owner" / "teacher.safetensors"
+    run("DFZSL", world, tmp_path / "source", classes="all", TEACHER__FILE=teacher)
+    names = ["plain green ring", "checkered purple heart", "zigzag yellow cross"]
+    text = load_backbone("shapes").class_features(names, ["a photo of a {}."]).numpy()
+    np.savez(tmp_path / "other.npz", x_test=text, y_test=np.arange(3), classnames=np.array(names))
+    loaded = ("--eval-only", "--model-dir", str(tmp_path / "source"))
+    other = run(
+        "DFZSL", tmp_path / "other.npz", tmp_path / "target", *loaded, classes="all", TEACHER__FILE=teacher
+    )
+    assert other["accuracy"] == 100.0
+
+
 def test_another_seed_is_another_run(world, teacher, client, tmp_path):
     run("DFZSL", world, tmp_path, TEACHER__FILE=teacher, SEED=2)
     ours, other = (Classifier.load(folder / "classifier.safetensors") for folder in (client, tmp_path))

@@ -60,8 +60,9 @@ class DFZSL(FLPT):
 
     @property
     def new_classnames(self) -> list[str]:
-        """The classes to add: TRAINER.DFZSL.NEW_CLASSES, else the new classes of the data set."""
-        return list(self.cfg.TRAINER.DFZSL.NEW_CLASSES) or list(self.dm.dataset.new_classnames)
+        """The classes to add: TRAINER.DFZSL.NEW_CLASSES, else the new classes of the data set, if any."""
+        new = [name for name in self.dm.dataset.new_classnames if name not in self.classnames]
+        return list(self.cfg.TRAINER.DFZSL.NEW_CLASSES) or new
 
     @torch.no_grad()
     def after_train(self) -> None:
@@ -71,18 +72,20 @@ class DFZSL(FLPT):
         self.stage_seconds["generate"] = time.perf_counter() - started
         super().after_train()
 
+    def text_rows(self, classnames: list[str]) -> torch.Tensor:
+        """Unit text features (n, d), in the tuned context where there is one."""
+        if not self.tuned:
+            return self.backbone.class_features(classnames, [self.template])
+        self.set_model_mode("eval")
+        return self.text_features(classnames).detach()
+
     @torch.enable_grad()
     def generate(self) -> Classifier:
         """Stage 3: train the generator on aligned virtual features, make new ones, fit one classifier."""
         base, new = self.classnames, self.new_classnames
-        if self.tuned:
-            self.set_model_mode("eval")
-            base_text, new_text = self.text_features(base).detach(), self.text_features(new).detach()
-            shift = self.shift().detach()
-        else:
-            base_text = self.backbone.class_features(base, [self.template])
-            new_text = self.backbone.class_features(new, [self.template])
-            shift = None
+        base_text = self.text_rows(base)
+        new_text = self.text_rows(new) if new else base_text[:0]
+        shift = self.shift().detach() if self.tuned else None
         assert self.virtual is not None, "stage 1 comes first"
         settings = {key.lower(): value for key, value in self.cfg.GENERATOR.items()}
         return build_classifier(
@@ -98,8 +101,14 @@ class DFZSL(FLPT):
         )
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
-        """Load the classifier: it is all that testing needs, `epoch` means nothing to it."""
-        self.classifier = Classifier.load(Path(directory) / CLASSIFIER)
+        """Load the classifier; `epoch` means nothing to it. Classes it does not know (another data set's) get
+        their text features, in the tuned context where there is one."""
+        classifier = Classifier.load(Path(directory) / CLASSIFIER)
+        if strangers := [name for name in self.classnames if name not in classifier.classnames]:
+            if self.tuned:
+                super().load_model(directory)
+            classifier = classifier.extend(strangers, self.text_rows(strangers))
+        self.classifier = classifier
 
     def model_inference(self, input: torch.Tensor) -> torch.Tensor:
         assert self.classifier is not None, "train or load first"
