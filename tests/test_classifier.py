@@ -259,7 +259,7 @@ class TestStageThree:
 
     @pytest.mark.parametrize(("better", "classes"), [("vmf", BASE), ("none", BASE), ("none", 3)])
     def test_auto_takes_what_does_better_in_rehearsal(self, world, monkeypatch, better, classes):
-        def plays(x, y, base_text, num_new, s, rng):
+        def plays(x, y, base_text, num_new, s, rng, rehearsals):
             known = y < BASE // 2
             for _ in range(4):
                 yield known, x[:, 0], torch.where(known, True, torch.full_like(known, s.name == better))

@@ -162,13 +162,19 @@ def _train(
 
 
 def plays(
-    x: Tensor, y: Tensor, base_text: Tensor, num_new: int, s: StageThreeSettings, rng: torch.Generator
+    x: Tensor,
+    y: Tensor,
+    base_text: Tensor,
+    num_new: int,
+    s: StageThreeSettings,
+    rng: torch.Generator,
+    rehearsals: int = 4,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Rehearsals of stage 3 in which base classes play the new ones.
 
     No new class has a feature to choose anything by, but base classes do: a part of them, as large a share
     as the new classes will be (at most half), is unseen while everything is trained on the others. Every base
-    class plays equally often, in at least four rehearsals.
+    class plays equally often; there are at least so many `rehearsals`.
 
     Yields for all virtual features x: whether its class was trained on (n,), by how much the best base
     class beats the best playing one (n,), and whether it is right within its own part (n,).
@@ -176,7 +182,7 @@ def plays(
     classes = len(base_text)
     share = min(num_new / (classes + num_new), 0.5)
     folds = min(round(1 / share), 5, classes)
-    rounds = -(-4 // folds)
+    rounds = -(-rehearsals // folds)
     for _ in range(rounds):
         order = torch.randperm(classes, device=x.device, generator=rng)
         for fold in range(folds):
@@ -205,8 +211,8 @@ def choose_generator(
     for name in ("none", "vmf"):
         stream = torch.Generator(x.device)
         stream.set_state(rng.get_state())  # the same rehearsals for both
-        rehearsals = plays(x, y, base_text, num_new, replace(s, name=name), stream)
-        right[name] = torch.stack([correct[~known].float().mean() for known, _, correct in rehearsals])
+        played = plays(x, y, base_text, num_new, replace(s, name=name), stream, rehearsals=8)
+        right[name] = torch.stack([correct[~known].float().mean() for known, _, correct in played])
     gain = right["vmf"] - right["none"]
     return "vmf" if gain.mean() > 2 * gain.std() / len(gain) ** 0.5 else "none"
 
