@@ -50,6 +50,7 @@ setup(
         "scipy",
         "submitit",
         "tabulate>=0.10",
+        "tensorboard",
         "tqdm",
         "yacs",
     ],

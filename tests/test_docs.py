@@ -24,7 +24,12 @@ from dfzsl.report import __main__ as report
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
 PAGES += [ROOT / "compat/dassl/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = sorted(path.name for path in ROOT.iterdir() if (path.is_dir() and path.name[0] not in "._"))
+MADE = {"output", "data", "build", "dist"}  # by runs and builds, not ours
+FOLDERS = sorted(
+    path.name
+    for path in ROOT.iterdir()
+    if path.is_dir() and path.name[0] not in "._" and path.name not in MADE
+)
 FILES = [path.relative_to(ROOT).as_posix() for f in FOLDERS for path in (ROOT / f).rglob("*")]
 FILES += [path.name for path in ROOT.iterdir()]
 # Named, but not ours: written by the reader or part of CoOp.
