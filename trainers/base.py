@@ -118,12 +118,17 @@ class CLIPTrainer(TrainerX):
     def parse_batch_train(self, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
         return batch["img"].to(self.device), batch["label"].to(self.device)
 
-    def before_train(self) -> None:
-        if self.dm.dataset.test_only and not self.data_free:
+    def require_training_images(self) -> None:
+        """Raise UserError where the data set has test images only (ImageNet's variants, for one)."""
+        if self.dm.dataset.test_only:
             raise UserError(
                 f"{self.cfg.DATASET.NAME} ({self.cfg.DATASET.SUBSAMPLE_CLASSES}) has test images only; "
                 "test a trained model on it with --eval-only --model-dir"
             )
+
+    def before_train(self) -> None:
+        if not self.data_free:
+            self.require_training_images()
         super().before_train()
         self.train_loader_x = self.recover_virtual_features() if self.data_free else self._train_loader()
         self.train_started = time.perf_counter()

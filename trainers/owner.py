@@ -32,6 +32,7 @@ class TeacherZeroshot(CLIPTrainer):
 
     def train(self) -> None:
         """Fit on all training images (or NUM_SHOTS a class), save, test."""
+        self.require_training_images()
         features, labels = self.encode(self.dm.dataset.train_x)
         started = time.perf_counter()
         self.teacher = fit_teacher(features, labels, self.classnames, self.backbone_id)
