@@ -34,7 +34,7 @@ def shares(rows: list[Row]) -> tuple[list[Row], list[Row], list[Row]]:
     return parts
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class Folder(ClassDataset):
     """`DATASET.ROOT` holds a folder for each class, or train/, val/ and test/ that hold those.
 
@@ -83,7 +83,7 @@ class Folder(ClassDataset):
         return Split(classnames, parts["train"], parts["val"] if tested == "test" else [], test)
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class Csv(ClassDataset):
     """`DATASET.ROOT` is a CSV file with a header: `path`, `label` and, as you like, `classname` and `split`.
 

@@ -56,7 +56,7 @@ class FeatureDatum(Datum):
         return self._feature
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class Features(ClassDataset):
     """A file of image features, .npz or .safetensors; `DATASET.ROOT` is its path.
 

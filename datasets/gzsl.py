@@ -109,30 +109,30 @@ class XLSA17(ClassDataset):
         return [Row(path, int(c), names[c]) for path, c in zip(paths, labels[places], strict=True)]
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class AWA2(XLSA17):
     folder = "AWA2"
     template = "a photo of a {}, a type of animal."
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class CUB(XLSA17):
     folder = "CUB"
     template = "a photo of a {}, a type of bird."
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class SUN(XLSA17):
     folder = "SUN"
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class FLO(XLSA17):
     folder = "FLO"
     template = "a photo of a {}, a type of flower."
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class APY(XLSA17):
     folder = "APY"
 

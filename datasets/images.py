@@ -27,58 +27,58 @@ class SplitDataset(ClassDataset):
         return read_split(os.path.join(self.dataset_dir, split), image_dir, self.how_to_get())
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class Caltech101(SplitDataset):
     folder, images = "caltech-101", "101_ObjectCategories"
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class OxfordPets(SplitDataset):
     folder = "oxford_pets"
     template = "a photo of a {}, a type of pet."
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class StanfordCars(SplitDataset):
     folder, images = "stanford_cars", ""
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class OxfordFlowers(SplitDataset):
     folder, images = "oxford_flowers", "jpg"
     template = "a photo of a {}, a type of flower."
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class Food101(SplitDataset):
     folder = "food-101"
     template = "a photo of {}, a type of food."
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class SUN397(SplitDataset):
     folder, images = "sun397", "SUN397"
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class DescribableTextures(SplitDataset):
     folder = "dtd"
     template = "{} texture."
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class EuroSAT(SplitDataset):
     folder, images = "eurosat", "2750"
     template = "a centered satellite photo of {}."
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class UCF101(SplitDataset):
     folder, images = "ucf101", "UCF-101-midframes"
     template = "a photo of a person doing {}."
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class FGVCAircraft(ClassDataset):
     """The split of the data set's own text files: lines of "image variant" in images_variant_PART.txt."""
 
@@ -106,7 +106,7 @@ class FGVCAircraft(ClassDataset):
         return Split(names, rows("train"), rows("val"), rows("test"))
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class ImageNet(ClassDataset):
     """images/train, images/val with a folder a class; classnames.txt has lines of "folder name".
 
@@ -149,7 +149,7 @@ class ImageNetVariant(ClassDataset):
         return Split(list(called.values()), [], [], rows)
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class ImageNetV2(ImageNetVariant):
     """Its folders are the labels 0 to 999, in the order of classnames.txt."""
 
@@ -159,17 +159,17 @@ class ImageNetV2(ImageNetVariant):
         return {str(label): wordnet_id for label, wordnet_id in enumerate(names)}
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class ImageNetSketch(ImageNetVariant):
     folder = "imagenet-sketch"
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class ImageNetA(ImageNetVariant):
     folder, images = "imagenet-adversarial", "imagenet-a"
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class ImageNetR(ImageNetVariant):
     folder, images = "imagenet-rendition", "imagenet-r"
 

@@ -30,15 +30,17 @@ def keys_of(settings: type) -> dict[str, Any]:
     return {field.name.upper(): field.default for field in dataclasses.fields(settings)}
 
 
-def register(registry: Any) -> Callable[[type], type]:
+def register(registry: Any, replace: bool = False) -> Callable[[type], type]:
     """Class decorator: register under the class's name, unless somebody else holds that name already.
 
-    In a CoOp checkout the names CoOp and OxfordPets belong to the checkout; ours step aside.
+    In a CoOp checkout the trainers CoOp and CoCoOp belong to the checkout; ours step aside. Data sets
+    `replace` the checkout's: they read the same folders, and know besides which classes are new, what the
+    prompt is, and how to do without training images.
     """
 
     def decorate(cls: type) -> type:
-        if cls.__name__ not in registry.registered_names():
-            registry.register(cls)
+        if replace or cls.__name__ not in registry.registered_names():
+            registry.register(cls, force=replace)
         return cls
 
     return decorate

@@ -23,7 +23,7 @@ from .world import LAMPLIGHT, VERSION, classes, render
 PICTURES = {"train": 30, "val": 5, "test": 20}  # of each class
 
 
-@register(DATASET_REGISTRY)
+@register(DATASET_REGISTRY, replace=True)
 class Shapes(ClassDataset):
     """Compositions such as "striped teal leaf in the snow", 60 base and 60 new, 64 x 64 pixels.
 
