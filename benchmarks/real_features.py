@@ -126,9 +126,11 @@ def run(task: Task, shots: int, seed: int, recovery: dict, settings: dict) -> di
 
 def overrides(words: list[str], cls: type) -> dict:
     """KEY VALUE pairs as field values of the settings dataclass."""
-    types = {field.name: type(field.default) for field in fields(cls)}
-    pairs = zip(words[::2], words[1::2], strict=True)
-    return {key: value == "True" if types[key] is bool else types[key](value) for key, value in pairs}
+    defaults = {field.name: field.default for field in fields(cls)}
+    values = {}
+    for key, word in zip(words[::2], words[1::2], strict=True):
+        values[key] = word == "True" if isinstance(defaults[key], bool) else type(defaults[key])(word)
+    return values
 
 
 def main() -> None:

@@ -1,15 +1,20 @@
 """The final classifier: its file, its parts, and the whole of stage 3 on a small world shaped like CLIP's."""
 
 import math
+import runpy
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from scipy.optimize import minimize
 
 from dfzsl.errors import UserError
 from dfzsl.files import save_tensors
+from dfzsl.trainers.backbone import load_backbone
 from dfzsl.trainers.classifier import Classifier, fit_rows, minimise, text_shift
 from dfzsl.trainers.generators import GENERATORS
 from dfzsl.trainers.pipeline import StageThreeSettings, build_classifier, calibrate, choose_generator
@@ -344,3 +349,41 @@ class TestCalibration:
             found[start] = calibrate(x, y, base_text, NEW, StageThreeSettings(), rng())
         assert found[0.0] == pytest.approx(0.0, abs=0.02)
         assert found[0.05] - found[0.0] == pytest.approx(0.05, abs=0.01)
+
+
+class TestPredict:
+    """scripts/dfzsl/predict.py with the built-in model."""
+
+    @pytest.fixture
+    def predict(self, monkeypatch, capsys):
+        def run(*words: object) -> str:
+            monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words)])
+            runpy.run_path(str(Path(__file__).parents[1] / "scripts/dfzsl/predict.py"), run_name="__main__")
+            return capsys.readouterr().out
+
+        return run
+
+    def test_names_the_class_of_an_image(self, predict, tmp_path):
+        backbone = load_backbone("shapes")
+        for name, colour in (("red", (230, 20, 20)), ("blue", (20, 20, 230))):
+            Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+        images = [backbone.transform(Image.open(tmp_path / f"{name}.png")) for name in ("red", "blue")]
+        rows = backbone.encode_image(torch.stack(images)).detach()
+        path = tmp_path / "classifier.safetensors"
+        c = Classifier(
+            weight=rows,
+            classnames=["red", "blue"],
+            is_new=torch.tensor([False, True]),
+            bias=torch.zeros(2),
+            backbone="shapes",
+            weights=backbone.weights_id,
+        )
+        c.save(path)
+        out = predict(tmp_path / "blue.png", tmp_path / "red.png", "--classifier", path)
+        assert [line.split(": ")[1].split()[0] for line in out.splitlines()] == ["blue", "red"]
+
+    def test_mistakes_are_one_line(self, predict, tmp_path, capsys):
+        with pytest.raises(SystemExit) as stopped:
+            predict("x.png", "--classifier", tmp_path / "none.safetensors")
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.count("\n") == 1
