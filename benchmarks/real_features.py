@@ -20,6 +20,7 @@ import contextlib
 import io
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -126,7 +127,7 @@ def run(task: Task, shots: int, seed: int, recovery: dict, settings: dict) -> di
 
 def overrides(words: list[str], cls: type) -> dict:
     """KEY VALUE pairs as field values of the settings dataclass."""
-    defaults = {field.name: field.default for field in fields(cls)}
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(cls)}
     values = {}
     for key, word in zip(words[::2], words[1::2], strict=True):
         values[key] = word == "True" if isinstance(defaults[key], bool) else type(defaults[key])(word)
