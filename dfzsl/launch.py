@@ -82,7 +82,7 @@ class Data:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What to train on and what to test on; `tests` of None means the other data sets, for `xd`."""
+    """What to train on and what to test on; no `tests`: on the other data sets, as `xd` does."""
 
     train: str
     tests: tuple[str, ...]
