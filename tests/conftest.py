@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tabulate import tabulate
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
@@ -57,3 +58,38 @@ def real_features() -> Path:
     if not folder.is_dir():
         pytest.skip("the real CLIP features are not on this machine")
     return folder
+
+
+@pytest.fixture
+def tried(record_property):
+    """tried(area, fault, count, outcome): a row of docs/reliability.md, which holds if the test passes."""
+
+    def record(area: str, fault: str, count: int, outcome: str) -> None:
+        record_property("tried", (area, fault, count, outcome))
+
+    return record
+
+
+def pytest_addoption(parser):
+    parser.addoption("--faults", type=Path, help="write the table of faults tried between this file's marks")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if (page := config.getoption("--faults")) is None:
+        return
+    rows = {}
+    for state in ("passed", "failed"):
+        for report in terminalreporter.stats.get(state, []):
+            for name, row in report.user_properties:
+                if name == "tried":
+                    area, fault, count, outcome = row
+                    rows[area, fault] = (f"{count:,}", outcome if state == "passed" else "**FAILED**")
+    table = tabulate(
+        [(*named, *found) for named, found in sorted(rows.items())],
+        headers=("where", "fault", "tried", "outcome"),
+        tablefmt="github",
+        disable_numparse=True,
+    )
+    before, _, rest = page.read_text(encoding="utf-8").partition("<!-- faults -->")
+    after = rest.partition("<!-- end of faults -->")[2]
+    page.write_text(f"{before}<!-- faults -->\n{table}\n<!-- end of faults -->{after}", encoding="utf-8")
