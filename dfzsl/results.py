@@ -1,4 +1,16 @@
-"""One results.json a run: what was measured, of what, with what. Tables read these files and never a log."""
+"""One results.json a run: what was measured, of what, with what. Tables read these files and never a log.
+
+The keys of schema 1:
+    trainer, dataset, backbone, classes ("base", "new", "all"), shots, seed: which run it is
+    accuracy: in percent, over all test images; per_class: [{class, correct, total, new}]
+    trained_parameters, images_used (for training), queries (to the teacher)
+    curves: {name: a value an epoch}; concentration: [{class, recovered, true}] where the truth is known
+    notes: sentences for the tables
+    seconds: {stage: seconds of training}; elapsed: seconds of the whole run; peak_memory: bytes
+    config: the whole config as YAML; versions: of Python, packages and the checkout (git revision)
+
+The same command on the same machine gives the same values for all keys but CHANGING, interrupted or not.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +31,7 @@ from .files import read_json, write_json
 
 SCHEMA = 1
 RESULTS = "results.json"
+CHANGING = ("seconds", "elapsed", "peak_memory")
 
 
 def harmonic_mean(a: float, b: float) -> float:

@@ -61,6 +61,7 @@ class CLIPTrainer(TrainerX):
         return bool(self.cfg.TEACHER.FILE)
 
     def build_data_loader(self) -> None:
+        self.started = time.perf_counter()
         self.stage_seconds: dict[str, float] = {}
         self.losses: dict[int, float] = {}
         self.virtual: VirtualClasses | None = None
@@ -285,6 +286,7 @@ class CLIPTrainer(TrainerX):
             images_used=self.images_used,
             queries=self.queries,
             seconds=self.stage_seconds,
+            elapsed=time.perf_counter() - self.started,
             curves={"loss": list(self.losses.values())} if self.losses else {},
             concentration=self._concentrations(),
             peak_memory=peak_memory(),
