@@ -18,7 +18,7 @@ import torch
 from dassl.data.datasets import DatasetBase, Datum
 
 from dfzsl.errors import UserError
-from dfzsl.files import read_json
+from dfzsl.files import bounded, read_json, refuse_unprintable
 from dfzsl.toolbox import add_keys
 
 from .templates import SELECTED
@@ -178,6 +178,12 @@ def check(split: Split, place: str) -> None:
             raise UserError(f"{place}: class '{name}' is in the split but has no image")
         if trained and label not in trained and label not in new:
             raise UserError(f"{place}: class '{name}' has no training image")
+    refuse_unprintable(names, place)
+
+
+def leads_out(path: str) -> bool:
+    """Whether a path from a file would leave the folder that it is to be joined to."""
+    return os.path.isabs(path) or ".." in path.replace("\\", "/").split("/")
 
 
 def read_split(path: str, image_dir: str, how: str) -> Split:
@@ -194,12 +200,14 @@ def read_split(path: str, image_dir: str, how: str) -> Split:
             try:
                 image, label, name = entry
                 label = int(label)
-            except (TypeError, ValueError):
+                if not (isinstance(image, str) and isinstance(name, str)):
+                    raise TypeError
+            except (TypeError, ValueError, OverflowError):
                 text = json.dumps(entry)[:80]
                 raise UserError(
                     f"{path}: an entry of '{part}' is not [path, label, class name]: {text}"
                 ) from None
-            if os.path.isabs(image) or ".." in image.split("/"):
+            if leads_out(image):
                 raise UserError(f"{path}: '{image}' leads out of {image_dir}")
             if names.setdefault(label, name) != name:
                 raise UserError(f"{path}: label {label} is called both '{names[label]}' and '{name}'")
@@ -243,7 +251,7 @@ class _FewshotUnpickler(pickle.Unpickler):
 def read_fewshot(path: str | os.PathLike[str]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """(path, label) of the training and of the validation images that CoOp drew; no code in it is run."""
     try:
-        with open(path, "rb") as file:
+        with bounded(path), open(path, "rb") as file:
             content = _FewshotUnpickler(file).load()
         train, val = (
             [(str(item._impath), int(item._label)) for item in items]
@@ -259,8 +267,10 @@ def relocate(drawn: Iterable[tuple[str, int]], rows: Sequence[Row], source: str)
     prefix = os.path.commonpath([os.path.dirname(row.path) for row in rows]) if rows else ""
     known = {row.path[len(prefix) :].lstrip(os.sep): row for row in rows}
     found = []
+    # Only as long an end as a row can have: a path of a million parts must not cost their square.
+    depth = max((len(Path(end).parts) for end in known), default=0)
     for path, label in drawn:
-        parts = Path(path).parts
+        parts = Path(path).parts[-depth:]
         ends = (os.path.join(*parts[start:]) for start in range(len(parts)))
         row = next((known[end] for end in ends if end in known), None)
         if row is None or row.label != label:

@@ -21,12 +21,15 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from dfzsl.errors import UserError
-from dfzsl.files import load_tensors, save_tensors
+from dfzsl.files import NUMBERS, bounded, checked_names, load_tensors, save_tensors
 from dfzsl.toolbox import register
 
 from .base import ClassDataset, Row, Split
 
 TEXTS = ("classnames", "backbone", "weights", "template")  # what of a feature file is not numbers
+WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+# Pillow hands others to programs of the system, Ghostscript for one, whatever the file's name.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 PART = 512  # images a part file holds: what an interrupted encoding can lose, and what ranks share out
 
 
@@ -76,21 +79,21 @@ class Features(ClassDataset):
     def read(self) -> Split:
         path = self.dataset_dir
         arrays, about = open_features(path)
-        classnames = about.get("classnames")
-        if not isinstance(classnames, list) or not all(isinstance(name, str) for name in classnames):
-            raise UserError(f"{path}: it has no list of class names 'classnames'")
+        classnames = checked_names(about.get("classnames"), path)
         if len(set(classnames)) < len(classnames):
             raise UserError(f"{path}: two classes have the same name")
         self.backbone_id, self.weights_id = about.get("backbone"), about.get("weights")
-        if "{}" in str(about.get("template", "")):
-            self.template = str(about["template"])
+        if template := about.get("template"):
+            if not isinstance(template, str) or re.findall("[{}]+", template) != ["{}"]:
+                raise UserError(f"{path}: its template must be a text with one {{}} for the class name")
+            self.template = template
 
         def rows(part: str) -> list[Row]:
             if f"x_{part}" not in arrays:
                 return []
             x = unit_rows(arrays[f"x_{part}"](), f"{path}: x_{part}")
             y = arrays[f"y_{part}"]() if f"y_{part}" in arrays else torch.empty(0)
-            if y.shape != x.shape[:1] or y.is_floating_point():
+            if y.shape != x.shape[:1] or y.dtype not in WHOLE:
                 raise UserError(f"{path}: y_{part} must hold {len(x)} whole numbers, one a row of x_{part}")
             labels = y.tolist()
             if labels and not 0 <= min(labels) <= max(labels) < len(classnames):
@@ -117,9 +120,12 @@ class Features(ClassDataset):
             self.text_features = dict(zip(classnames, text, strict=True))
         if len(widths) > 1:
             raise UserError(f"{path}: features of different dimensions: {sorted(widths)}")
-        new = sorted(arrays["new"]().tolist()) if "new" in arrays else None
-        if new is not None and not set(new) < set(range(len(classnames))):
-            raise UserError(f"{path}: 'new' must name some of the labels 0 to {len(classnames) - 1}")
+        new = None
+        if "new" in arrays:
+            labels = arrays["new"]()
+            new = sorted(labels.tolist()) if labels.ndim == 1 and labels.dtype in WHOLE else [-1]
+            if len(set(new)) < len(new) or not set(new) < set(range(len(classnames))):
+                raise UserError(f"{path}: 'new' must name some of the labels 0 to {len(classnames) - 1}")
         return Split(classnames, train, val, test, new)
 
     def datum(self, row: Row, label: int) -> FeatureDatum:
@@ -131,25 +137,45 @@ def open_features(path: str) -> tuple[dict[str, Callable[[], torch.Tensor]], dic
     """(name -> call that reads the array, description) of a feature file; no call, no reading."""
     try:
         if path.endswith(".npz"):
-            file = np.load(path, allow_pickle=False)
-            names = [name for name in file.files if name not in TEXTS]
-            return {name: partial(_array, file, name, path) for name in names}, {
-                name: file[name].tolist() for name in TEXTS if name in file.files
-            }
+            with zipfile.ZipFile(path) as archive:
+                members = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            names = [name for name in members if name not in TEXTS]
+            about = {name: read_member(path, name).tolist() for name in TEXTS if name in members}
+            return {name: partial(_array, path, name) for name in names}, about
         if path.endswith(".safetensors"):
             tensors = safe_open(path, framework="pt")
             about = {name: json.loads(value) for name, value in (tensors.metadata() or {}).items()}
-            return {name: partial(tensors.get_tensor, name) for name in tensors.keys()}, about  # noqa: SIM118
-    # An empty file is an EOFError to numpy; its and json's other errors are ValueErrors.
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+            return {name: partial(_tensor, tensors, name, path) for name in tensors.keys()}, about  # noqa: SIM118
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError, zipfile.BadZipFile, SafetensorError) as error:
         raise UserError(f"{path}: not a readable feature file ({error})") from None
     raise UserError(f"{path}: a feature file ends in .npz or .safetensors")
 
 
-def _array(file: Any, name: str, path: str) -> torch.Tensor:
+def read_member(path: str, name: str) -> np.ndarray:
+    """The array `name` of an npz file in this machine's byte order. Objects are refused: they are pickled."""
     try:
-        return torch.from_numpy(file[name])
-    except (OSError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        with bounded(path), np.load(path, allow_pickle=False) as file:
+            array = file[name]
+            return array.astype(array.dtype.newbyteorder("="), copy=False)
+    except UserError:
+        raise
+    except Exception as error:  # a broken archive within an archive: numpy, zipfile and zlib raise many kinds
+        raise UserError(f"{path}: '{name}' is not a readable array ({error})") from None
+
+
+def _array(path: str, name: str) -> torch.Tensor:
+    try:
+        return torch.from_numpy(read_member(path, name))
+    except TypeError as error:
+        raise UserError(f"{path}: '{name}' is not a readable array of numbers ({error})") from None
+
+
+def _tensor(tensors: Any, name: str, path: str) -> torch.Tensor:
+    try:
+        return tensors.get_tensor(name)
+    except (SafetensorError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: '{name}' is not a readable array of numbers ({error})") from None
 
 
@@ -158,7 +184,7 @@ def unit_rows(x: torch.Tensor, what: str) -> torch.Tensor:
 
     Raises UserError, naming `what`, if x is no such table or a row is zero or not finite.
     """
-    if x.ndim != 2 or not x.is_floating_point():
+    if x.ndim != 2 or x.dtype not in NUMBERS or not x.is_floating_point():
         raise UserError(
             f"{what} must be a table of floating-point rows (n, d); it is {x.dtype}, {tuple(x.shape)}"
         )
@@ -249,7 +275,15 @@ def encode_datums(
     whole = directory / f"{_key(backbone, transform, paths)}.safetensors"
     if not whole.exists():
         _encode(backbone, paths, transform, whole, batch_size, num_workers, torch.device(device))
-    return load_tensors(whole, "image features")[0]["features"]
+    return _part(whole, "image features", (len(datums), backbone.dim))
+
+
+def _part(path: Path, kind: str, shape: tuple[int, int]) -> torch.Tensor:
+    """The features (n, d) that a file of the cache must hold. Raises UserError if it holds anything else."""
+    features = load_tensors(path, kind)[0].get("features", torch.empty(0))
+    if features.shape != shape or features.dtype != torch.float32:
+        raise UserError(f"{path}: it does not hold the features of its {shape[0]} images; delete it")
+    return features
 
 
 def _key(backbone: Encoder, transform: object, paths: Sequence[str]) -> str:
@@ -267,6 +301,15 @@ def _key(backbone: Encoder, transform: object, paths: Sequence[str]) -> str:
     return digest.hexdigest()[:32]
 
 
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """The picture as RGB. Raises UserError if it is broken, huge, or of a format that is not in `FORMATS`."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            return image.convert("RGB")
+    except Exception as error:  # PIL raises many kinds
+        raise UserError(f"{path}: not a readable image ({error or type(error).__name__})") from None
+
+
 class _Images(torch.utils.data.Dataset):
     """Item i is (transformed image, ""), or (None, what is wrong with file i)."""
 
@@ -275,11 +318,11 @@ class _Images(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor | None, str]:
         try:
-            with Image.open(self.paths[index]) as image:
-                return self.transform(image.convert("RGB")), ""
-        # A worker process would turn an exception into a page of traceback. PIL raises many kinds.
+            return self.transform(read_image(self.paths[index])), ""
+        # A worker process would turn an exception into a page of traceback.
         except Exception as error:
-            return None, f"{self.paths[index]}: not a readable image ({error or type(error).__name__})"
+            said = str(error) or type(error).__name__
+            return None, said if isinstance(error, UserError) else f"{self.paths[index]}: {said}"
 
 
 def _stack(items: list[tuple[torch.Tensor | None, str]]) -> tuple[torch.Tensor | None, str]:
@@ -336,7 +379,9 @@ def _encode(
     if ranks:
         torch.distributed.barrier()
     if rank == 0 and not whole.exists():
-        joined = torch.cat([load_tensors(part, "part")[0]["features"] for part in parts.values()])
+        joined = torch.cat(
+            [_part(part, "part", (min(PART, n - start), backbone.dim)) for start, part in parts.items()]
+        )
         about = {"kind": "image features", "backbone": backbone.name, "weights": backbone.weights_id}
         save_tensors(whole, {"features": joined}, about)
         for part in parts.values():

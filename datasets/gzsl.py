@@ -16,9 +16,10 @@ import torch
 from dassl.data.datasets import DATASET_REGISTRY, Datum
 
 from dfzsl.errors import UserError
+from dfzsl.files import bounded
 from dfzsl.toolbox import add_keys, register
 
-from .base import ClassDataset, Row, Split, require
+from .base import ClassDataset, Row, Split, leads_out, require
 from .features import FeatureDatum, unit_rows
 from .images import read_lines
 
@@ -77,7 +78,7 @@ class XLSA17(ClassDataset):
 
     def _classnames_of(self, splits: dict[str, np.ndarray], path: str) -> list[str]:
         if "allclasses_names" in splits:
-            return [readable(str(np.squeeze(name).item())) for name in splits["allclasses_names"].ravel()]
+            return [readable(name) for name in _texts(splits, "allclasses_names", path)]
         names = os.path.join(self.dataset_dir, "classnames.txt")
         return read_lines(names, f"{path} has no allclasses_names; write a class name a line, in label order")
 
@@ -86,9 +87,7 @@ class XLSA17(ClassDataset):
             raise UserError(
                 f"{path}: cls_features must be (d, {len(names)}), a column a class; it is {table.shape}"
             )
-        return dict(
-            zip(names, unit_rows(torch.from_numpy(table.T.copy()), f"{path}: cls_features"), strict=True)
-        )
+        return dict(zip(names, _unit_columns(table, f"{path}: cls_features"), strict=True))
 
     def _feature_rows(self, data, labels, names, places, source: str) -> list[Row]:
         table = data["features"]
@@ -96,15 +95,17 @@ class XLSA17(ClassDataset):
             raise UserError(
                 f"{source}: features must be (d, {len(labels)}), a column an image; they are {table.shape}"
             )
-        rows = unit_rows(torch.from_numpy(table.T[places]), f"{source}: features")
+        rows = _unit_columns(table[:, places], f"{source}: features")
         return [Row(source, int(c), names[c], row) for row, c in zip(rows, labels[places], strict=True)]
 
     def _image_rows(self, data, labels, names, places, source: str) -> list[Row]:
-        files = [str(np.squeeze(name).item()).strip() for name in data["image_files"].ravel()]
+        files = _texts(data, "image_files", source)
         if len(files) != len(labels):
             raise UserError(f"{source}: {len(files)} image_files for {len(labels)} labels")
         image_dir = require(os.path.join(self.dataset_dir, "images"), self.how_to_get())
         skip = _foreign_parts(files[places[0]], image_dir)
+        if out := [file for file in files if leads_out("/".join(file.split("/")[skip:]))]:
+            raise UserError(f"{source}: '{out[0]}' leads out of {image_dir}")
         paths = [os.path.join(image_dir, *files[place].split("/")[skip:]) for place in places]
         return [Row(path, int(c), names[c]) for path, c in zip(paths, labels[places], strict=True)]
 
@@ -143,18 +144,37 @@ def load_mat(path: str, how: str, names: list[str] | None = None) -> dict[str, n
 
     require(path, how)
     try:
-        content = loadmat(path, variable_names=names)
+        with bounded(path):
+            content = loadmat(path, variable_names=names)
+    except UserError:
+        raise
     except Exception as error:  # scipy raises many kinds for a broken file
         raise UserError(f"{path}: not a readable MATLAB file ({error}); {how}") from None
+    arrays = {name: array for name, array in content.items() if isinstance(array, np.ndarray)}
     for name in names or []:
-        if name not in content:
+        if name not in arrays:
             raise UserError(f"{path}: it has no '{name}'; {how}")
-    return {name: array for name, array in content.items() if isinstance(array, np.ndarray)}
+    return arrays
 
 
 def readable(name: str) -> str:
     """'001.Black_footed_Albatross' -> 'Black footed Albatross', 'grizzly+bear' -> 'grizzly bear'."""
     return re.sub(r"[+_]", " ", re.sub(r"^\d+\.", "", name.strip())).strip()
+
+
+def _texts(content: dict[str, np.ndarray], name: str, path: str) -> list[str]:
+    """The cells of `name`, each of which holds one text."""
+    texts = [np.squeeze(cell) for cell in content[name].ravel()]
+    if not all(text.ndim == 0 and isinstance(text.item(), str) for text in texts):
+        raise UserError(f"{path}: '{name}' must be a column of cells with one text each")
+    return [text.item().strip() for text in texts]
+
+
+def _unit_columns(table: np.ndarray, what: str) -> torch.Tensor:
+    """Unit rows (n, d) from the columns of a table (d, n) of numbers, whatever their type and byte order."""
+    if table.dtype.kind != "f":
+        raise UserError(f"{what} must be floating-point numbers; they are {table.dtype}")
+    return unit_rows(torch.from_numpy(np.ascontiguousarray(table.T, table.dtype.newbyteorder("="))), what)
 
 
 def _whole(content: dict[str, np.ndarray], name: str, path: str) -> np.ndarray:
@@ -188,7 +208,7 @@ def _places(splits: dict[str, np.ndarray], name: str, n: int, path: str) -> np.n
 
 def _foreign_parts(file: str, image_dir: str) -> int:
     """How many leading parts of a path on the authors' machine to drop to find it under `image_dir`."""
-    parts = file.split("/")
+    parts = file.split("/") if len(file) < 4096 else []  # no system has longer paths
     for skip in range(len(parts)):
         if ".." not in parts[skip:] and os.path.isfile(os.path.join(image_dir, *parts[skip:])):
             return skip

@@ -10,9 +10,10 @@ import os
 from dassl.data.datasets import DATASET_REGISTRY
 
 from dfzsl.errors import UserError
+from dfzsl.files import read_text
 from dfzsl.toolbox import register
 
-from .base import ClassDataset, Row, Split, folders_in, images_in, read_split, require
+from .base import ClassDataset, Row, Split, folders_in, images_in, leads_out, read_split, require
 
 
 class SplitDataset(ClassDataset):
@@ -96,6 +97,8 @@ class FGVCAircraft(ClassDataset):
                 image, _, name = line.partition(" ")
                 if name not in labels:
                     raise UserError(f"{path}: '{name}' is not in variants.txt")
+                if leads_out(image):
+                    raise UserError(f"{path}: '{image}' leads out of {self.dataset_dir}")
                 found.append(
                     Row(os.path.join(self.dataset_dir, "images", f"{image}.jpg"), labels[name], name)
                 )
@@ -176,13 +179,15 @@ class ImageNetR(ImageNetVariant):
 
 def read_lines(path: str, how: str) -> list[str]:
     """The non-empty lines of a text file, stripped."""
-    with open(require(path, how), encoding="utf-8") as file:
-        return [line.strip() for line in file if line.strip()]
+    lines = read_text(require(path, how)).splitlines()
+    return [line.strip() for line in lines if line.strip()]
 
 
 def read_names(path: str, how: str) -> dict[str, str]:
     """Folder to class name, in the file's order, from lines of "folder name"."""
-    pairs = (line.partition(" ") for line in read_lines(path, how))
+    pairs = [line.partition(" ") for line in read_lines(path, how)]
+    if wrong := [folder for folder, _, _ in pairs if leads_out(folder)]:
+        raise UserError(f"{path}: '{wrong[0]}' leads out of the data set")
     return {folder: name for folder, _, name in pairs}
 
 

@@ -6,14 +6,18 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .errors import UserError
+from .errors import UNPRINTABLE, UserError
+
+ROOM, EXPANSION = 1 << 30, 100  # memory that reading a file may take: bytes, and times its size
+NUMBERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+NUMBERS |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 @contextlib.contextmanager
@@ -48,14 +52,69 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+@contextlib.contextmanager
+def bounded(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Refuse a small file that grows into huge data: a block that reads `path` may take memory of 100 times
+    its size and 1 GiB, where the system can say (Linux). Raises UserError beyond."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        size = os.stat(path).st_size
+    except (ImportError, OSError):
+        yield
+        return
+    was = resource.getrlimit(resource.RLIMIT_AS)
+    most = pages * resource.getpagesize() + ROOM + EXPANSION * size
+    if was[0] != resource.RLIM_INFINITY:
+        most = min(most, was[0])
+    resource.setrlimit(resource.RLIMIT_AS, (most, was[1]))
+    try:
+        yield
+    except MemoryError:
+        raise UserError(
+            f"{path}: it claims far more data than its {size:,} bytes hold, or memory is short"
+        ) from None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, was)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file. Raises UserError when it is missing or of another kind."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a text in UTF-8 ({error})") from None
+
+
 def read_json(path: str | os.PathLike[str]) -> object:
     """Read a JSON file. Raises UserError when it is missing or broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(read_text(path))
+    # Beside json's own errors: numbers of thousands of digits, and thousands of brackets.
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{path}: not a JSON file ({error})") from None
+
+
+def checked_names(names: object, where: object) -> list[str]:
+    """`names` if it is a list of class names that can be shown anywhere. Raises UserError, naming `where`."""
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: it has no list of class names")
+    refuse_unprintable(names, where)
+    return names
+
+
+def refuse_unprintable(names: Sequence[str], where: object) -> None:
+    """Raise UserError for a name with control characters, which logs, tables and terminals would obey."""
+    for label, name in enumerate(names):
+        if UNPRINTABLE.search(name):
+            raise UserError(
+                f"{where}: the name of class {label} has characters that cannot be shown: '{name}'"
+            )
 
 
 def save_tensors(
@@ -85,8 +144,8 @@ def load_tensors(
 ) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Read what `save_tensors` wrote with `about["kind"] == kind`: (tensors, about).
 
-    Raises UserError when the file is missing, is not safetensors, is of another kind, or holds a
-    floating-point tensor that is not finite. Nothing in the file is executed.
+    Raises UserError when the file is missing, is not safetensors, is of another kind, or holds a tensor of
+    an odd type or one that is not finite. Nothing in the file is executed.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -94,11 +153,13 @@ def load_tensors(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"{path}: no such {kind} file") from None
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError) as error:
         raise UserError(f"{path}: not a {kind} file ({error})") from None
     if about.get("kind") != kind:
         raise UserError(f"{path}: expected a {kind} file, found {about.get('kind') or 'plain tensors'}")
     for name, tensor in tensors.items():
+        if tensor.dtype not in NUMBERS:
+            raise UserError(f"{path}: tensor '{name}' is of type {tensor.dtype}, which nothing here writes")
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"{path}: tensor '{name}' has values that are not finite")
     return tensors, about

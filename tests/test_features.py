@@ -112,7 +112,7 @@ BROKEN = {
     "no training image": {"y_train": np.zeros(20, int)},
     "'y_val' is not a readable array": {"y_val": np.array([{"a": 1}], dtype=object)},
     "'y_test' is not a readable array": {"y_test": np.array(["a"] * 15)},
-    "not a readable feature file": {"classnames": np.array([{"a": 1}], dtype=object)},
+    "'classnames' is not a readable array": {"classnames": np.array([{"a": 1}], dtype=object)},
 }
 
 
