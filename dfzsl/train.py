@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import yaml
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
 from dassl.utils import set_random_seed, setup_logger
-from yaml import YAMLError
+from yacs.config import CfgNode
 
-import dfzsl.datasets
-import dfzsl.trainers  # noqa: F401
+import dfzsl.datasets  # noqa: F401
+from dfzsl.trainers.oracles import check_address, is_address
 
+from . import ranks
 from .errors import UserError, unknown
-from .files import atomic
+from .files import atomic, read_text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,7 +51,7 @@ def setup_cfg(args: argparse.Namespace):
     """The frozen config of a run: defaults, data set's file, trainer's file, flags, KEY VALUE pairs."""
     cfg = get_cfg_default()
     for path in filter(None, (args.dataset_config_file, args.config_file)):
-        _merge(path, cfg.merge_from_file, path)
+        _merge(path, lambda file: cfg.merge_from_other_cfg(read_config(file)), path)
     overrides = {
         "DATASET.ROOT": args.root,
         "OUTPUT_DIR": args.output_dir,
@@ -73,15 +74,25 @@ def setup_cfg(args: argparse.Namespace):
     return cfg
 
 
+def read_config(path: str) -> CfgNode:
+    """A config file: YAML without aliases, of which ten lines can make a billion values; never Python."""
+    text = read_text(path)
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+        raise UserError(f"{path}: YAML aliases (*name) are not read in a config; write the value twice")
+    keys = yaml.safe_load(text)
+    if not isinstance(keys, dict | None):
+        raise UserError(f"{path}: not a config: it must consist of lines KEY: value")
+    return CfgNode(keys)
+
+
 def _merge(source: str, merge, what) -> None:
     """Merge into the config, telling a user's slip (missing file, bad YAML, unknown key) in one line."""
     try:
         merge(what)
-    except FileNotFoundError:
-        raise UserError(f"{source}: no such config file") from None
-    except (AssertionError, AttributeError, KeyError, ValueError, YAMLError, UnicodeDecodeError) as error:
-        said = " ".join(str(error.args[0] if error.args else error).split())
-        raise UserError(f"{source}: {said}") from None
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # yacs and yaml raise nearly anything for a slip in a file
+        raise UserError(f"{source}: {error.args[0] if error.args else error}") from None
 
 
 def check(cfg) -> None:
@@ -92,11 +103,9 @@ def check(cfg) -> None:
     ):
         if name not in registry.registered_names():
             raise unknown(kind, name, registry.registered_names())
-    if (
-        cfg.TEACHER.FILE
-        and not re.match(r"https?://", cfg.TEACHER.FILE)
-        and not Path(cfg.TEACHER.FILE).is_file()
-    ):
+    if is_address(cfg.TEACHER.FILE):
+        check_address(cfg.TEACHER.FILE)
+    elif cfg.TEACHER.FILE and not Path(cfg.TEACHER.FILE).is_file():
         raise UserError(
             f"TEACHER.FILE {cfg.TEACHER.FILE}: no such file; train.py --trainer TeacherZeroshot makes one"
         )
@@ -122,15 +131,19 @@ class Folder:
             temporary.write_text(self.config, encoding="utf-8")
 
 
+@ranks.joined()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one experiment. Raises UserError for a user's mistake."""
+    """Run one experiment, on the processes that torchrun started. Raises UserError for a user's mistake."""
     args = parser().parse_args(argv)
     cfg = setup_cfg(args)
     check(cfg)
     folder = Folder(cfg)
     if cfg.SEED >= 0:
         set_random_seed(cfg.SEED)
-    setup_logger(cfg.OUTPUT_DIR)
+    elif ranks.count() > 1:
+        raise UserError("several processes need a --seed, to draw the same batches")
+    if ranks.mine() == 0:
+        setup_logger(cfg.OUTPUT_DIR)
     print(
         f"Setting fixed seed: {cfg.SEED}" if cfg.SEED >= 0 else "No seed is set: this run cannot be repeated"
     )
@@ -154,7 +167,7 @@ def explain(error: BaseException) -> str | None:
             "--shots, or use a smaller backbone"
         )
     if isinstance(error, OSError | pickle.UnpicklingError):
-        return " ".join(str(error).split())
+        return str(UserError(str(error)))
     return None
 
 
@@ -171,3 +184,7 @@ def cli(run=main) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.__stderr__)
         raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    cli()

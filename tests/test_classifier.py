@@ -355,11 +355,11 @@ class TestPredict:
     """scripts/dfzsl/predict.py with the built-in model."""
 
     @pytest.fixture
-    def predict(self, monkeypatch, capsys):
+    def predict(self, monkeypatch, capfd):
         def run(*words: object) -> str:
             monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words)])
             runpy.run_path(str(Path(__file__).parents[1] / "scripts/dfzsl/predict.py"), run_name="__main__")
-            return capsys.readouterr().out
+            return capfd.readouterr().out
 
         return run
 
@@ -382,8 +382,8 @@ class TestPredict:
         out = predict(tmp_path / "blue.png", tmp_path / "red.png", "--classifier", path)
         assert [line.split(": ")[1].split()[0] for line in out.splitlines()] == ["blue", "red"]
 
-    def test_mistakes_are_one_line(self, predict, tmp_path, capsys):
+    def test_mistakes_are_one_line(self, predict, tmp_path, capfd):
         with pytest.raises(SystemExit) as stopped:
             predict("x.png", "--classifier", tmp_path / "none.safetensors")
         assert stopped.value.code == 2
-        assert capsys.readouterr().err.count("\n") == 1
+        assert capfd.readouterr().err.count("\n") == 1

@@ -97,7 +97,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(feature_file, tmp_path):
             "TEACHER.FILE /nowhere/teacher.safetensors: no such file",
         ),
         (["DATASET.NAMED", "x"], "Non-existent key: DATASET.NAMED"),
-        (["--config-file", "/nowhere.yaml"], "/nowhere.yaml: no such config file"),
+        (["--config-file", "/nowhere.yaml"], "/nowhere.yaml: no such file"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(feature_file, tmp_path, change, message):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfzsl.errors import UserError
+from dfzsl.files import bounded
 
 BUILT_IN = "shapes"
 BUILT_IN_FOLDER = Path(__file__).resolve().parents[1] / "datasets" / "shapes"
@@ -431,12 +432,15 @@ def _read_state(path: Path) -> dict[str, Tensor]:
     """The state dict in a file, float32. No pickled code runs: safetensors, `weights_only` or TorchScript."""
     state: Any
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        elif _is_torchscript(path):
-            state = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        with bounded(path):
+            if path.suffix == ".safetensors":
+                state = load_file(path)
+            elif _is_torchscript(path):
+                state = torch.jit.load(path, map_location="cpu").state_dict()
+            else:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file") from None
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
@@ -457,11 +461,21 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _is_torchscript(path: Path) -> bool:
-    """OpenAI's own files are TorchScript archives."""
+    """OpenAI's own files are TorchScript archives. Raises UserError for one that would run when loaded."""
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    # The reader that torch.jit.load has: another one might find other records under the same names.
+    reader = torch._C.PyTorchFileReader(str(path))
+    records = reader.get_all_records()
+    if "constants.pkl" not in records:
+        return False
+    for name in records:
+        if name.startswith("code/") and b"__setstate__" in reader.get_record(name):
+            raise UserError(f"{path}: a program that runs when it is loaded, not plain weights")
+    # Objects of C++ classes, which unpack themselves.
+    if b"__torch__.torch.classes" in reader.get_record("data.pkl") + reader.get_record("constants.pkl"):
+        raise UserError(f"{path}: it holds objects that are no plain weights")
+    return True
 
 
 def _load_state(model: Any, state: dict[str, Tensor], path: Path) -> None:

@@ -14,22 +14,30 @@ import hashlib
 import http.client
 import json
 import os
+import queue
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from email.message import Message
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
-from dfzsl.errors import UserError, unknown
-from dfzsl.files import load_tensors, save_tensors
+from dfzsl.errors import UNPRINTABLE, UserError, unknown
+from dfzsl.files import checked_names, load_tensors, save_tensors
 
 from .teacher import Teacher
 
 LEVELS = ("weights", "logits", "probabilities", "labels")
+TOKEN = "DFZSL_TEACHER_TOKEN"
+# Bytes of the longest replies: a server's description, a reply without its numbers, a number.
+DESCRIPTION, ENVELOPE, NUMBER = 1 << 26, 1 << 16, 40
 
 
 class Oracle:
@@ -93,10 +101,12 @@ class Oracle:
         if self.journal is None:
             answers = self._checked(x, self._answer(x))
         else:
-            question = x.cpu().contiguous().numpy().tobytes() + self.level.encode()
-            path = self.journal / f"{hashlib.sha256(question).hexdigest()}.safetensors"
+            # With the names: a server that lists its classes in another order gives other answers.
+            about = json.dumps([self.level, self.classnames, self.normalized]).encode()
+            question = hashlib.sha256(about + x.cpu().contiguous().numpy().tobytes())
+            path = self.journal / f"{question.hexdigest()}.safetensors"
             if path.exists():
-                answers = self._checked(x, load_tensors(path, "answers")[0]["answers"])
+                answers = self._checked(x, load_tensors(path, "answers")[0].get("answers"))
                 self.replayed += len(x)
             else:
                 answers = self._checked(x, self._answer(x))
@@ -113,7 +123,7 @@ class Oracle:
                 f"the teacher stopped answering after {self.queries} queries ({error}){kept}"
             ) from error
 
-    def _checked(self, x: Tensor, answers: Tensor) -> Tensor:
+    def _checked(self, x: Tensor, answers: Tensor | None) -> Tensor:
         classes = len(self.classnames)
         expected = (len(x),) if self.level == "labels" else (len(x), classes)
         if not isinstance(answers, Tensor) or tuple(answers.shape) != expected:
@@ -139,7 +149,7 @@ def open_oracle(
     if level not in LEVELS:
         raise unknown("access level (TEACHER.ACCESS)", level, LEVELS)
     if isinstance(source, (str, os.PathLike)):
-        if str(source).startswith(("http://", "https://")):
+        if is_address(str(source)):
             return HTTPTeacher(str(source)).oracle(level, journal)
         source = Teacher.load(source)
     answers: dict[str, Callable[[Tensor], Tensor]] = {
@@ -161,20 +171,50 @@ def open_oracle(
     )
 
 
+def is_address(source: str) -> bool:
+    """Whether a teacher is a server's address and not a file."""
+    return source.lower().startswith(("http://", "https://"))
+
+
+def check_address(url: str) -> None:
+    """Raise UserError for an address that cannot be, or holds a secret: it is kept in logs and results."""
+    try:
+        parts = urlsplit(url)
+        fine = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
+    except ValueError:
+        fine = False
+    if not fine or UNPRINTABLE.search(url) or " " in url:
+        raise UserError("a teacher's address starts with http:// or https:// and names a host")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UserError(
+            f"{parts.scheme}://{parts.hostname}: a teacher's address stands in logs and results: leave user, "
+            f"password and what follows ? or # out of it; a secret belongs into the environment as {TOKEN}"
+        )
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect could carry questions and token to another host, or to a file: it is a refusal."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
 class HTTPTeacher:
     """A model server. GET url describes it, POST url answers.
 
     GET returns {"classnames": [...], "dim": d, "normalized": bool, "backbone": str}. POST takes
     {"level": "logits" | "probabilities" | "labels", "features": [[...], ...]} and returns
     {LEVEL: answers}. A request carries its body's SHA-256 as `Idempotency-Key`, so that a server that bills
-    by the query can tell a retry from a new question.
+    by the query can tell a retry from a new question, and the environment variable DFZSL_TEACHER_TOKEN, where
+    set, as `Authorization: Bearer`. Redirects are not followed.
 
     Args:
-        timeout: seconds to wait for a reply; retries: further tries after a time-out, a lost connection, or a
-            status 429 or 5xx, the k-th after backoff * 2^k seconds; batch_size: rows per request.
+        timeout: seconds in which a whole reply must arrive; retries: further tries after a time-out, a lost
+            connection, or a status 429 or 5xx, the k-th after backoff * 2^k seconds, or after the server's
+            `Retry-After`; longest: seconds of `Retry-After` to put up with; batch_size: rows per request.
 
     Raises UserError for any other status and for replies that are not what is said above; OSError when the
-    tries are used up.
+    tries are used up, or the server wants more than `longest` seconds.
     """
 
     def __init__(
@@ -184,13 +224,18 @@ class HTTPTeacher:
         timeout: float = 30.0,
         retries: int = 4,
         backoff: float = 0.5,
+        longest: float = 120.0,
         batch_size: int = 256,
         headers: dict[str, str] | None = None,
     ) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise UserError(f"a teacher's address starts with http:// or https://, got '{url}'")
+        check_address(url)
         self.url, self.timeout, self.retries, self.backoff = url, timeout, retries, backoff
-        self.batch_size, self.headers = batch_size, dict(headers or {})
+        self.longest, self.batch_size, self.headers = longest, batch_size, dict(headers or {})
+        if token := os.environ.get(TOKEN, "").strip():
+            if not (token.isascii() and token.isprintable()):
+                raise UserError(f"{TOKEN} has characters that no header can hold")
+            self.headers["Authorization"] = f"Bearer {token}"
+        self.open = urllib.request.build_opener(_NoRedirect).open
 
     def oracle(self, level: str, journal: str | os.PathLike[str] | None = None) -> Oracle:
         """The oracle of this server; asks it for its class names."""
@@ -199,16 +244,17 @@ class HTTPTeacher:
                 "a teacher behind an address answers queries; set TEACHER.ACCESS to logits or less"
             )
         try:
-            about = self._request(None)
+            about = self._request(None, DESCRIPTION)
         except OSError as error:
             raise UserError(f"the teacher does not describe itself ({error})") from error
         names, dim = about.get("classnames"), about.get("dim")
-        if not isinstance(names, list) or not isinstance(dim, int) or not names or dim < 1:
+        if not isinstance(names, list) or type(dim) is not int or not names or dim < 1:
             raise UserError(f"{self.url}: the server's description lacks 'classnames' or 'dim'")
+        names = checked_names(names, self.url)
         return Oracle(
-            lambda x: self._answer(x, level),
+            lambda x: self._answer(x, level, len(names)),
             level,
-            [str(name) for name in names],
+            names,
             dim,
             normalized=bool(about.get("normalized", True)),
             backbone=str(about.get("backbone", "")),
@@ -216,15 +262,23 @@ class HTTPTeacher:
             journal=journal,
         )
 
-    def _answer(self, x: Tensor, level: str) -> Tensor:
-        reply = self._request({"level": level, "features": x.tolist()})
+    def _answer(self, x: Tensor, level: str, classes: int) -> Tensor:
+        numbers = len(x) * (1 if level == "labels" else classes)
+        reply = self._request({"level": level, "features": x.tolist()}, ENVELOPE + NUMBER * numbers)
+        wrong = f"{self.url}: the reply holds no array '{level}'"
         try:
-            dtype = torch.int64 if level == "labels" else torch.float64
-            return torch.tensor(reply[level], dtype=dtype)
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{self.url}: the reply holds no array '{level}'") from None
+            if level != "labels":
+                return torch.tensor(reply[level], dtype=torch.float64)
+            if not all(type(label) is int for label in reply[level]):  # torch would cut 1.7 down to 1
+                raise UserError(f"{wrong} of whole numbers")
+            return torch.tensor(reply[level], dtype=torch.int64)
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError):
+            raise UserError(wrong) from None
 
-    def _request(self, question: dict[str, Any] | None) -> dict[str, Any]:
+    def _request(self, question: dict[str, Any] | None, most: int) -> dict[str, Any]:
+        """The reply to a question, of at most `most` bytes."""
         body = None if question is None else json.dumps(question).encode()
         headers = {"Accept": "application/json", **self.headers}
         if body is not None:
@@ -234,24 +288,68 @@ class HTTPTeacher:
             }
         request = urllib.request.Request(self.url, data=body, headers=headers)
         for attempt in range(self.retries + 1):
+            wait = self.backoff * 2**attempt
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as response:
-                    text = response.read()
+                text = _within(self.timeout, lambda: self._read(request, most))
                 break
+            # What a server says of its fault is left out: it could be anything, our token too.
             except urllib.error.HTTPError as error:
                 if error.code != 429 and error.code < 500:
                     raise UserError(f"{self.url}: the server refused with status {error.code}") from None
-                if attempt == self.retries:
-                    raise
+                said = f"{self.url}: status {error.code}"
+                wait = max(wait, _retry_after(error.headers))
+                if wait > self.longest:
+                    raise OSError(f"{said}; it wants no question for {wait:,.0f} seconds") from None
             # A connection that breaks while the reply is read raises HTTPException, which is no OSError.
             except (OSError, http.client.HTTPException) as error:
-                if attempt == self.retries:
-                    raise OSError(f"{self.url}: {error}") from error
-            time.sleep(self.backoff * 2**attempt)
+                said = f"{self.url}: {error}"
+            if attempt == self.retries:
+                raise OSError(said)
+            time.sleep(wait)
         try:
             reply = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):
             raise UserError(f"{self.url}: the server did not answer with a JSON object")
         return reply
+
+    def _read(self, request: urllib.request.Request, most: int) -> bytes:
+        with self.open(request, timeout=self.timeout) as response:
+            text = response.read(most + 1)
+            if len(text) > most:
+                raise UserError(f"{self.url}: the reply is longer than any answer ({most:,} bytes)")
+            if response.length:  # bytes that were announced and did not come
+                raise http.client.IncompleteRead(text, response.length)
+            return text
+
+
+def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
+    """The result of `work`, or TimeoutError. A socket's own time-out starts anew with every byte."""
+    done: queue.Queue[tuple[bytes, Exception | None]] = queue.Queue(1)
+
+    def run() -> None:
+        try:
+            done.put((work(), None))
+        except Exception as error:
+            done.put((b"", error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = done.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no whole reply within {seconds:g} seconds") from None
+    if error is not None:
+        raise error
+    return result
+
+
+def _retry_after(headers: Message) -> float:
+    """Seconds that a server asks to wait, given as a number or as a date; 0 if it does not say."""
+    said = headers.get("Retry-After", "").strip()
+    if said.isascii() and said.isdigit():
+        return float(said[:9])
+    try:
+        return max(parsedate_to_datetime(said).timestamp() - time.time(), 0.0)
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return 0.0

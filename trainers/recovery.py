@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from dfzsl.errors import UserError, unknown
-from dfzsl.files import load_tensors, save_tensors
+from dfzsl.files import checked_names, load_tensors, save_tensors
 
 from .extraction import Ask, extract_rows
 from .geometry import (
@@ -158,22 +158,32 @@ class VirtualClasses:
     def load(cls, path: str | os.PathLike[str]) -> VirtualClasses:
         """Read `save`'s file. Raises UserError when it is missing, broken or of another kind."""
         tensors, about = load_tensors(path, "virtual")
+        names = checked_names(about.get("classnames"), path)
         try:
-            classnames = [str(name) for name in about["classnames"]]  # type: ignore[attr-defined]
             queries = int(about["queries"])  # type: ignore[call-overload]
             method, level, backbone = (str(about[name]) for name in ("method", "level", "backbone"))
-            mu, kappa, weight = (tensors.pop(name) for name in ("mu", "kappa", "weight"))
-            if mu.shape != weight.shape or not len(mu) == len(kappa) == len(classnames):
+            mu, kappa, weight = (tensors.pop(name).float() for name in ("mu", "kappa", "weight"))
+            if (
+                mu.dim() != 2
+                or mu.shape != weight.shape
+                or kappa.shape != mu.shape[:1]
+                or len(names) != len(mu)
+            ):
                 raise ValueError("its shapes do not fit")
+            if not ((mu.norm(dim=1) - 1).abs() < 1e-3).all() or not (kappa > 0).all():
+                raise ValueError("directions are unit rows and concentrations greater than 0")
             network = None
             if tensors:
-                network = FeatureMLP(mu.shape[1])
-                network.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items()})
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+                with torch.device("meta"):  # no memory before the file is known to have it
+                    network = FeatureMLP(mu.shape[1])
+                state = {name.removeprefix("network."): value.float() for name, value in tensors.items()}
+                network.load_state_dict(state, assign=True)
+                network.requires_grad_(False).eval()
+        except (KeyError, TypeError, RuntimeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"{path}: an incomplete file of virtual classes ({error}); recover again"
             ) from None
-        return cls(mu, kappa, classnames, weight, queries, method, level, backbone, network)
+        return cls(mu, kappa, names, weight, queries, method, level, backbone, network)
 
 
 def matching_order(theirs: Sequence[str], ours: Sequence[str]) -> Tensor:

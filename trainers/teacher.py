@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.errors import UserError
-from dfzsl.files import load_tensors, save_tensors
+from dfzsl.files import checked_names, load_tensors, save_tensors
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Teacher:
             raise UserError(f"a teacher needs one weight row per class; got shape {shape} and {names} names")
         if len(set(self.classnames)) < len(self.classnames):
             raise UserError("a teacher's class names must differ from each other")
-        if not torch.isfinite(self.weight).all() or (self.weight == 0).all(dim=1).any():
+        if not torch.isfinite(self.weight).all() or not self.weight.norm(dim=1).gt(0).all():
             raise UserError("a teacher's weight rows must be finite and not zero")
 
     def logits(self, x: Tensor) -> Tensor:
@@ -59,10 +59,18 @@ class Teacher:
     def load(cls, path: str | os.PathLike[str]) -> Teacher:
         """Read `save`'s file. Raises UserError when it is missing, broken or not a teacher."""
         tensors, about = load_tensors(path, "teacher")
-        names, backbone, normalized = (about.get(key) for key in ("classnames", "backbone", "normalized"))
-        if "weight" not in tensors or not isinstance(names, list) or not isinstance(normalized, bool):
+        weight, backbone, normalized = (
+            tensors.get("weight"),
+            about.get("backbone", ""),
+            about.get("normalized"),
+        )
+        if weight is None or not isinstance(backbone, str) or not isinstance(normalized, bool):
             raise UserError(f"{path}: an incomplete teacher file; write it again with TeacherZeroshot")
-        return cls(tensors["weight"], [str(name) for name in names], str(backbone or ""), normalized)
+        names = checked_names(about.get("classnames"), path)
+        try:
+            return cls(weight.float(), names, backbone, normalized)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
 
 def fit_teacher(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import os
 import shutil
@@ -69,7 +70,7 @@ def download(url: str, path: Path, checksum: str = "") -> Path:
                 f"{url} answers {error.code} {error.reason}; see docs/DATASETS.md for mirrors"
             ) from None
         total = part.stat().st_size
-    except OSError as error:
+    except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"{url}: {getattr(error, 'reason', error)}; give the command again to go on"
         ) from None
@@ -112,8 +113,8 @@ def verify(path: Path, url: str, checksum: str, ledger: Path | None = None) -> N
 def unpack(archive: Path, place: Path) -> None:
     """Extract a zip or tar file into the folder `place`, which it replaces: all of it, or nothing.
 
-    Raises UserError for a file that is broken, too large for the disk, or holds a path or link that leads
-    out of `place`.
+    Raises UserError for a file that is broken, that grows to 100 times its size or more than the disk has
+    room for, or that holds a path that leads out of `place`, a link or a device.
     """
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as inside:
@@ -136,7 +137,7 @@ def _unzip(archive: Path, place: Path) -> None:
         names = file.infolist()
         for name in names:
             path = PurePosixPath(name.filename.replace("\\", "/"))
-            if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+            if path.is_absolute() or ".." in path.parts or ":" in str(path.parts[:1]):
                 raise UserError(
                     f"{archive}: unsafe, not extracted ('{name.filename}' leads out of the folder)"
                 )
@@ -146,14 +147,21 @@ def _unzip(archive: Path, place: Path) -> None:
 
 
 def _untar(archive: Path, place: Path) -> None:
+    size = 0
     with tarfile.open(archive) as file:
         for member in tqdm(file, unit="file", desc=f"unpack {archive.name}"):
-            _room_for(member.size, archive, place)
-            # "data" refuses absolute paths, "..", links that lead out, and device files.
+            if not (member.isfile() or member.isdir()):
+                raise UserError(f"{archive}: unsafe, not extracted ('{member.name}' is a link or a device)")
+            size += member.size
+            _room_for(size, archive, place)
+            # "data" refuses absolute paths and "..".
             file.extract(member, place, filter="data")
 
 
 def _room_for(size: int, archive: Path, place: Path) -> None:
+    """Raise UserError for an archive with more content than it can honestly hold or the disk has room for."""
+    if size > 1e9 + 100 * archive.stat().st_size:
+        raise UserError(f"{archive}: unsafe, not extracted (it grows to {size / 1e9:,.1f} GB)")
     free = shutil.disk_usage(place).free
     if size > free:
         raise UserError(

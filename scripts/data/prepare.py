@@ -22,12 +22,12 @@ from pathlib import Path
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from fetch import download, listing, move_into, unpack
-from PIL import Image
 from tabulate import tabulate
 from tqdm import tqdm
 
 from dfzsl.datasets.base import ClassDataset
 from dfzsl.datasets.extract import CONFIGS
+from dfzsl.datasets.features import read_image
 from dfzsl.errors import UserError, unknown
 from dfzsl.files import atomic
 
@@ -383,10 +383,9 @@ def open_leniently(name: str, root: Path) -> ClassDataset:
 def trouble(path: str) -> str:
     """What is wrong with an image file: "" if it can be decoded to its end."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except Exception as error:  # PIL raises many kinds
-        return f"{path}: {error or type(error).__name__}"
+        read_image(path)
+    except UserError as error:
+        return str(error)
     return ""
 
 

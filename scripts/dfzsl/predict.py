@@ -1,12 +1,13 @@
 """Classify images: python scripts/dfzsl/predict.py IMAGE... --classifier output/.../classifier.safetensors"""
 
 import argparse
-import sys
+import os
 
 import torch
-from PIL import Image
 
+from dfzsl.datasets.features import read_image
 from dfzsl.errors import UserError
+from dfzsl.train import cli
 from dfzsl.trainers.backbone import BUILT_IN, load_backbone
 from dfzsl.trainers.classifier import Classifier
 
@@ -20,22 +21,16 @@ def main() -> None:
     args = parser.parse_args()
     classifier = Classifier.load(args.classifier)
     tag = "openai" if classifier.backbone == BUILT_IN else classifier.weights
+    if not args.weights and os.path.exists(tag):
+        raise UserError(f"{args.classifier} asks for the file {tag}; give it with --weights if you trust it")
     backbone = load_backbone(classifier.backbone, args.weights or tag)
     if backbone.weights_id != classifier.weights:
         raise UserError(f"--weights: expected weights {classifier.weights}, found {backbone.weights_id}")
     for path in args.images:
-        try:
-            image = Image.open(path).convert("RGB")
-        except OSError as error:
-            raise UserError(f"{path}: not a readable image ({error})") from None
-        features = backbone.encode_image(backbone.transform(image)[None])
+        features = backbone.encode_image(backbone.transform(read_image(path))[None])
         probability, label = classifier.logits(features)[0].softmax(0).max(0)
         print(f"{path}: {classifier.classnames[label]} ({probability:.0%})")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"predict.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    cli(main)

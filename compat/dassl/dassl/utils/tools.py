@@ -35,6 +35,10 @@ __all__ = [
 ]
 
 
+# Pillow hands others to programs of the system, Ghostscript for one, whatever the file's name.
+FORMATS = ("JPEG", "JPEG2000", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+
+
 def mkdir_if_missing(dirname: str) -> None:
     """Make the folder and its parents; the empty name is the current folder."""
     if dirname:
@@ -101,7 +105,7 @@ def read_image(path: str) -> Image.Image:
     if not os.path.exists(path):
         raise OSError(f"No file exists at {path}")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             return image.convert("RGB")
     # Pillow raises SyntaxError, ValueError or EOFError for some kinds of damage.
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
