@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UNPRINTABLE, UserError, one_line
 from ..results import RESULTS, per_class_mean, read_results
 
 # The folders (parts) of a protocol: where it trains, and where it tests what was trained.
@@ -136,8 +136,8 @@ def _gather(
     found: dict[tuple[str, str, Method, int], Outcome] = {}
     for protocol, root in protocol_folders(folder):
         for run in sorted(root.glob("*/*/shots_*/*/*/seed*")):
-            part, dataset, shots, name, config, seed = run.relative_to(root).parts
-            if part not in PROTOCOLS[protocol] or not seed[4:].isdecimal():
+            part, dataset, shots, name, config, seed = map(one_line, run.relative_to(root).parts)
+            if part not in PROTOCOLS[protocol] or not re.fullmatch("seed[0-9]{1,9}", seed):
                 continue
             results, failure = read(run)
             if results is None and not failure:
@@ -162,46 +162,75 @@ def _source(root: Path) -> str:
     return names[0] if names else "unknown source"
 
 
+Check = Callable[[Any], bool]
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    return type(value) in (int, float) and -1e15 < value < 1e15
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and value >= 0
+    return type(value) is int and 0 <= value < 1e15
 
 
-PER_CLASS = {"class", "correct", "total", "new"}
-FIELDS: dict[str, Callable[[Any], bool]] = {
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not UNPRINTABLE.search(value)
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _list_of(is_right: Check) -> Check:
+    return lambda values: isinstance(values, list) and all(map(is_right, values))
+
+
+def _dict_of(is_right: Check) -> Check:
+    return lambda values: isinstance(values, dict) and all(map(is_right, values.values()))
+
+
+def _row_of(**checks: Check) -> Check:
+    return lambda row: isinstance(row, dict) and all(check(row.get(name)) for name, check in checks.items())
+
+
+FIELDS: dict[str, Check] = {
     "accuracy": lambda value: _is_number(value) and 0 <= value <= 100,
-    "per_class": lambda rows: (
-        isinstance(rows, list) and all(isinstance(row, dict) and row.keys() >= PER_CLASS for row in rows)
+    "per_class": _list_of(
+        _row_of(**{"class": _is_text}, correct=_is_count, total=_is_count, new=_is_bool),
     ),
     "trained_parameters": _is_count,
     "images_used": _is_count,
     "queries": _is_count,
-    "seconds": lambda stages: isinstance(stages, dict) and all(map(_is_number, stages.values())),
-    "notes": lambda notes: isinstance(notes, list) and all(isinstance(note, str) for note in notes),
+    "seconds": _dict_of(_is_number),
+    "notes": _list_of(_is_text),
+}
+OPTIONAL: dict[str, Check] = {
+    "backbone": _is_text,
+    "versions": _dict_of(_is_text),
+    "curves": _dict_of(_list_of(_is_number)),
+    "concentration": _list_of(_row_of(true=_is_number, recovered=_is_number)),
 }
 
 
 def _read_run(folder: Path) -> tuple[dict[str, Any] | None, str]:
     """(results, failure) of one run of ours."""
     path, failed = folder / RESULTS, folder / "failed.txt"
-    failure = " ".join(failed.read_text(encoding="utf-8").split()) if failed.exists() else ""
+    failure = one_line(failed.read_text(encoding="utf-8", errors="replace")) if failed.exists() else ""
     if not path.exists():
         return None, failure
     results = read_results(path)
     broken = [name for name, is_right in FIELDS.items() if not is_right(results.get(name))]
+    broken += [name for name, is_right in OPTIONAL.items() if name in results and not is_right(results[name])]
     if broken:
         raise UserError(f"{path}: a broken results file, see {', '.join(broken)}; run it again")
     return results, failure
 
 
-ACCURACY = re.compile(r"\* accuracy: ([\d.]+)%")
+ACCURACY = re.compile(r"\* accuracy: (100(?:\.0+)?|\d\d?(?:\.\d+)?)%", re.ASCII)
 TRAINING_ENDED = re.compile(r"Finish\w* training")
 TRAINING = re.compile(r"^epoch \[\d+/\d+\]", re.MULTILINE)
-ELAPSED = re.compile(r"Elapsed: (?:(\d+) days?, )?(\d+):(\d\d):(\d\d)")
-IMAGES = re.compile(r"# train_x\s+([\d,]+)")
+ELAPSED = re.compile(r"Elapsed: (?:(\d{1,5}) days?, )?(\d{1,5}):(\d\d):(\d\d)", re.ASCII)
+IMAGES = re.compile(r"# train_x\s+(\d[\d,]{0,14})", re.ASCII)
 
 
 def _read_log(folder: Path) -> tuple[dict[str, Any] | None, str]:

@@ -287,6 +287,9 @@ def published_summaries(protocol: str, datasets: Sequence[str], targets: set[str
     return rows
 
 
+# What would break a Markdown table or be HTML in it.
+MARKDOWN = str.maketrans({"|": r"\|", "<": "&lt;"})
+
 Cell = str | int | float | Spread | None
 
 
@@ -300,6 +303,11 @@ class Table:
         """The rows as text; within a column the means stand one below the other."""
         columns = [_column_texts(column) for column in zip(*self.rows, strict=True)]
         return [list(row) for row in zip(*columns, strict=True)]
+
+    def escaped(self) -> Table:
+        """The same with names that Markdown takes as they are."""
+        rows = [[c.translate(MARKDOWN) if isinstance(c, str) else c for c in row] for row in self.rows]
+        return Table(self.title, [header.translate(MARKDOWN) for header in self.headers], rows)
 
 
 def tables(section: Section) -> list[Table]:
@@ -385,7 +393,7 @@ def markdown(parts: Sequence[Section]) -> str:
     blocks = []
     for section in parts:
         for table in tables(section):
-            blocks += [f"### {table.title}", _tabulated(table, "github")]
+            blocks += [f"### {table.title}", _tabulated(table.escaped(), "github")]
         if section.notes:
             blocks.append("\n".join(f"- {note}" for note in section.notes))
     return "\n\n".join([*blocks, *legend(parts)]) + "\n"
@@ -403,7 +411,10 @@ def latex(parts: Sequence[Section]) -> str:
 
 
 def comma_separated(parts: Sequence[Section]) -> str:
-    """CSV with one line a method and table, numbers in full; `NAME sd` is the deviation over seeds."""
+    """CSV with one line a method and table, numbers in full; `NAME sd` is the deviation over seeds.
+
+    A name that a spreadsheet would take for a formula gets an apostrophe in front.
+    """
     rows: list[dict[str, Any]] = []
     for section in parts:
         for summary in section.summaries:
@@ -417,12 +428,18 @@ def comma_separated(parts: Sequence[Section]) -> str:
             row["H"] = None if summary.h is None else round(summary.h, 4)
             row |= {"seeds": " ".join(map(str, summary.seeds)), "seconds": summary.seconds}
             row |= {"trained": summary.trained, "images": summary.images, "queries": summary.queries}
-            rows.append(row | {"published in": summary.source})
+            row |= {"published in": summary.source}
+            rows.append({name: _no_formula(cell) for name, cell in row.items()})
     out = io.StringIO()
-    writer = csv.DictWriter(out, list({name: None for row in rows for name in row}), lineterminator="\n")
-    writer.writeheader()
+    names = list({name: None for row in rows for name in row})
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writerow({name: _no_formula(name) for name in names})
     writer.writerows(rows)
     return out.getvalue()
+
+
+def _no_formula(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell
 
 
 FORMATS = {"terminal": terminal, "markdown": markdown, "latex": latex, "csv": comma_separated}
