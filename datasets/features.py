@@ -275,6 +275,10 @@ def encode_datums(
     whole = directory / f"{_key(backbone, transform, paths)}.safetensors"
     if not whole.exists():
         _encode(backbone, paths, transform, whole, batch_size, num_workers, torch.device(device))
+    # By the process that joins them, or by the next one if that was killed here.
+    for part in _parts(whole, len(paths)).values():
+        if part.exists():
+            part.unlink(missing_ok=True)
     return _part(whole, "image features", (len(datums), backbone.dim))
 
 
@@ -284,6 +288,11 @@ def _part(path: Path, kind: str, shape: tuple[int, int]) -> torch.Tensor:
     if features.shape != shape or features.dtype != torch.float32:
         raise UserError(f"{path}: it does not hold the features of its {shape[0]} images; delete it")
     return features
+
+
+def _parts(whole: Path, n: int) -> dict[int, Path]:
+    """First image -> file, of the parts that `whole` is joined from."""
+    return {start: whole.with_suffix(f".{start}") for start in range(0, n, PART)}
 
 
 def _key(backbone: Encoder, transform: object, paths: Sequence[str]) -> str:
@@ -348,7 +357,7 @@ def _encode(
     ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ranks else (0, 1)
     n = len(paths)
-    parts = {start: whole.with_suffix(f".{start}") for start in range(0, n, PART)}
+    parts = _parts(whole, n)
     mine = [start for start in list(parts)[rank::world] if not parts[start].exists()]
     batches = {start: torch.arange(start, min(start + PART, n)).split(batch_size) for start in mine}
     loader = torch.utils.data.DataLoader(
@@ -357,6 +366,8 @@ def _encode(
         num_workers=min(num_workers, len(mine) and sum(map(len, batches.values()))),
         collate_fn=_stack,
         pin_memory=device.type == "cuda",
+        # Of its own: a run that finds the features in the cache goes on with the same random numbers.
+        generator=torch.Generator(),
         # Torch's default of 2 batches ahead lets one slow file stall the encoder.
         prefetch_factor=4 if num_workers and mine else None,
     )
@@ -379,12 +390,15 @@ def _encode(
     if ranks:
         torch.distributed.barrier()
     if rank == 0 and not whole.exists():
-        joined = torch.cat(
-            [_part(part, "part", (min(PART, n - start), backbone.dim)) for start, part in parts.items()]
-        )
-        about = {"kind": "image features", "backbone": backbone.name, "weights": backbone.weights_id}
-        save_tensors(whole, {"features": joined}, about)
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+        try:
+            joined = torch.cat(
+                [_part(part, "part", (min(PART, n - start), backbone.dim)) for start, part in parts.items()]
+            )
+        except UserError:
+            if not whole.exists():  # else another process has joined the parts and removed them
+                raise
+        else:
+            about = {"kind": "image features", "backbone": backbone.name, "weights": backbone.weights_id}
+            save_tensors(whole, {"features": joined}, about)
     if ranks:
         torch.distributed.barrier()
