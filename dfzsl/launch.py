@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import importlib.util
 import itertools
 import os
+import re
 import shutil
 import signal
+import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +31,7 @@ import torch
 import yaml
 from dassl.engine import TRAINER_REGISTRY
 from filelock import FileLock, Timeout
+from tabulate import tabulate
 from tqdm import tqdm
 
 import dfzsl.configs
@@ -34,7 +39,8 @@ from dfzsl.trainers.base import CLIPTrainer
 
 from . import train
 from .errors import UserError, unknown
-from .results import RESULTS
+from .files import atomic
+from .results import RESULTS, read_results
 
 CONFIGS = Path(dfzsl.configs.__file__).parent
 OWNER = "TeacherZeroshot"
@@ -75,7 +81,7 @@ class Data:
 
     def overrides(self) -> list[str]:
         """The backbone of a data set that brings its own stands above the trainer's."""
-        model = (yaml.safe_load(self.config.read_text()) or {}).get("MODEL", {})
+        model = (yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}).get("MODEL", {})
         backbone = model.get("BACKBONE", {})
         return [word for key, value in backbone.items() for word in (f"MODEL.BACKBONE.{key}", value)]
 
@@ -124,7 +130,7 @@ class Method:
 
     @property
     def variants(self) -> dict[str, list]:
-        return yaml.safe_load((CONFIGS / "ablations.yaml").read_text()).get(self.trainer, {})
+        return yaml.safe_load((CONFIGS / "ablations.yaml").read_text(encoding="utf-8")).get(self.trainer, {})
 
     @property
     def name(self) -> str:
@@ -238,16 +244,20 @@ class Job:
     def finished(self) -> bool:
         return all((folder / RESULTS).exists() for folder, _ in self.parts())
 
-    def run(self) -> None:
-        """Run what is not finished. A teacher that is missing is made first."""
+    def run(self, gpus: int = 1) -> None:
+        """Run what is not finished, each part on `gpus` GPUs. A teacher that is missing is made first."""
         if self.method.data_free:
             with self.teacher.locked(wait=True):
-                self.teacher.run()
+                self.teacher.run(gpus)
         for folder, arguments in self.parts():
             if not (folder / RESULTS).exists():
-                with _own_console():
-                    train.main(arguments)
-                self.settings.write_text(" ".join(self.opts), encoding="utf-8")
+                # Before the results: a folder that holds these must say what they were made with.
+                with self._claimed():
+                    if gpus > 1:
+                        _torchrun(gpus, arguments)
+                    else:
+                        with _own_console():
+                            train.main(arguments)
 
     @contextlib.contextmanager
     def locked(self, wait: bool = False) -> Iterator[bool]:
@@ -270,8 +280,39 @@ class Job:
         """The KEY VALUE pairs of what has been run here: no folder's name tells them."""
         return self.parts()[0][0] / "settings.txt"
 
+    @contextlib.contextmanager
+    def _claimed(self) -> Iterator[None]:
+        """Write `settings`, and take them back if nothing comes of them but an error."""
+        was_there = self.settings.exists()
+        with atomic(self.settings) as temporary:
+            temporary.write_text(" ".join(self.opts), encoding="utf-8")
+        try:
+            yield
+        except Exception:
+            if not was_there:
+                self.settings.unlink()
+            raise
+
+    def seconds(self) -> float | None:
+        """How long what is not finished may take: the median of this method's runs on this data, by part.
+
+        None where a part was never finished with any seed.
+        """
+        total = 0.0
+        for folder, _ in self.parts():
+            if not (folder / RESULTS).exists():
+                runs = [read_results(path) for path in folder.parent.glob(f"seed*/{RESULTS}")]
+                if not (known := [run["elapsed"] for run in runs if "elapsed" in run]):
+                    return None
+                total += statistics.median(known)
+        return total
+
     def check(self) -> None:
-        """Raises UserError for what is unknown, and where the folder holds this job with other settings."""
+        """Raises UserError for what is unknown, where the folder holds this job with other settings, and for
+        results that cannot be read."""
+        for folder, _ in self.parts():
+            if (folder / RESULTS).exists():
+                read_results(folder / RESULTS)
         if self.settings.exists():
             was, now = self.settings.read_text(encoding="utf-8"), " ".join(self.opts)
             if was != now:
@@ -289,18 +330,45 @@ class Job:
 def _own_console() -> Iterator[None]:
     """Dassl's logger replaces sys.stdout; a run inside a worker gives it back, and talks to its log alone."""
     with (
-        open(os.devnull, "w") as nowhere,
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
         contextlib.redirect_stdout(nowhere),
         contextlib.redirect_stderr(nowhere),
     ):
         yield
 
 
-def work(jobs: Sequence[Job], threads: int) -> None:
+def _torchrun(gpus: int, arguments: list[str]) -> None:
+    """train.py on several GPUs of this machine. Raises UserError with the last that it said if it fails."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+    process = subprocess.Popen(
+        [*command, "-m", "dfzsl.train", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    try:
+        _, said = process.communicate()
+    except BaseException:
+        process.terminate()  # and its ranks: it passes the signal on
+        process.wait()
+        raise
+    if process.returncode:
+        # The first rank's word, or the end of its traceback; behind it come the other ranks' and torchrun's.
+        told = re.search(r"^(?:error: |\[rank\d+\]: (?=[\w.]+: ))(.+)", said, re.MULTILINE)
+        raise UserError(
+            told[1] if told else f"a process died without a word (torchrun: {process.returncode})"
+        )
+
+
+def work(jobs: Sequence[Job], threads: int, gpus: int = 1, visible: str | None = None) -> None:
     """One worker: take each job that nobody has taken, run it, note what failed and go on.
 
-    A second round waits for those that others had taken, and takes over what they left unfinished.
+    A second round waits for those that others had taken, and takes over what they left unfinished. Each run
+    takes `gpus` GPUs, of those `visible` (as CUDA_VISIBLE_DEVICES names them) unless the engine chose them.
     """
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
     torch.set_num_threads(threads)
     for wait in (False, True):
         for job in jobs:
@@ -309,19 +377,24 @@ def work(jobs: Sequence[Job], threads: int) -> None:
                     continue
                 job.failure.unlink(missing_ok=True)
                 try:
-                    job.run()
+                    job.run(gpus)
                 except Exception as error:
                     said = train.explain(error) or f"{type(error).__name__}: {error}"
                     job.failure.write_text(said + "\n", encoding="utf-8")
 
 
-def launch(jobs: list[Job], launcher: str, workers: int, output: Path) -> None:
+def gpu_shares(gpus: int) -> list[str]:
+    """This machine's GPUs, `gpus` together, as CUDA_VISIBLE_DEVICES names them; [] without enough of them."""
+    present = torch.cuda.device_count()
+    names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(present)))).split(",")
+    return [",".join(names[at : at + gpus]) for at in range(0, present - gpus + 1, gpus)]
+
+
+def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path) -> None:
     """Run the jobs on `workers` processes and show their progress. Failures are in each job's failed.txt."""
     import submitit
 
     open_jobs = [job for job in jobs if not job.finished]
-    if not open_jobs:
-        return
     # By all jobs, not by those still open: the number of threads can decide the last bit of a sum, and a
     # sweep that goes on has to end as one that was never interrupted.
     share = (os.cpu_count() or 1) // min(workers, len(jobs))
@@ -330,9 +403,12 @@ def launch(jobs: list[Job], launcher: str, workers: int, output: Path) -> None:
     folder = output / ".workers" / str(os.getpid())
     executor = submitit.AutoExecutor(folder=folder, cluster=launcher)
     executor.update_parameters(timeout_min=7 * 24 * 60, cpus_per_task=threads)
-    if torch.cuda.is_available():
-        executor.update_parameters(gpus_per_node=1)
-    tasks = [executor.submit(work, open_jobs, threads) for _ in range(workers)]
+    # submitit's own choice on one machine would be the first GPU for every worker.
+    shares = gpu_shares(gpus) if launcher == "local" else []
+    if gpus > 1 or torch.cuda.is_available():
+        executor.update_parameters(gpus_per_node=gpus)
+    visible = itertools.islice(itertools.cycle(shares or [None]), workers)
+    tasks = [executor.submit(work, open_jobs, threads, gpus, share) for share in visible]
     try:
         with tqdm(total=len(open_jobs), desc="runs", unit="run") as bar:
             while not all(task.done() for task in tasks):
@@ -408,7 +484,10 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--shots", type=int, default=16, help="images a class, for training on images")
     flags.add_argument("--teacher-shots", type=int, default=-1, help="images a class for the owner; -1: all")
     flags.add_argument("--launcher", choices=("local", "slurm"), default="local")
-    flags.add_argument("--workers", type=int, default=0, help="processes; 0: one a GPU, else one a core")
+    flags.add_argument("--workers", type=int, default=0, help="runs at a time; 0: as GPUs or cores allow")
+    flags.add_argument(
+        "--gpus-per-run", type=int, default=1, metavar="N", help="GPUs a run uses, by torchrun if several"
+    )
     flags.add_argument("--dry-run", action="store_true", help="list the runs and stop")
     flags.add_argument(
         "words",
@@ -431,11 +510,42 @@ def show(folder: Path) -> None:
         print(f"The same with pictures: {folder / 'report.html'}")
 
 
+def forecast(todo: Sequence[Job], workers: int) -> str:
+    """What will run and how long it may take, by finished runs of the same method on the same data."""
+    kinds: dict[tuple[str, str], list[Job]] = {}
+    for job in todo:
+        method, config = job.parts()[0][0].parts[-3:-1]
+        kinds.setdefault((f"{method} ({config})", job.data.name), []).append(job)
+    rows, known = [], []
+    for kind, jobs in kinds.items():
+        seconds = [job.seconds() for job in jobs]
+        each = [value for value in seconds if value is not None]
+        known += each
+        rows.append((*kind, len(jobs), _clock(statistics.median(each)) if each else "unknown"))
+    headers = ["method", "data set", "runs", "each takes"]
+    table = tabulate(rows, headers, colalign=("left", "left", "right", "right"))
+    if not known:
+        return f"{table}\nHow long: unknown until a run of each has finished."
+    of = "" if len(known) == len(todo) else f" for {len(known)} of {len(todo)} runs, the others unknown"
+    # No run is split, so the last ones leave workers idle.
+    longest = max(sum(known) / workers, max(known))
+    basis = "by the median of finished runs of the same method on the same data"
+    return f"{table}\nAbout {_clock(longest)} on {workers} workers{of}; {basis}."
+
+
+def _clock(seconds: float) -> str:
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
 def main() -> None:
     args = parser().parse_intermixed_args()
     jobs = plan(args)
     todo = [job for job in jobs if not job.finished]
+    gpus = args.gpus_per_run
+    workers = args.workers or len(gpu_shares(gpus)) or (1 if gpus > 1 else os.cpu_count() or 1)
     print(f"{len(jobs)} runs ({len(jobs) - len(todo)} finished already) into {args.output}/{args.protocol}")
+    if todo:
+        print(forecast(todo, min(workers, len(todo))))
     if args.dry_run:
         for job in todo:
             for _, arguments in job.parts():
@@ -444,13 +554,14 @@ def main() -> None:
     # Either signal ends the workers too; a sweep in the background of a script would ignore the first.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    workers = args.workers or torch.cuda.device_count() or os.cpu_count() or 1
-    launch(jobs, args.launcher, workers, Path(args.output))
+    if todo:
+        launch(jobs, args.launcher, workers, gpus, Path(args.output))
     if any(job.finished for job in jobs):
         show(Path(args.output) / args.protocol)
     failed = [job for job in jobs if not job.finished]
     if failed:
-        first = failed[0].failure.read_text().strip() if failed[0].failure.exists() else "interrupted"
+        note = failed[0].failure
+        first = note.read_text(encoding="utf-8").strip() if note.exists() else "interrupted"
         raise UserError(
             f"{len(failed)} of {len(jobs)} runs failed; the first, {failed[0].method.name}: {first}"
         )

@@ -6,10 +6,11 @@ toolbox's own style; see docs/new_trainer.md.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from dassl.data import DataManager
@@ -18,9 +19,11 @@ from dassl.engine import TrainerX
 from dassl.utils import load_checkpoint
 from tqdm import tqdm
 
+from dfzsl import ranks
 from dfzsl.datasets.features import FeatureDatum, FeatureLoader, encode_datums
 from dfzsl.datasets.virtual import DataFreeManager, VirtualLoader
 from dfzsl.errors import UserError
+from dfzsl.files import read_json, write_json
 from dfzsl.results import RESULTS, peak_memory, write_results
 from dfzsl.toolbox import add_keys, keys_of
 
@@ -33,6 +36,7 @@ add_keys("MODEL.BACKBONE", WEIGHTS="openai")
 add_keys("TEACHER", FILE="", ACCESS="logits")
 add_keys("RECOVERY", **keys_of(RecoverySettings))
 
+LOSSES = "losses.json"  # of the epochs so far, beside the checkpoints
 # The transforms of Dassl that give the same picture every time: without others, an image is encoded once.
 DETERMINISTIC = {"normalize", "center_crop", "instance_norm"}
 
@@ -130,9 +134,33 @@ class CLIPTrainer(TrainerX):
     def before_train(self) -> None:
         if not self.data_free:
             self.require_training_images()
+        self.claim_output()
         super().before_train()
         self.train_loader_x = self.recover_virtual_features() if self.data_free else self._train_loader()
         self.train_started = time.perf_counter()
+
+    def claim_output(self) -> None:
+        """Mark OUTPUT_DIR as this run's; raise UserError where it holds what another run made.
+
+        Stages that are done are read from there and not made again. They must come of the same settings and
+        of the same teacher, by what is in its file.
+        """
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.OUTPUT_DIR = cfg.RESUME = ""
+        cfg.DATALOADER.NUM_WORKERS = 0
+        made_of = hashlib.sha256(cfg.dump().encode())
+        if os.path.isfile(cfg.TEACHER.FILE):
+            with open(cfg.TEACHER.FILE, "rb") as file:
+                while block := file.read(1 << 20):
+                    made_of.update(block)
+        path = Path(self.cfg.OUTPUT_DIR) / "made_of.json"
+        if path.exists() and read_json(path) != made_of.hexdigest():
+            raise UserError(
+                f"{path.parent} holds what a run with another teacher or other settings made; choose another "
+                "--output-dir"
+            )
+        write_json(path, made_of.hexdigest())
 
     def before_epoch(self) -> None:
         super().before_epoch()
@@ -144,6 +172,17 @@ class CLIPTrainer(TrainerX):
         super().write_scalar(tag, scalar_value, global_step)
         if tag == "train/loss":
             self.losses[self.epoch] = float(scalar_value)  # the epoch's mean so far
+
+    def save_model(self, epoch: int, directory: str, *args: Any, **kwargs: Any) -> None:
+        # Before the checkpoint: an epoch that is redone finds its loss here and replaces it.
+        if ranks.mine() == 0:
+            write_json(Path(directory) / LOSSES, list(self.losses.values()))
+            super().save_model(epoch, directory, *args, **kwargs)
+        ranks.wait()
+
+    def init_writer(self, log_dir: str) -> None:
+        if ranks.mine() == 0:
+            super().init_writer(log_dir)
 
     def after_epoch(self) -> None:
         super().after_epoch()
@@ -158,25 +197,26 @@ class CLIPTrainer(TrainerX):
         source, output = self.cfg.TEACHER.FILE, Path(self.cfg.OUTPUT_DIR)
         settings = {key.lower(): value for key, value in self.cfg.RECOVERY.items()}
         path = output / "virtual.safetensors"
-        if path.exists():
-            self.virtual = VirtualClasses.load(path)
-        else:
-            # Answers of a server were paid for: they are kept, and an interrupted run goes on from them.
-            journal = output / "answers" if source.startswith(("http://", "https://")) else None
-            oracle = open_oracle(source, self.cfg.TEACHER.ACCESS, journal)
-            if oracle.backbone and oracle.backbone != self.backbone_id:
-                raise UserError(
-                    f"{source}: a teacher of {oracle.backbone} cannot read features of {self.backbone_id}"
+        with ranks.first_alone():
+            if path.exists():
+                self.virtual = VirtualClasses.load(path)
+            else:
+                # Answers of a server were paid for: they are kept, and an interrupted run goes on from them.
+                journal = output / "answers" if source.startswith(("http://", "https://")) else None
+                oracle = open_oracle(source, self.cfg.TEACHER.ACCESS, journal)
+                if oracle.backbone and oracle.backbone != self.backbone_id:
+                    raise UserError(
+                        f"{source}: a teacher of {oracle.backbone} cannot read features of {self.backbone_id}"
+                    )
+                self.virtual = recover(
+                    oracle,
+                    self.text_of(self.classnames),
+                    self.classnames,
+                    new_text=self.text_of(self.dm.dataset.new_classnames),
+                    generator=self.stage_generator(),
+                    **settings,
                 )
-            self.virtual = recover(
-                oracle,
-                self.text_of(self.classnames),
-                self.classnames,
-                new_text=self.text_of(self.dm.dataset.new_classnames),
-                generator=self.stage_generator(),
-                **settings,
-            )
-            self.virtual.save(path)
+                self.virtual.save(path)
         self.virtual = self.virtual.ordered_as(self.classnames)
         self.queries = self.virtual.queries
         self.draws = self.stage_generator()
@@ -204,7 +244,10 @@ class CLIPTrainer(TrainerX):
 
     def resume_model_if_exist(self, directory: str) -> int:
         """The epoch to go on from; 0 for a trainer whose training has no epochs to resume."""
-        return super().resume_model_if_exist(directory) if self.get_model_names() else 0
+        done = super().resume_model_if_exist(directory) if self.get_model_names() else 0
+        if done and (path := Path(directory) / LOSSES).exists():
+            self.losses = dict(enumerate(cast(list[float], read_json(path))[:done]))
+        return done
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
         """Load what was trained: the given epoch, else the best on validation, else the last saved.
@@ -221,7 +264,7 @@ class CLIPTrainer(TrainerX):
             elif best.exists() or not (folder / "checkpoint").exists():
                 path = best
             else:
-                path = folder / (folder / "checkpoint").read_text().strip()
+                path = folder / (folder / "checkpoint").read_text(encoding="utf-8").strip()
             if not path.exists():
                 raise UserError(f"{path}: no such checkpoint; give --model-dir the folder of a finished run")
             checkpoint = load_checkpoint(str(path))
@@ -267,7 +310,7 @@ class CLIPTrainer(TrainerX):
         results = self.evaluator.evaluate()
         for key, value in results.items():
             self.write_scalar(f"{split}/{key}", value, self.epoch)
-        if split == "test":
+        if split == "test" and ranks.mine() == 0:
             self._write_results(correct.tolist(), total.tolist())
         return next(iter(results.values()))
 

@@ -13,6 +13,7 @@ from dassl.utils import load_pretrained_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dfzsl import ranks
 from dfzsl.toolbox import add_keys, register
 
 from .backbone import ROWS_AT_ONCE
@@ -82,7 +83,7 @@ class CoOp(CLIPTrainer):
 
     def forward_backward(self, batch: dict) -> dict[str, float]:
         input, label = self.parse_batch_train(batch)
-        summary = self.step(self.backbone.encode_image(input), label)
+        summary = self.step(ranks.encoded(self.backbone.encode_image, input), label)
         if (self.batch_idx + 1) == self.num_batches:
             self.update_lr()
         return summary

@@ -8,6 +8,7 @@ its name to its end. The rows of all classes lie behind one another in one matri
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import os
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from dfzsl import ranks
 from dfzsl.errors import UserError
 
 from .backbone import Backbone, FeatureBackbone, TextTower
@@ -116,6 +118,24 @@ class Prompts:
         """
         if context.ndim == 3:
             context = context[:, None]
+        if ranks.count() == 1:
+            return self._encode(context)
+        classes = len(self.ids)
+        context = ranks.shared(context)
+        if self.class_specific:
+            context = context[:, ranks.share(classes).to(context.device)]
+        return ranks.gathered(self.my_share._encode(context).transpose(0, 1), classes).transpose(0, 1)
+
+    @functools.cached_property
+    def my_share(self) -> Prompts:
+        """The prompts of the classes that this rank encodes."""
+        part = copy.copy(self)
+        chosen = ranks.share(len(self.ids)).to(self.ids.device)
+        part.ids, part.slots, part.end = self.ids[chosen], self.slots[chosen], self.end[chosen]
+        return part
+
+    def _encode(self, context: Tensor) -> Tensor:
+        """Unit text features (B, C, d) of contexts (B, C or 1, M, w)."""
         run = self._encode_fast if self.tower.cacheable else self._encode_plain
         with self.autocast():
             features = run(context)
