@@ -148,7 +148,8 @@ def open_features(path: str) -> tuple[dict[str, Callable[[], torch.Tensor]], dic
             return {name: partial(_tensor, tensors, name, path) for name in tensors.keys()}, about  # noqa: SIM118
     except UserError:
         raise
-    except (OSError, ValueError, RecursionError, zipfile.BadZipFile, SafetensorError) as error:
+    # A RuntimeError for archives that need a password or a newer zipfile.
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile, SafetensorError) as error:
         raise UserError(f"{path}: not a readable feature file ({error})") from None
     raise UserError(f"{path}: a feature file ends in .npz or .safetensors")
 

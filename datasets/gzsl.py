@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import zlib
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from dfzsl.toolbox import add_keys, register
 from .base import ClassDataset, Row, Split, leads_out, require
 from .features import FeatureDatum, unit_rows
 from .images import read_lines
+from .mat import read_mat
 
 add_keys("DATASET", FEATURES="")
 
@@ -139,18 +141,15 @@ class APY(XLSA17):
 
 
 def load_mat(path: str, how: str, names: list[str] | None = None) -> dict[str, np.ndarray]:
-    """The arrays of a MATLAB file (v7 or older), only `names` if given. Raises UserError if it is broken."""
-    from scipy.io import loadmat  # here, since the import takes longer than all others of the package
-
+    """The arrays of a MATLAB file (v5 to v7), only `names` if given. Raises UserError if it is broken."""
     require(path, how)
     try:
         with bounded(path):
-            content = loadmat(path, variable_names=names)
+            arrays = read_mat(path, names)
     except UserError:
         raise
-    except Exception as error:  # scipy raises many kinds for a broken file
+    except (ValueError, OSError, RecursionError, zlib.error) as error:
         raise UserError(f"{path}: not a readable MATLAB file ({error}); {how}") from None
-    arrays = {name: array for name, array in content.items() if isinstance(array, np.ndarray)}
     for name in names or []:
         if name not in arrays:
             raise UserError(f"{path}: it has no '{name}'; {how}")
@@ -171,10 +170,10 @@ def _texts(content: dict[str, np.ndarray], name: str, path: str) -> list[str]:
 
 
 def _unit_columns(table: np.ndarray, what: str) -> torch.Tensor:
-    """Unit rows (n, d) from the columns of a table (d, n) of numbers, whatever their type and byte order."""
+    """Unit rows (n, d) from the columns of a table (d, n) of numbers."""
     if table.dtype.kind != "f":
         raise UserError(f"{what} must be floating-point numbers; they are {table.dtype}")
-    return unit_rows(torch.from_numpy(np.ascontiguousarray(table.T, table.dtype.newbyteorder("="))), what)
+    return unit_rows(torch.from_numpy(np.ascontiguousarray(table.T)), what)
 
 
 def _whole(content: dict[str, np.ndarray], name: str, path: str) -> np.ndarray:

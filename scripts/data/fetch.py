@@ -12,7 +12,6 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
-import zlib
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -125,7 +124,10 @@ def unpack(archive: Path, place: Path) -> None:
                 _untar(archive, Path(inside))
         except tarfile.FilterError as error:
             raise UserError(f"{archive}: unsafe, not extracted ({error})") from None
-        except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError) as error:
+        except UserError:
+            raise
+        # zipfile, tarfile and what they decompress with have many words for a broken archive.
+        except Exception as error:
             said = f"{archive}: broken or only half there ({error}); delete it and give the command again"
             raise UserError(said) from None
         shutil.rmtree(place, ignore_errors=True)

@@ -1,0 +1,136 @@
+"""MATLAB files (v5 to v7) from strangers: numbers, text and cells of these, in plain Python.
+
+scipy.io.loadmat reads more kinds of arrays, but a damaged file can make its compiled reader crash the process
+or take memory without bound. Here every size is held against the bytes that are there.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import zlib
+from collections.abc import Collection, Iterator
+
+import numpy as np
+
+from dfzsl.files import EXPANSION, ROOM
+
+Element = tuple[int, memoryview]  # type and content
+
+MATRIX, COMPRESSED = 14, 15  # types of data elements that are no numbers
+STORED = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+ENCODED = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
+CELL, CHAR = 1, 4  # classes of arrays
+NUMERIC = dict(enumerate(("f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"), start=6))
+COMPLEX = 0x800
+
+
+def read_mat(path: str, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """The numeric, text and cell arrays of a file by name, only `names` if given.
+
+    As scipy's: numbers in their shape, a row of text as an array of one string, a cell array as an object
+    array of such arrays. Structures, sparse and complex arrays are left out. Raises ValueError, OSError,
+    RecursionError or zlib.error for any other file.
+    """
+    with open(path, "rb") as file:
+        data = memoryview(file.read())
+    order = {b"IM": "<", b"MI": ">"}.get(bytes(data[126:128]))
+    if order is None:
+        raise ValueError("it is not of MATLAB's versions 5 to 7")
+    arrays = {}
+    for kind, content in _elements(data[128:], order):
+        matrix = _inflated(content, order, names) if kind == COMPRESSED else content
+        if matrix is not None and kind in (MATRIX, COMPRESSED):
+            name, array = _matrix(matrix, order, names)
+            if array is not None:
+                arrays[name] = array
+    return arrays
+
+
+def _elements(data: memoryview, order: str) -> Iterator[Element]:
+    """The data elements that follow each other in `data`."""
+    at = 0
+    while at < len(data):
+        if at + 8 > len(data):
+            raise ValueError("it breaks off")
+        kind, size = struct.unpack_from(f"{order}II", data, at)
+        start, end = at + 8, at + 8 + size
+        if kind >> 16:  # a short one: size, type and content in 8 bytes
+            size, kind = kind >> 16, kind & 0xFFFF
+            start, end = at + 4, at + 4 + size
+            if size > 4:
+                raise ValueError("a short element is longer than 4 bytes")
+        if end > len(data):
+            raise ValueError("it breaks off")
+        yield kind, data[start:end]
+        at = end if kind == COMPRESSED else at + -(-(end - at) // 8) * 8
+
+
+def _inflated(content: memoryview, order: str, names: Collection[str] | None) -> memoryview | None:
+    """The matrix in a compressed element; None if its name is not among `names`."""
+    most = ROOM + EXPANSION * len(content)
+    stream = zlib.decompressobj()
+    head = stream.decompress(content, 4096)
+    if names is not None and len(head) == 4096:
+        _, _, name, _ = _header(memoryview(head)[8:], order)
+        if name not in names:
+            return None
+    whole = head + stream.decompress(stream.unconsumed_tail, most)
+    if not stream.eof:
+        raise ValueError("a variable breaks off, or expands more than data do")
+    return next((matrix for kind, matrix in _elements(memoryview(whole), order) if kind == MATRIX), None)
+
+
+def _header(data: memoryview, order: str) -> tuple[int, tuple[int, ...], str, Iterator[Element]]:
+    """(array flags, dimensions, name, the elements after them) of a matrix."""
+    parts = _elements(data, order)
+    try:
+        (_, flags), (_, dims), (_, name) = next(parts), next(parts), next(parts)
+    except StopIteration:
+        raise ValueError("a variable without a header") from None
+    shape = tuple(int(n) for n in np.frombuffer(dims, f"{order}i4"))
+    if len(flags) != 8 or not 2 <= len(shape) <= 32 or min(shape) < 0:
+        raise ValueError(f"a variable of dimensions {shape}")
+    return struct.unpack_from(f"{order}I", flags)[0], shape, bytes(name).decode("latin-1"), parts
+
+
+def _matrix(
+    data: memoryview, order: str, names: Collection[str] | None = None
+) -> tuple[str, np.ndarray | None]:
+    """(name, array) of a matrix; no array if it is of another kind or not among `names`."""
+    if not data:  # an empty cell
+        return "", np.empty((0, 0))
+    flags, shape, name, parts = _header(data, order)
+    kind = flags & 0xFF
+    if (names is not None and name not in names) or flags & COMPLEX:
+        return name, None
+    if kind == CELL:
+        cells = [_matrix(content, order)[1] for kind, content in parts if kind == MATRIX]
+        if len(cells) != math.prod(shape):
+            raise ValueError(f"'{name}' has {len(cells)} cells, not {math.prod(shape)}")
+        array = np.empty(len(cells), object)
+        array[:] = cells
+        return name, array.reshape(shape, order="F")
+    if kind == CHAR:
+        return name, _text(*next(parts, (2, memoryview(b""))), shape, order)
+    if kind not in NUMERIC:
+        return name, None
+    stored, content = next(parts, (2, memoryview(b"")))
+    if stored not in STORED:
+        raise ValueError(f"'{name}' consists of no numbers")
+    numbers = np.frombuffer(content, order + STORED[stored]).astype(NUMERIC[kind])
+    return name, numbers.reshape(shape, order="F")
+
+
+def _text(stored: int, content: memoryview, shape: tuple[int, ...], order: str) -> np.ndarray:
+    """A character array: one string a row."""
+    if stored not in ENCODED:
+        raise ValueError("a text that consists of no characters")
+    wide = ENCODED[stored] in ("utf-16", "utf-32")
+    encoding = ENCODED[stored] + {"<": "-le", ">": "-be"}[order] * wide
+    letters = np.frombuffer(bytes(content).decode(encoding).encode("utf-32-le"), "<U1")
+    if len(shape) != 2 or math.prod(shape) != len(letters):
+        raise ValueError(f"a text of {len(letters)} letters, not {shape}")
+    if not len(letters):
+        return np.array([], "<U1")
+    return np.array(["".join(row) for row in letters.reshape(shape, order="F")])
