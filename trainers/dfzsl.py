@@ -67,8 +67,12 @@ class DFZSL(FLPT):
     @torch.no_grad()
     def after_train(self) -> None:
         started = time.perf_counter()
-        self.classifier = self.generate()
-        self.classifier.save(Path(self.output_dir) / CLASSIFIER)
+        path = Path(self.output_dir) / CLASSIFIER
+        if path.exists():
+            self.classifier = Classifier.load(path)
+        else:
+            self.classifier = self.generate()
+            self.classifier.save(path)
         self.stage_seconds["generate"] = time.perf_counter() - started
         super().after_train()
 

@@ -31,12 +31,17 @@ class TeacherZeroshot(CLIPTrainer):
         self.teacher: Teacher | None = None
 
     def train(self) -> None:
-        """Fit on all training images (or NUM_SHOTS a class), save, test."""
+        """Fit on all training images (or NUM_SHOTS a class) unless that is done, save, test."""
         self.require_training_images()
-        features, labels = self.encode(self.dm.dataset.train_x)
+        self.claim_output()
         started = time.perf_counter()
-        self.teacher = fit_teacher(features, labels, self.classnames, self.backbone_id)
-        self.teacher.save(Path(self.cfg.OUTPUT_DIR) / TEACHER)
+        path = Path(self.cfg.OUTPUT_DIR) / TEACHER
+        if path.exists():
+            self.teacher = Teacher.load(path)
+        else:
+            features, labels = self.encode(self.dm.dataset.train_x)
+            self.teacher = fit_teacher(features, labels, self.classnames, self.backbone_id)
+            self.teacher.save(path)
         self.stage_seconds["teacher"] = time.perf_counter() - started
         self.test()
 

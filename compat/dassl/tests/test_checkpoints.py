@@ -86,15 +86,21 @@ def test_a_failed_write_leaves_the_old_files(tmp_path, monkeypatch):
     save_checkpoint(state, str(tmp_path))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def broken(state, path):
-        with open(path, "wb") as file:
-            file.write(b"half")
+    def broken(state, file):
+        file.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", broken)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(state, str(tmp_path))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_equal_states_are_equal_bytes(tmp_path):
+    state = checkpoint_of(make_training(), 1)
+    for name in ("one.tar", "two.tar"):
+        save_checkpoint(state, str(tmp_path), model_name=name)
+    assert (tmp_path / "one.tar").read_bytes() == (tmp_path / "two.tar").read_bytes()
 
 
 def test_resume(tmp_path, capsys):

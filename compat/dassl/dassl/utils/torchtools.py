@@ -46,14 +46,21 @@ def save_checkpoint(
         weights = ((k.removeprefix("module."), v) for k, v in state["state_dict"].items())
         state = {**state, "state_dict": OrderedDict(weights)}
     fpath = os.path.join(save_dir, model_name or f"model.pth.tar-{state['epoch']}")
-    replace_file(fpath, lambda path: torch.save(state, path))
+    replace_file(fpath, lambda path: _save(state, path))
     print(f"Checkpoint saved to {fpath}")
     name = os.path.basename(fpath) + "\n"
-    replace_file(os.path.join(save_dir, "checkpoint"), lambda path: Path(path).write_text(name))
+    pointer = os.path.join(save_dir, "checkpoint")
+    replace_file(pointer, lambda path: Path(path).write_text(name, encoding="utf-8"))
     if is_best:
         best = os.path.join(save_dir, "model-best.pth.tar")
         replace_file(best, lambda path: shutil.copy(fpath, path))
         print(f'Best checkpoint saved to "{best}"')
+
+
+def _save(state: dict[str, Any], path: str) -> None:
+    # Given a name, torch writes it into the file; given a file it does not, and equal states are equal bytes.
+    with open(path, "wb") as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(fpath: str) -> Any:
