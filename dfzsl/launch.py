@@ -316,10 +316,8 @@ class Job:
         if self.settings.exists():
             was, now = self.settings.read_text(encoding="utf-8"), " ".join(self.opts)
             if was != now:
-                raise UserError(
-                    f"{self.settings.parent} was run with settings '{was}', not '{now}'; "
-                    "choose another --output"
-                )
+                was, now = (f"with settings '{opts}'" if opts else "without settings" for opts in (was, now))
+                raise UserError(f"{self.settings.parent} was run {was}, not {now}; choose another --output")
 
     @property
     def failure(self) -> Path:
@@ -472,6 +470,11 @@ def plan(args: argparse.Namespace) -> list[Job]:
     ]
     for job in jobs:
         job.check()
+        if (job.data, job.seed) == (
+            jobs[0].data,
+            jobs[0].seed,
+        ):  # once a method: KEY VALUE are the same for all
+            train.setup_cfg(train.parser().parse_args(job.parts()[0][1]))
     return jobs
 
 

@@ -78,7 +78,9 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(results, dict) or "schema" not in results:
         raise UserError(f"{path}: not a results file of this project")
     if results["schema"] != SCHEMA:
-        raise UserError(f"{path}: schema {results['schema']}, this version reads {SCHEMA}; run it again")
+        raise UserError(
+            f"{path}: schema {results['schema']}, this version reads {SCHEMA}; delete it to repeat the run"
+        )
     return results
 
 

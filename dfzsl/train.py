@@ -175,6 +175,9 @@ def cli(run=main) -> None:
     """Entry point: a user's mistake becomes one line on stderr and exit code 2."""
     try:
         run()
+    except BrokenPipeError:  # whoever read the output has seen enough: `| head`
+        sys.stdout = None
+        raise SystemExit(0) from None
     except Exception as error:
         said = explain(error)
         if said is None:

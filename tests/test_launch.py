@@ -8,7 +8,8 @@ from dassl.engine import TRAINER_REGISTRY
 
 from dfzsl import train
 from dfzsl.errors import UserError
-from dfzsl.launch import Data, Job, Method, parser, plan
+from dfzsl.files import write_json
+from dfzsl.launch import Data, Job, Method, forecast, parser, plan
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.pipeline import StageThreeSettings
 from dfzsl.trainers.recovery import RecoverySettings
@@ -79,6 +80,7 @@ def test_a_data_set_that_brings_its_backbone_keeps_it():
         (["--methods", "CoOp", "shapes", "one"], "after DATASET and seeds come KEY VALUE pairs, not one"),
         (["--methods", "CoOp", "features:/nowhere.npz"], "/nowhere.npz does not exist"),
         (["--methods", "CoOp:nope", "shapes"], "unknown config of CoOp for shapes 'nope'"),
+        (["--methods", "CoOp", "shapes", "OPTIM.LRR", "1"], "Non-existent key: OPTIM.LRR"),
     ],
 )
 def test_a_slip_is_told_in_one_line(words, message):
@@ -106,9 +108,43 @@ def test_a_folder_keeps_the_settings_it_was_run_with(tmp_path):
     job.settings.write_text("OPTIM.MAX_EPOCH 10")
     assert jobs(*words, "10") == [job]
     with pytest.raises(
-        UserError, match=r"run with settings 'OPTIM\.MAX_EPOCH 10', not 'OPTIM\.MAX_EPOCH 20'"
+        UserError, match=r"run with settings 'OPTIM\.MAX_EPOCH 10', not with settings 'OPTIM\.MAX_EPOCH 20'"
     ):
         jobs(*words, "20")
+    with pytest.raises(UserError, match=r"run with settings 'OPTIM\.MAX_EPOCH 10', not without settings"):
+        jobs(*words[:-1])
+
+
+def finished(job: Job, seconds: float, **changes: object) -> None:
+    """Results of a job's parts, as far as the launcher reads them."""
+    for folder, _ in job.parts():
+        write_json(folder / "results.json", {"schema": 1, "elapsed": seconds / 2, **changes})
+
+
+def test_the_forecast_rests_on_finished_runs_of_the_same_method_and_data(tmp_path):
+    words = ["--methods", "CoOp,KgCoOp", "--output", str(tmp_path), "shapes", "1", "2", "3", "4"]
+    planned = jobs(*words)
+    assert "How long: unknown" in forecast(planned, 2)
+    coop = [job for job in planned if job.method.name == "CoOp"]
+    for job, seconds in zip(coop, (60, 70, 600), strict=False):
+        finished(job, seconds)
+    todo = [job for job in planned if not job.finished]
+    said = forecast(todo, 2)
+    assert sorted(line.split() for line in said.splitlines()[2:4]) == [
+        ["CoOp", "(shapes)", "shapes", "1", "0:01:10"],
+        ["KgCoOp", "(shapes)", "shapes", "4", "unknown"],
+    ]
+    assert "About 0:01:10 on 2 workers for 1 of 5 runs, the others unknown" in said
+    finished(planned[1], 100)
+    todo = [job for job in planned if not job.finished]
+    assert "About 0:03:05 on 2 workers; by" in forecast(todo, 2)  # 70 and three times 100, on two
+
+
+def test_results_of_another_schema_are_told_before_anything_runs(tmp_path):
+    words = ["--methods", "CoOp", "--output", str(tmp_path), "shapes", "1"]
+    finished(jobs(*words)[0], 1.0, schema=0)
+    with pytest.raises(UserError, match=r"results\.json: schema 0, this version reads 1; delete it"):
+        jobs(*words)
 
 
 def test_a_job_is_locked_against_others(tmp_path):
