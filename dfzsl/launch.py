@@ -388,6 +388,20 @@ def gpu_shares(gpus: int) -> list[str]:
     return [",".join(names[at : at + gpus]) for at in range(0, present - gpus + 1, gpus)]
 
 
+@contextlib.contextmanager
+def _errors_into(path: Path) -> Iterator[None]:
+    """What starts here writes its errors to a file: submitit answers an interruption by a traceback."""
+    console = os.dup(2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(path, "ab") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(console, 2)
+        os.close(console)
+
+
 def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path) -> None:
     """Run the jobs on `workers` processes and show their progress. Failures are in each job's failed.txt."""
     import submitit
@@ -406,7 +420,8 @@ def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path
     if gpus > 1 or torch.cuda.is_available():
         executor.update_parameters(gpus_per_node=gpus)
     visible = itertools.islice(itertools.cycle(shares or [None]), workers)
-    tasks = [executor.submit(work, open_jobs, threads, gpus, share) for share in visible]
+    with _errors_into(folder / "engine.log"):
+        tasks = [executor.submit(work, open_jobs, threads, gpus, share) for share in visible]
     try:
         with tqdm(total=len(open_jobs), desc="runs", unit="run") as bar:
             while not all(task.done() for task in tasks):

@@ -246,7 +246,7 @@ def test_an_image_is_encoded_once(datums, small_parts, tmp_path):
     encoder = Encoder()
     state = torch.get_rng_state()
     first = encode_datums(encoder, datums, Pixels(), tmp_path / "cache", num_workers=0)
-    assert torch.equal(torch.get_rng_state(), state), "a run that finds the cache filled would go on otherwise"
+    assert torch.equal(torch.get_rng_state(), state), "a run with a filled cache would go on otherwise"
     again = encode_datums(encoder, datums, Pixels(), tmp_path / "cache", num_workers=0)
     assert encoder.seen == len(datums) and torch.equal(first, again)
     assert len(list((tmp_path / "cache").iterdir())) == 1, "the parts are gone"

@@ -30,7 +30,7 @@ CASES = {
     "CoOp-CSC": ("TRAINER.COOP.CSC", "True"),
     "CoCoOp": (),
     "KgCoOp": (),
-    # From the words of the template, the direction that ProGrad keeps to would at first be a rounding error's.
+    # From the template's own words, the direction that ProGrad keeps to is at first a rounding error's.
     "ProGrad": ("TRAINER.COOP.CTX_INIT", ""),
     "FLPT": (),
 }

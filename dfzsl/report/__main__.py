@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(FORMATS[args.format](parts), end="")
     if args.html:
         print(f"wrote {args.html}", file=sys.stderr)
+    if args.published and not any(row.source for part in parts for row in part.summaries):
+        print("no published figures of these data sets are known", file=sys.stderr)
 
 
 if __name__ == "__main__":

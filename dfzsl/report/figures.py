@@ -26,7 +26,7 @@ try:
 except ImportError as error:
     raise UserError("the HTML page needs matplotlib: pip install matplotlib") from error
 
-WIDTH = 4.5  # inches: the text is readable on a telephone, and two plots stand side by side on a desk
+WIDTH = 4.0  # inches: the text is readable on a telephone, and two plots stand side by side on a desk
 CLASSES_SHOWN = 24
 BASELINE = "ZeroshotCLIP"
 
@@ -39,7 +39,7 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dfzsl",
     "text.parse_math": False,
-    "font.size": 9,
+    "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": LINE,
@@ -50,7 +50,7 @@ STYLE: dict[Any, Any] = {
     "xtick.labelcolor": TEXT,
     "ytick.labelcolor": TEXT,
     "legend.frameon": False,
-    "legend.fontsize": 8,
+    "legend.fontsize": 8.5,
 }
 
 Palette = dict[str, tuple[str, str]]  # label -> (colour, marker)
@@ -144,7 +144,7 @@ def _bars(rows: Sequence[Summary], name: str, colors: Palette) -> Plot:
                 axes.errorbar(value, place, xerr=deviation, color=TEXT, linewidth=1, capsize=2)
             text = f"{value:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
             end = value + (deviation or 0), place
-            axes.annotate(text, end, (4, 0), textcoords="offset points", va="center", fontsize=8)
+            axes.annotate(text, end, (4, 0), textcoords="offset points", va="center", fontsize=8.5)
         axes.set_yticks(range(len(rows)), [row.label for row in reversed(rows)])
         axes.tick_params(axis="y", length=0)
         axes.set_xlim(0, max(row.headline.mean for row in rows) * 1.22 or 1)
@@ -202,7 +202,7 @@ def _name_published(axes: Axes, rows: Sequence[Summary]) -> None:
         if all(abs(x - a) > 0.15 * (x1 - x0) or abs(y - b) > 0.04 * (y1 - y0) for a, b in named):
             named.append((x, y))
             name = row.label.removesuffix(" (published)")
-            axes.annotate(name, (x, y), (4, 2), textcoords="offset points", fontsize=7, color=MUTED)
+            axes.annotate(name, (x, y), (4, 2), textcoords="offset points", fontsize=8, color=MUTED)
 
 
 def _iso_h(axes: Axes) -> None:
@@ -226,7 +226,7 @@ def _iso_h(axes: Axes) -> None:
                 textcoords="offset points",
                 va="center" if at_right else "bottom",
                 ha="left" if at_right else "center",
-                fontsize=7,
+                fontsize=8,
                 color=MUTED,
                 annotation_clip=False,
             )
@@ -309,7 +309,7 @@ def _changes(section: Section, colors: Palette) -> Plot | None:
                 tile = Rectangle((column - 0.5, row - 0.5), 1, 1, linewidth=0)
                 tile.set(facecolor=GAIN if change > 0 else LOSS, alpha=0.75 * abs(change) / scale)
                 axes.add_patch(tile)
-                axes.text(column, row, f"{change:+.0f}", ha="center", va="center", fontsize=7)
+                axes.text(column, row, f"{change:+.0f}", ha="center", va="center", fontsize=8)
         axes.set_yticks(range(len(shown)), [_short(name) + " (new)" * new for name, new in shown])
         axes.set_xticks(range(len(labels)), labels, rotation=35, ha="left", rotation_mode="anchor")
         axes.xaxis.tick_top()

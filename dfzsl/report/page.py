@@ -40,7 +40,7 @@ def page(parts: Sequence[Section]) -> str:
 <body>
 <header>
 <h1>{escape(title)}</h1>
-<p>{escape(" ".join(legend([])))}</p>
+<ul>{"".join(f"<li>{escape(line)}</li>" for line in legend([]))}</ul>
 {f"<nav>{links}</nav>" if len(ordered) > 1 else ""}
 </header>
 {body}<footer>{_sources(parts)}{_versions(parts)}</footer>

@@ -22,8 +22,9 @@ NAMES = {"base2new": "base-to-new", "gzsl": "generalized zero-shot", "xd": "cros
 LEGEND = [
     "Accuracies in percent, mean ± standard deviation over seeds.",
     "H: harmonic mean of the averaged accuracies, as published. mean of H: each run's H, then averaged.",
-    "shots: images a class to train on; for a method without images, for the teacher it asks. seconds: all "
-    "stages of training. trained: parameters. images: training images seen. queries: to the teacher.",
+    "shots: images a class to train on; for a method without images, for the teacher it asks.",
+    "seconds: all stages of training. trained: parameters. images: training images seen. queries: to the "
+    "teacher.",
 ]
 
 
@@ -313,15 +314,13 @@ class Table:
 def tables(section: Section) -> list[Table]:
     """The table of a section; for `xd` a second one with every target. Columns without an entry go."""
     rows = section.summaries
-    columns: dict[str, list[Cell]] = {
-        "method": [row.label for row in rows],
-        "shots": [row.shots for row in rows],
-    }
+    columns: dict[str, list[Cell]] = {"method": [row.label for row in rows]}
     for name in {name: None for row in rows for name in row.scores}:
         columns[name] = [row.scores.get(name) for row in rows]
     columns |= {
         "H": [None if row.h is None else Spread(row.h) for row in rows],
         "mean of H": [row.mean_h for row in rows],
+        "shots": [row.shots for row in rows],
         "seeds": [len(row.seeds) or None for row in rows],
         "seconds": [row.seconds for row in rows],
         "trained": [row.trained for row in rows],
