@@ -268,7 +268,7 @@ def relocate(drawn: Iterable[tuple[str, int]], rows: Sequence[Row], source: str)
     known = {row.path[len(prefix) :].lstrip(os.sep): row for row in rows}
     found = []
     # Only as long an end as a row can have: a path of a million parts must not cost their square.
-    depth = max((len(Path(end).parts) for end in known), default=0)
+    depth = max((len(Path(end).parts) for end in known), default=1)
     for path, label in drawn:
         parts = Path(path).parts[-depth:]
         ends = (os.path.join(*parts[start:]) for start in range(len(parts)))

@@ -74,19 +74,22 @@ class VirtualLoader:
             self._drawn, self._kept = self._drawn + len(labels), self._kept + len(labels)
             return features, labels
         classes = len(self.virtual.classnames)
-        pools: list[list[Tensor]] = [[] for _ in range(classes)]
+        found: list[Tensor] = []
+        owners: list[Tensor] = []
         counts = torch.zeros(classes, dtype=torch.long)
         drawn = need
         while True:
             kept = self.virtual.kept(features, labels)
             self._drawn, self._kept = self._drawn + len(labels), self._kept + int(kept.sum())
-            for c in range(classes):
-                pools[c].append(features[kept & (labels == c)])
+            found.append(features[kept])
+            owners.append(labels[kept])
             counts += torch.bincount(labels[kept], minlength=classes)
             missing = need - int(counts.min())
             if missing <= 0:
-                rows = [torch.cat(pool)[:need] for pool in pools]
-                return torch.cat(rows), torch.arange(classes).repeat_interleave(need)
+                # The first ones of each class, in the order in which they were drawn.
+                owner, order = torch.cat(owners).sort(stable=True)
+                place = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
+                return torch.cat(found)[order[place < need]], torch.arange(classes).repeat_interleave(need)
             if drawn >= self.TRIES * need:
                 break
             features, labels = self.virtual.sample(missing, self.generator)

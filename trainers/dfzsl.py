@@ -51,6 +51,12 @@ class DFZSL(FLPT):
             print(self.notes()[0])
             self.max_epoch = 0
 
+    @property
+    def trained_parameters(self) -> int:
+        """Of the prompts and of the final classifier; the generator is thrown away."""
+        rows = self.classifier.weight.numel() if self.classifier else 0
+        return super().trained_parameters + rows
+
     def notes(self) -> list[str]:
         if self.tuned:
             return []

@@ -1,4 +1,4 @@
-"""Checkpoints of the original, which pickle whole schedulers and optimizers, read without running code.
+"""Checkpoints, those of the original too, which pickle whole schedulers, read without running code.
 
 A pickle can call anything it names. Here it can name only what such a checkpoint needs: containers, tensors
 and numpy numbers as they are, and schedulers and optimizers as inert objects that only hold their attributes.
@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Inert", "is_torchscript", "load_old_checkpoint"]
+__all__ = ["Inert", "is_torchscript", "load_restricted"]
 
 ADMITTED = {
-    # Bytes, in the pickle protocol of torch.save.
-    ("_codecs", "encode"),
     ("builtins", "dict"),
     ("builtins", "list"),
     ("builtins", "set"),
@@ -46,9 +44,18 @@ class Inert:
         self.__dict__.update(state)
 
 
+def _bytes_of(text: str, encoding: str) -> bytes:
+    """Bytes, in the pickle protocol of torch.save. Other encodings could double them, time and again."""
+    if encoding not in ("latin1", "latin-1"):
+        raise pickle.UnpicklingError(f"it asks for the encoding {encoding}, which no checkpoint needs")
+    return text.encode(encoding)
+
+
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         module = {"__builtin__": "builtins"}.get(module, module)
+        if (module, name) == ("_codecs", "encode"):
+            return _bytes_of
         if (module, name) in ADMITTED:
             return super().find_class(module, name)
         if module in ("torch", "torch.storage") and name.endswith("Storage") and name.isidentifier():
@@ -72,14 +79,22 @@ class _RestrictedPickle:
 
 
 def is_torchscript(fpath: str) -> bool:
-    """Whether torch.load would hand the file over to torch.jit.load, which some versions do in any case."""
+    """Whether torch.load would hand the file over to torch.jit.load, which some versions do in any case.
+
+    Raises ValueError for an archive that grows when it is read, as those of torch.save never do.
+    """
     if not zipfile.is_zipfile(fpath):
         return False
     with zipfile.ZipFile(fpath) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())
+        members = archive.infolist()
+    if any(member.filename.endswith("constants.pkl") for member in members):
+        return True
+    if any(member.file_size > member.compress_size for member in members):
+        raise ValueError("it is a compressed archive, which torch.save never writes")
+    return False
 
 
-def load_old_checkpoint(fpath: str, map_location: Any = None) -> Any:
+def load_restricted(fpath: str, map_location: Any = None) -> Any:
     """The checkpoint, its schedulers and optimizers as Inert. Raises pickle.UnpicklingError that says why."""
     try:
         return torch.load(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .safe_pickle import is_torchscript, load_old_checkpoint
+from .safe_pickle import is_torchscript, load_restricted
 from .tools import mkdir_if_missing, replace_file
 
 __all__ = [
@@ -82,11 +82,8 @@ def load_checkpoint(fpath: str) -> Any:
     if torchscript:
         raise pickle.UnpicklingError(f"cannot load {fpath} as a checkpoint: it is a TorchScript program")
     map_location = None if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.load(fpath, map_location=map_location, weights_only=True)
-    except Exception:
-        # Of several kinds, depending on the version of torch; the second attempt shows what is really wrong.
-        return load_old_checkpoint(fpath, map_location)
+    # Not torch's own `weights_only`: that runs encodings which can fill the memory from a file of 2 kB.
+    return load_restricted(fpath, map_location)
 
 
 def load_trainer_checkpoint(fpath: str) -> dict[str, Any]:
