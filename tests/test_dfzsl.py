@@ -84,6 +84,7 @@ def test_each_stage_leaves_its_result(client):
     assert len(results["curves"]["loss"]) == 3
     classifier = Classifier.load(client / "classifier.safetensors")
     assert classifier.classnames == NAMES
+    assert results["trained_parameters"] > classifier.weight.numel()  # and the prompts
     assert classifier.shift is not None
     assert classifier.backbone == "shapes"
 

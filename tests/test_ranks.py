@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,16 +58,15 @@ def words(case: str, pictures: Path, output: Path) -> list[str]:
     ]
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
 def torchrun(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`code` on two ranks of the real launcher; it finds `arguments` in sys.argv."""
     script = Path(os.environ["DFZSL_CACHE"]) / "ranks.py"
     script.write_text(code, encoding="utf-8")
     return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            str(script),
-            *arguments,
-        ],
+        [*TORCHRUN, str(script), *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
@@ -143,6 +143,35 @@ def test_a_rank_that_dies_ends_the_run_and_the_run_goes_on_later(how, said, pict
     assert again.returncode == 0, again.stderr[-3000:]
     train.main(words("CoOp", pictures, tmp_path / "one"))
     torch.testing.assert_close(contexts(tmp_path / "two/CoOp"), contexts(tmp_path / "one/CoOp"))
+
+
+WAITS = """
+import os, sys, time
+from pathlib import Path
+from dfzsl import ranks
+with ranks.joined():
+    Path(sys.argv[1], str(os.getpid())).touch()
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_ranks_go_with_a_torchrun_that_is_killed(tmp_path):
+    (tmp_path / "waits.py").write_text(WAITS, encoding="utf-8")
+    pids = tmp_path / "pids"
+    pids.mkdir()
+    words = [*TORCHRUN, str(tmp_path / "waits.py"), str(pids)]
+    launcher = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    while len(list(pids.iterdir())) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 60
+    while any(Path("/proc", path.name).exists() for path in pids.iterdir()):
+        assert time.monotonic() < deadline, "a rank outlived its launcher"
+        time.sleep(0.1)
 
 
 @pytest.mark.slow

@@ -315,13 +315,13 @@ class CLIPTrainer(TrainerX):
         return next(iter(results.values()))
 
     def _write_results(self, correct: list[int], total: list[int]) -> None:
-        dataset = self.dm.dataset
+        dataset, path = self.dm.dataset, Path(self.cfg.OUTPUT_DIR) / RESULTS
         per_class = [
             {"class": name, "correct": c, "total": t, "new": name in set(dataset.new_classnames)}
             for name, c, t in zip(self.classnames, correct, total, strict=True)
         ]
         write_results(
-            Path(self.cfg.OUTPUT_DIR) / RESULTS,
+            path,
             cfg=self.cfg,
             accuracy=100.0 * sum(correct) / max(sum(total), 1),
             per_class=per_class,
@@ -335,6 +335,7 @@ class CLIPTrainer(TrainerX):
             peak_memory=peak_memory(),
             notes=self.notes(),
         )
+        print(f"Results written to {path}")
 
     def _concentrations(self) -> list[dict]:
         """Recovered and true concentration of each class, the truth measured on the test features."""
