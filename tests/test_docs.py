@@ -145,7 +145,8 @@ def test_commands_are_accepted(words, monkeypatch, examples, given):
     monkeypatch.chdir(ROOT)
     program, *rest = given(words)
     if program == "torchrun":
-        program, rest = "python", rest[rest.index("-m") :]
+        start = next(i for i, word in enumerate(rest) if word == "-m" or word.endswith(".py"))
+        program, rest = "python", rest[start:]
     if program == "bash":
         script, *arguments = rest
         subprocess.run(["bash", "-n", script], check=True)
