@@ -22,7 +22,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
     from matplotlib.patches import Rectangle
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 except ImportError as error:
     raise UserError("the HTML page needs matplotlib: pip install matplotlib") from error
 
@@ -376,7 +376,8 @@ def _concentrations(section: Section, colors: Palette) -> Plot | None:
             axes.plot(xs, ys, marker, color=color, markersize=4, alpha=0.6, markeredgewidth=0, label=label)
         for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
             scale("log")
-            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            decades = max(every) > 10 * min(every)
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if decades else MaxNLocator(5))
             axis.set_major_formatter("{x:g}")
             axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("true concentration κ")
