@@ -214,7 +214,7 @@ def test_files_and_what_they_define_exist(page):
             base = page.parent.relative_to(ROOT).as_posix()
             patterns = (name, f"{base}/{name}", f"*/{name}")
             assert any(fnmatch.filter(FILES, pattern) for pattern in patterns), span
-        if attribute:
+        if attribute and name.endswith(".py"):
             pkgutil.resolve_name(f"dfzsl.{name.removesuffix('.py').replace('/', '.')}:{attribute}")
         elif match := re.match(r"((?:dfzsl|dassl|torch)(?:\.\w+)+)\b", span):
             pkgutil.resolve_name(match[1])
