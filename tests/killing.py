@@ -18,6 +18,7 @@ from pathlib import Path
 
 import sklearn.linear_model  # noqa: F401 (imported here once, and not by every attempt)
 import test_extract
+from dassl.utils import load_checkpoint
 from scipy.sparse import linalg  # noqa: F401
 
 from dfzsl import launch, train
@@ -131,8 +132,11 @@ def run(words: list[str], output: str, log: Path) -> None:
     folder = Path(output)
 
     def epoch_done(trainer: base.CLIPTrainer) -> bool:
-        kept = folder / "prompt_learner" / "checkpoint"
-        return kept.exists() and int(kept.read_text(encoding="utf-8").split("-")[-1]) > trainer.epoch
+        kept = folder / "prompt_learner"
+        if not (kept / "checkpoint").exists():
+            return False
+        last = kept / (kept / "checkpoint").read_text(encoding="utf-8").strip()
+        return load_checkpoint(str(last))["epoch"] > trainer.epoch
 
     def there(name: str) -> Callable[..., bool]:
         return lambda *_: (folder / name).exists()

@@ -17,6 +17,7 @@ from dfzsl.toolbox import add_keys, keys_of, register
 from .classifier import Classifier
 from .flpt import FLPT
 from .pipeline import StageThreeSettings, build_classifier
+from .stages import checked
 
 add_keys("TRAINER.DFZSL", FLPT=True, NEW_CLASSES=())
 add_keys("GENERATOR", **keys_of(StageThreeSettings))
@@ -87,7 +88,8 @@ class DFZSL(FLPT):
         if not self.tuned:
             return self.backbone.class_features(classnames, [self.template])
         self.set_model_mode("eval")
-        return self.text_features(classnames).detach()
+        rows = self.text_features(classnames).detach()
+        return checked(rows, "stage 2 (FLPT)", "tuned text feature", classnames)
 
     @torch.enable_grad()
     def generate(self) -> Classifier:

@@ -139,10 +139,7 @@ def _rows_through(boundary: Tensor, own: Tensor, other: Tensor, starts: Tensor) 
     blocks of single classes, which hold all but the coupling of neighbours.
     """
     classes, d = starts.shape
-    signs = (
-        torch.zeros(len(boundary), classes).scatter_(1, own[:, None], 1.0).scatter_(1, other[:, None], -1.0)
-    )
-    near = [boundary[sign != 0] for sign in signs.T]
+    near = [boundary[(own == c) | (other == c)] for c in range(classes)]
     blocks = torch.stack([x.T @ x for x in near])
     ridge = 1e-4 * blocks.diagonal(dim1=1, dim2=2).mean() * torch.eye(d)
     inverses = torch.linalg.inv(blocks + ridge)
@@ -150,8 +147,8 @@ def _rows_through(boundary: Tensor, own: Tensor, other: Tensor, starts: Tensor) 
     centred = centred / centred.norm()
 
     def normal(rows: Tensor) -> Tensor:
-        residual = ((boundary @ rows.T) * signs).sum(1, keepdim=True)
-        return (signs * residual).T @ boundary
+        pushed = ((rows[own] - rows[other]) * boundary).sum(1, keepdim=True) * boundary
+        return torch.zeros_like(rows).index_add_(0, own, pushed).index_add_(0, other, pushed, alpha=-1)
 
     def project(rows: Tensor) -> Tensor:
         return rows - (rows * centred).sum() * centred

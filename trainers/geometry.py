@@ -17,6 +17,7 @@ from torch import Tensor
 from dfzsl.errors import UserError
 
 from . import vmf
+from .stages import AT_ONCE, unit
 
 COHERENCE = 0.88
 CONE = 0.92
@@ -29,13 +30,17 @@ def paper_concentration(text: Tensor) -> float:
     """
     if len(text) < 2:
         raise UserError("the paper's concentration rule compares classes: it needs at least two")
-    cosine = (text.double() @ text.double().T).fill_diagonal_(-1)
-    theta = torch.acos(cosine.max().clamp(max=1))
+    nearest = -1.0
+    for rows in torch.arange(len(text)).split(max(1, AT_ONCE // len(text))):
+        cosine = text[rows].double() @ text.double().T
+        cosine[torch.arange(len(rows)), rows] = -1
+        nearest = max(nearest, float(cosine.max()))
+    theta = math.acos(min(nearest, 1.0))
     if theta < 1e-4:
         raise UserError(
             "two classes have the same text features: the paper's concentration is infinite there"
         )
-    return 36 / float(theta) ** 2
+    return 36 / theta**2
 
 
 def geometry_concentration(d: int, coherence: float = COHERENCE) -> float:
@@ -66,5 +71,6 @@ def class_directions(weight: Tensor, common: Tensor, cone: float = CONE) -> Tens
     """
     if not 0 <= cone < 1:
         raise UserError(f"RECOVERY.CONE must be at least 0 and less than 1, got {cone}")
-    deviation = F.normalize(weight - (weight @ common)[:, None] * common, dim=1)
+    weight = unit(weight)
+    deviation = unit(weight - (weight @ common)[:, None] * common)
     return F.normalize(cone * common + math.sqrt(1 - cone * cone) * deviation, dim=1)

@@ -15,10 +15,12 @@ from dfzsl.errors import UserError
 from .classifier import Classifier, check_new_names, fit_rows, text_shift
 from .generators import build_generator
 from .generators.base import device_generator
+from .stages import AT_ONCE, checked
 
 if TYPE_CHECKING:
     from .recovery import VirtualClasses
 
+STAGE = "stage 3 (generation)"
 MAX_GENERATED = 200_000  # features held at once; with thousands of new classes each gets fewer
 
 
@@ -95,7 +97,9 @@ def build_classifier(
     device = base_text.device
     rng = device_generator(generator, device)
     base_text, new_text = base_text.float(), new_text.to(base_text).float()
-    x, y = virtual.sample(settings.num_per_class, generator)
+    checked(base_text, STAGE, "text feature", base_classnames)
+    checked(new_text, STAGE, "text feature", new_classnames)
+    x, y = virtual.sample(min(settings.num_per_class, max(1, MAX_GENERATED // len(base_text))), generator)
     x, y = x.to(base_text), y.to(device)
     if shift is not None:
         shift = shift.to(x)
@@ -110,9 +114,10 @@ def build_classifier(
     if settings.calibrate and len(new) and len(base) > 1:
         bias = calibrate(x, y, base_text, len(new), settings, rng)
     is_new = torch.arange(len(base) + len(new), device=device) >= len(base)
+    names = [*base_classnames, *new_classnames]
     return Classifier(
-        weight=torch.cat([base, new]),
-        classnames=[*base_classnames, *new_classnames],
+        weight=checked(torch.cat([base, new]), STAGE, "row of the classifier", names),
+        classnames=names,
         is_new=is_new,
         bias=bias * is_new,
         shift=shift,
@@ -141,7 +146,7 @@ def _train(
         model = build_generator(s.name, x.shape[1], base_text.shape[1], **own)
         model.fit(x, y, base_text, rng)
         count = min(s.num_generated, max(1, MAX_GENERATED // len(new_text)))
-        made = model.sample(new_text, count, rng)
+        made = checked(model.sample(new_text, count, rng), STAGE, f"feature made by '{s.name}'")
         labels = torch.arange(len(base_text), len(base_text) + len(new_text), device=y.device)
         x, y = torch.cat([x, made]), torch.cat([y, labels.repeat_interleave(count)])
         rows = torch.cat([base_text, new_text])
@@ -235,8 +240,12 @@ def calibrate(
 
 def _margins(x: Tensor, y: Tensor, base: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """By how much the best base class beats the best new one, and whether the best of y's own part is y."""
-    base_top, base_class = (x @ base.T).max(1)
-    new_top, new_class = (x @ new.T).max(1)
+    few = max(1, AT_ONCE // max(len(base), len(new)))
+    tops = [((part @ base.T).max(1), (part @ new.T).max(1)) for part in x.split(few)]
+    (base_top, base_class), (new_top, new_class) = (
+        (torch.cat([top.values for top in part]), torch.cat([top.indices for top in part]))
+        for part in zip(*tops, strict=True)
+    )
     return base_top - new_top, torch.where(y < len(base), base_class == y, new_class + len(base) == y)
 
 

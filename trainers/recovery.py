@@ -28,8 +28,10 @@ from .geometry import (
     paper_concentration,
 )
 from .oracles import Oracle
+from .stages import AT_ONCE, checked, unit
 from .vmf import VonMisesFisher
 
+STAGE = "stage 1 (recovery)"
 METHODS = ("closed_form", "moments", "simulator", "gmm", "generator")
 
 
@@ -124,17 +126,23 @@ class VirtualClasses:
 
     def sample(self, n_per_class: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Unit rows (C * n_per_class, d), class after class, and their labels."""
-        if self.network is None:
-            draws = VonMisesFisher(self.mu, self.kappa).sample((n_per_class,), generator)
-        else:
-            with torch.no_grad():
-                draws = self.network(self.mu, n_per_class, generator)
-        features = draws.transpose(0, 1).reshape(-1, self.mu.shape[1])
-        return features, torch.arange(len(self.mu)).repeat_interleave(n_per_class)
+        parts = []
+        few = max(1, AT_ONCE // (n_per_class * self.mu.shape[1]))
+        for mu, kappa in zip(self.mu.split(few), self.kappa.split(few), strict=True):
+            if self.network is None:
+                draws = VonMisesFisher(mu, kappa).sample((n_per_class,), generator)
+            else:
+                with torch.no_grad():
+                    draws = self.network(mu, n_per_class, generator)
+            parts.append(draws.transpose(0, 1).reshape(-1, self.mu.shape[1]))
+        features = parts[0] if len(parts) == 1 else torch.cat(parts)
+        labels = torch.arange(len(self.mu)).repeat_interleave(n_per_class)
+        return checked(features, STAGE, "virtual feature", self.classnames, labels), labels
 
     def kept(self, features: Tensor, labels: Tensor) -> Tensor:
         """(n,) bool: the recovered teacher assigns the draw to its own class (the paper's filter)."""
-        return (features @ self.weight.T).argmax(1) == labels
+        few = max(1, AT_ONCE // len(self.weight))
+        return torch.cat([(part @ self.weight.T).argmax(1) for part in features.split(few)]) == labels
 
     def ordered_as(self, classnames: Sequence[str]) -> VirtualClasses:
         """The same classes in the order of `classnames`. Raises UserError unless the names are the same."""
@@ -222,8 +230,10 @@ def recover(
     order = matching_order(oracle.classnames, names)
     if text.shape != (len(names), oracle.dim):
         raise UserError(f"text features have shape {tuple(text.shape)}, expected {(len(names), oracle.dim)}")
-    text = F.normalize(text.float(), dim=1)
-    all_text = text if new_text is None else torch.cat([text, F.normalize(new_text.float(), dim=1)])
+    text = checked(unit(text.float()), STAGE, "text feature", names)
+    all_text = text
+    if new_text is not None:
+        all_text = torch.cat([text, checked(unit(new_text.float()), f"{STAGE}, new classes", "text feature")])
     place = torch.argsort(order)
 
     def ask(x: Tensor) -> Tensor:
@@ -233,7 +243,7 @@ def recover(
     def rows() -> Tensor:
         if oracle.weight is not None:
             weight = oracle.weight[order].float()
-            return F.normalize(weight, dim=1) if oracle.normalized else weight
+            return unit(weight) if oracle.normalized else weight
         return extract_rows(
             ask,
             oracle.level,
@@ -249,6 +259,8 @@ def recover(
         rule = paper_concentration(all_text if options.method == "gmm" else text)
     else:
         rule = geometry_concentration(oracle.dim, options.coherence)
+    if not options.theta * rule < torch.finfo(torch.float32).max:
+        raise UserError(f"RECOVERY.THETA {options.theta} makes the concentration infinite; lower it")
     kappa = torch.full((len(names),), options.theta * rule)
 
     network = None
@@ -264,9 +276,10 @@ def recover(
     elif options.method == "gmm":
         mu = text
     elif options.directions == "teacher":
-        mu = F.normalize(weight, dim=1)
+        mu = unit(weight)
     else:
         mu = class_directions(weight, common_direction(all_text), options.cone)
+    checked(mu, STAGE, "mean direction", names)
     return VirtualClasses(
         mu, kappa, names, weight, oracle.queries, options.method, oracle.level, oracle.backbone, network
     )
@@ -311,7 +324,7 @@ def simulate_moments(weight: Tensor, text: Tensor, kappa: Tensor, options: Recov
     E (cos(x, mu_k) - cos(x, w_k))^2 = a |D_k|^2 + b (D_k.mu_c)^2, averaged over drawn class c and row k.
     """
     a, b = (t.float() for t in VonMisesFisher(text, kappa).second_moment)
-    weight = F.normalize(weight, dim=1)
+    weight = unit(weight)
     mu = nn.Parameter(text.clone())
 
     def loss() -> Tensor:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.errors import UserError
 from dfzsl.files import checked_names, load_tensors, save_tensors
+
+from .stages import checked, unit
 
 
 @dataclass
@@ -36,14 +37,14 @@ class Teacher:
             raise UserError(f"a teacher needs one weight row per class; got shape {shape} and {names} names")
         if len(set(self.classnames)) < len(self.classnames):
             raise UserError("a teacher's class names must differ from each other")
-        if not torch.isfinite(self.weight).all() or not self.weight.norm(dim=1).gt(0).all():
-            raise UserError("a teacher's weight rows must be finite and not zero")
+        checked(unit(self.weight), "the teacher", "row", self.classnames)
 
     def logits(self, x: Tensor) -> Tensor:
         """(n, C) logits of features x (n, d)."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight = self.weight.to(x)
         if self.normalized:
-            x, weight = F.normalize(x, dim=1), F.normalize(weight, dim=1)
+            x, weight = unit(x), unit(weight)
         return x @ weight.T
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -159,6 +159,7 @@ class VonMisesFisher(Distribution):
         if loc.dim() < 1 or not loc.is_floating_point():
             raise ValueError("loc must be a floating-point tensor of shape (..., d)")
         d = _checked_dimension(loc.shape[-1])
+        loc = loc.to(torch.promote_types(loc.dtype, torch.float32))  # a kappa of 1e5 is infinite in float16
         length = torch.linalg.vector_norm(loc, dim=-1, keepdim=True)
         if not (torch.isfinite(length).all() and (length > 0).all()):
             raise ValueError("loc must be finite and of non-zero length")

@@ -99,8 +99,10 @@ class FeatureGenerator(nn.Module):
         """Unit features (K * n, d), class-major, for conditions (K, c)."""
         raise NotImplementedError
 
-    def check(self, features: Tensor, labels: Tensor, conditions: Tensor) -> None:
-        """Raise UserError for shapes that do not fit, values not finite, or a class without features."""
+    def check(self, features: Tensor, labels: Tensor, conditions: Tensor) -> tuple[Tensor, Tensor]:
+        """Features and conditions in float32.
+
+        Raises UserError for shapes that do not fit, values not finite, or a class without features."""
         if features.dim() != 2 or features.shape[1] != self.feature_dim or labels.shape != features.shape[:1]:
             raise UserError(
                 f"a generator needs features (n, {self.feature_dim}) and labels (n,), "
@@ -116,6 +118,7 @@ class FeatureGenerator(nn.Module):
             raise UserError(f"labels must lie in 0 ... {len(conditions) - 1}, one for each condition")
         if (torch.bincount(labels, minlength=len(conditions)) == 0).any():
             raise UserError("every class the generator learns from needs at least one feature")
+        return features.float(), conditions.float()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         about = {
@@ -231,7 +234,7 @@ class NeuralGenerator(FeatureGenerator):
     def fit(
         self, features: Tensor, labels: Tensor, conditions: Tensor, generator: torch.Generator
     ) -> NeuralGenerator:
-        self.check(features, labels, conditions)
+        features, conditions = self.check(features, labels, conditions)
         device = features.device
         self.to(device)
         rng = device_generator(generator, device)
@@ -305,6 +308,6 @@ class NeuralGenerator(FeatureGenerator):
     @torch.no_grad()
     def sample(self, conditions: Tensor, n: int, generator: torch.Generator) -> Tensor:
         rng = device_generator(generator, conditions.device)
-        a = self.networks_input(conditions).repeat_interleave(n, 0)
+        a = self.networks_input(conditions.float()).repeat_interleave(n, 0)
         made = torch.cat([self.generate(part, rng) for part in a.split(8192)]) if len(a) else a
         return F.normalize(self.feature_mean + self.feature_scale * made, dim=1)

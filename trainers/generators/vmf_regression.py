@@ -42,7 +42,7 @@ class VMFRegression(FeatureGenerator):
     def fit(
         self, features: Tensor, labels: Tensor, conditions: Tensor, generator: torch.Generator
     ) -> VMFRegression:
-        self.check(features, labels, conditions)
+        features, conditions = self.check(features, labels, conditions)
         self.to(features.device)
         means = class_means(features, labels, len(conditions))
         self.feature_mean.copy_(means.mean(0))
@@ -51,20 +51,18 @@ class VMFRegression(FeatureGenerator):
         same_space = self.feature_dim == self.condition_dim
         rho = ((m * t).sum() / t.square().sum().clamp(min=1e-12)).clamp(min=0) if same_space else 0.0
         residual = m - rho * t if same_space else m
-        gram = t @ t.T
-        identity = torch.eye(len(t), device=t.device)
-        best, dual, left_out = float("inf"), torch.zeros_like(m), residual
+        left, length, right = torch.linalg.svd(t, full_matrices=False)
+        target = left.T @ residual
+        best, left_out = float("inf"), residual
         for ridge in RIDGES:
-            if ridge == float("inf") or len(t) < 2:
-                alpha, error = torch.zeros_like(m), residual
-            else:
-                inverse = torch.linalg.inv(gram + ridge * gram.diagonal().mean().clamp(min=1e-12) * identity)
-                alpha = inverse @ residual
-                # Leave-one-out residuals of a linear smoother (Craven and Wahba 1979).
-                error = alpha / inverse.diagonal()[:, None]
+            kept = length**2 + ridge * t.square().sum(1).mean().clamp(min=1e-12)
+            share = length**2 / kept  # of each singular direction that the ridge leaves; 0 at infinity
+            # Leave-one-out residuals of a linear smoother (Craven and Wahba 1979).
+            own = (left.square() * share).sum(1, keepdim=True)
+            error = (residual - left @ (share[:, None] * target)) / (1 - own)
             if (loss := float(error.square().sum())) < best:
-                best, dual, left_out = loss, alpha, error
-        self.map.copy_(t.T @ dual)
+                best, left_out = loss, error
+                self.map.copy_(right.T @ ((length / kept)[:, None] * target))
         if same_space:
             self.map += rho * torch.eye(self.feature_dim, device=t.device)
         predicted = F.normalize(means - left_out, dim=1)
@@ -74,7 +72,7 @@ class VMFRegression(FeatureGenerator):
 
     def predict(self, conditions: Tensor) -> VonMisesFisher:
         """The distributions of classes with these conditions (K, c)."""
-        loc = self.feature_mean + (conditions - self.condition_mean) @ self.map
+        loc = self.feature_mean + (conditions.float() - self.condition_mean) @ self.map
         return VonMisesFisher(loc, self.kappa)
 
     @torch.no_grad()
