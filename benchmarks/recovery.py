@@ -63,7 +63,8 @@ class RealSet:
             features = F.normalize(torch.from_numpy(file[f"x_{split}"].astype("float32")), dim=1)
             return features[labels < classes], labels[labels < classes]
 
-        self.teacher = fit_teacher(*base("val"), self.classnames)
+        self.train = base("val")
+        self.teacher = fit_teacher(*self.train, self.classnames)
         self.test = base("test")
         self.means, self.kappa = vmf.fit_classes(*self.test, classes)
         self.common = F.normalize(self.means.mean(0), dim=0)

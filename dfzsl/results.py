@@ -66,7 +66,7 @@ def write_results(path: str | os.PathLike[str], cfg: Any, **measured: Any) -> No
             "shots": cfg.DATASET.NUM_SHOTS,
             "seed": cfg.SEED,
             **measured,
-            "config": cfg.dump(),
+            "config": _without_home(cfg.dump()),
             "versions": _versions(),
         },
     )
@@ -82,6 +82,12 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path}: schema {results['schema']}, this version reads {SCHEMA}; delete it to repeat the run"
         )
     return results
+
+
+def _without_home(text: str) -> str:
+    """Results are passed on: a path below the home folder begins with ~, and names no user."""
+    home = str(Path.home())
+    return text.replace(f"{home}/", "~/") if len(home) > 1 else text
 
 
 def _versions() -> dict[str, str]:
