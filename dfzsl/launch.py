@@ -187,7 +187,7 @@ class Job:
             / self.protocol
             / part
             / name
-            / f"shots_{self.shots_seen if self.shots_seen > 0 else 'all'}"
+            / f"shots_{'all' if self.shots_seen < 0 else self.shots_seen}"
             / self.method.name
             / config
             / f"seed{self.seed}"
@@ -195,9 +195,10 @@ class Job:
 
     @property
     def shots_seen(self) -> int:
-        """Images a class behind this job: the teacher's where it learns from the teacher. Below 1: all."""
-        owner = self.method.trainer == OWNER or self.method.data_free
-        return self.teacher_shots if owner else self.shots
+        """Images a class behind this job: the teacher's where it learns from the teacher. -1: all."""
+        if self.method.trainer == OWNER or self.method.data_free:
+            return self.teacher_shots
+        return self.shots if self.method.type.trains else 0
 
     @property
     def teacher(self) -> Job:
@@ -404,14 +405,17 @@ def _errors_into(path: Path) -> Iterator[None]:
 
 def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path) -> None:
     """Run the jobs on `workers` processes and show their progress. Failures are in each job's failed.txt."""
-    import submitit
-
     open_jobs = [job for job in jobs if not job.finished]
     # By all jobs, not by those still open: the number of threads can decide the last bit of a sum, and a
     # sweep that goes on has to end as one that was never interrupted.
     share = (os.cpu_count() or 1) // min(workers, len(jobs))
     threads = max(1, min(share, torch.get_num_threads()))
     workers = min(workers, len(open_jobs))
+    if sys.platform == "win32":  # submitit needs Unix
+        work(open_jobs, threads)
+        return
+    import submitit
+
     folder = output / ".workers" / str(os.getpid())
     executor = submitit.AutoExecutor(folder=folder, cluster=launcher)
     executor.update_parameters(timeout_min=7 * 24 * 60, cpus_per_task=threads)
@@ -493,14 +497,23 @@ def plan(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
+def shots(word: str) -> int:
+    """A number of images, or -1 for all. Raises ValueError for another."""
+    if (number := int(word)) < 1 and number != -1:
+        raise ValueError
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m dfzsl.launch", description=__doc__.splitlines()[0])
     flags.add_argument("protocol", choices=PROTOCOLS)
     flags.add_argument("--methods", default="", help="all, or TRAINER[@virtual][:CONFIG][+VARIANT],...")
     flags.add_argument("--root", default=os.environ.get("DATA", "data"), help="data folder (or env DATA)")
     flags.add_argument("--output", default="output", help="where all runs and tables go")
-    flags.add_argument("--shots", type=int, default=16, help="images a class, for training on images")
-    flags.add_argument("--teacher-shots", type=int, default=-1, help="images a class for the owner; -1: all")
+    flags.add_argument("--shots", type=shots, default=16, help="images a class for training; -1: all")
+    flags.add_argument(
+        "--teacher-shots", type=shots, default=-1, help="images a class for the owner; -1: all"
+    )
     flags.add_argument("--launcher", choices=("local", "slurm"), default="local")
     flags.add_argument("--workers", type=int, default=0, help="runs at a time; 0: as GPUs or cores allow")
     flags.add_argument(

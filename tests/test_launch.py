@@ -29,6 +29,14 @@ def test_folders_are_laid_out_as_coop_lays_them_out(tmp_path):
     ]
 
 
+def test_a_folder_says_how_many_images_of_a_class_were_seen(tmp_path):
+    planned = jobs("--methods", "CoOp,DFZSL,ZeroshotCLIP", "--output", str(tmp_path), "imagenet", "2")
+    seen = [folder.parts[-4] for job in planned for folder, _ in job.parts()[:1]]
+    assert seen == ["shots_16", "shots_all", "shots_0"]
+    with pytest.raises(SystemExit):
+        jobs("--shots", "0", "imagenet")
+
+
 def test_the_new_classes_are_tested_with_the_model_of_the_base_classes(tmp_path):
     (job,) = jobs("--methods", "CoOp", "--output", str(tmp_path), "imagenet", "1")
     (train_folder, train_words), (_, test_words) = job.parts()

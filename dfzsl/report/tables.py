@@ -174,15 +174,14 @@ def _differences(done: dict[str, list[Outcome]], datasets: tuple[str, ...]) -> l
     """What makes a comparison of the methods unequal, and what the runs say of themselves."""
     notes = []
     every_seed = {outcome.seed for runs in done.values() for outcome in runs}
+    unequal: dict[str, list[str]] = defaultdict(list)
     for label, runs in done.items():
         for dataset in datasets:
             seeds = {outcome.seed for outcome in runs if outcome.dataset == dataset}
             if missing := _listed(every_seed - seeds):
                 where = f" on {dataset}" if len(datasets) > 1 else ""
-                notes.append(
-                    f"{label}: no result for seed {missing}{where}; averaged over {_listed(seeds)}, "
-                    "unlike the others"
-                )
+                unequal[f"no result for seed {missing}{where}; averaged over {_listed(seeds)}"].append(label)
+    notes += [f"{', '.join(labels)}: {what}, unlike the others" for what, labels in unequal.items()]
     if len(_backbones(done)) > 1:
         notes += [
             f"{label}: backbone {', '.join(sorted(_backbones({label: done[label]})))}" for label in done
