@@ -60,7 +60,7 @@ def plain_features(backbone: Backbone, names: list[str], context: Tensor) -> Ten
 
 def resident(field: str) -> int:
     """Bytes of this process: VmRSS now, VmHWM at the peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace) -> None:
         before = torch.cuda.memory_allocated()
     else:
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak counts from here
     clock = time.perf_counter if args.device == "cuda" else time.process_time
     seconds = []
     for _ in range(args.repeat):

@@ -275,11 +275,18 @@ def encode_datums(
     paths = [datum.impath for datum in datums]
     whole = directory / f"{_key(backbone, transform, paths)}.safetensors"
     if not whole.exists():
-        _encode(backbone, paths, transform, whole, batch_size, num_workers, torch.device(device))
+        try:
+            _encode(backbone, paths, transform, whole, batch_size, num_workers, torch.device(device))
+        except OSError as error:
+            raise UserError(
+                f"the feature cache {directory} cannot be written ({error}); set the environment variable "
+                "DFZSL_CACHE to a folder that can"
+            ) from None
     # By the process that joins them, or by the next one if that was killed here.
-    for part in _parts(whole, len(paths)).values():
-        if part.exists():
-            part.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a cache that is read-only by now
+        for part in _parts(whole, len(paths)).values():
+            if part.exists():
+                part.unlink(missing_ok=True)
     return _part(whole, "image features", (len(datums), backbone.dim))
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -49,6 +48,10 @@ def peak_memory() -> int:
     """Highest memory of this process so far in bytes: of the GPU where one is used, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0  # it has no such count
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

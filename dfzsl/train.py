@@ -161,13 +161,19 @@ def explain(error: BaseException) -> str | None:
     """One line for an error that the user can do something about; None for a defect of the program."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+    said = str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in said:
         return (
-            "out of memory; lower DATALOADER.TRAIN_X.BATCH_SIZE, DATALOADER.TEST.BATCH_SIZE or "
-            "--shots, or use a smaller backbone"
+            "out of memory; lower DATALOADER.TRAIN_X.BATCH_SIZE, DATALOADER.TEST.BATCH_SIZE, "
+            "RECOVERY.NUM_PER_CLASS or --shots, or use a smaller backbone"
+        )
+    if isinstance(error, RuntimeError) and ("DataLoader worker" in said or "shared memory" in said):
+        return (
+            "a process that decodes images died, most likely for want of memory or of shared memory "
+            "(/dev/shm); set DATALOADER.NUM_WORKERS 0, or --workers 0"
         )
     if isinstance(error, OSError | pickle.UnpicklingError):
-        return str(UserError(str(error)))
+        return str(UserError(said))
     return None
 
 

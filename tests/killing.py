@@ -6,6 +6,7 @@ must hold no thread and no random state that matters: it imports, and forks.
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 
 import sklearn.linear_model  # noqa: F401 (imported here once, and not by every attempt)
@@ -71,6 +73,19 @@ def _attempt(target: Callable[..., None], args: tuple, folder: str, fault: str, 
     target(*args)
 
 
+@functools.cache
+def _start_server() -> None:
+    """It finds the modules of this folder by the path it is started with."""
+    paths = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    try:
+        forkserver.ensure_running()
+    finally:
+        del os.environ["PYTHONPATH"]
+        if paths is not None:
+            os.environ["PYTHONPATH"] = paths
+
+
 def attempt(
     target: Callable[..., None],
     *args: object,
@@ -84,6 +99,7 @@ def attempt(
     `fault` "operation" or "byte" kills it at the `at`-th file operation in `folder` or byte of a file. After
     `after` seconds it is killed whatever it does. An error in it fails the test.
     """
+    _start_server()
     process = SERVER.Process(target=_attempt, args=(target, args, str(folder), fault, at))
     process.start()
     process.join(after)

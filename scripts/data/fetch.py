@@ -40,7 +40,7 @@ def download(url: str, path: Path, checksum: str = "") -> Path:
     if part.exists() and tag.exists():
         # If the file has changed since, the server then sends all of it.
         request.add_header("Range", f"bytes={part.stat().st_size}-")
-        request.add_header("If-Range", tag.read_text())
+        request.add_header("If-Range", tag.read_text(encoding="utf-8"))
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             if answer.headers.get_content_type() == "text/html":
@@ -52,7 +52,7 @@ def download(url: str, path: Path, checksum: str = "") -> Path:
             length = answer.headers["Content-Length"]
             total = done + int(length) if length else None
             if answer.headers["ETag"]:
-                tag.write_text(answer.headers["ETag"])
+                tag.write_text(answer.headers["ETag"], encoding="utf-8")
             else:
                 tag.unlink(missing_ok=True)
             with (

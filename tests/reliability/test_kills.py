@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import sys
 import threading
@@ -35,17 +34,6 @@ from dfzsl.trainers.teacher import Teacher, fit_teacher
 
 KILLS = 50
 NAMES = [f"{pattern} {shape}" for pattern in ("striped", "dotted", "plain") for shape in ("star", "circle")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fork_server():
-    """The server finds this folder's modules by the path it is started with."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        from multiprocessing.forkserver import ensure_running
-
-        ensure_running()
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,11 @@ def save_checkpoint(
 def _save(state: dict[str, Any], path: str) -> None:
     # Given a name, torch writes it into the file; given a file it does not, and equal states are equal bytes.
     with open(path, "wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # Of a write that failed (the disk is full) torch tells only that its archive came out wrong.
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def load_checkpoint(fpath: str) -> Any:

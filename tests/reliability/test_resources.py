@@ -1,0 +1,309 @@
+"""Machines that lack something: disk, memory, shared memory, network, rights, or Unix."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import os
+import pickle
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import fake_data
+import killing
+import numpy as np
+import pytest
+import torch
+from conftest import write_features
+from dassl.config import get_cfg_default
+from dassl.data.transforms import build_transform
+from dassl.utils import save_checkpoint
+
+from dfzsl import files, launch, train
+from dfzsl.datasets import extract, features
+from dfzsl.datasets.features import _Images
+from dfzsl.errors import UserError
+from dfzsl.files import atomic, load_tensors, save_tensors, write_json
+from dfzsl.launch import CONFIGS
+from dfzsl.results import CHANGING, peak_memory
+from dfzsl.trainers.backbone import load_backbone
+
+ROOT = Path(__file__).parents[2]
+PRODUCT = [
+    path
+    for folder in ("dfzsl", "trainers", "datasets", "configs", "scripts", "benchmarks", "compat/dassl/dassl")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+] + [ROOT / "train.py", ROOT / "setup.py"]
+
+
+def words(folder: Path, trainer: str, output: str, **keys: object) -> list[str]:
+    given = ["--trainer", trainer, "--root", str(folder / "animals.npz"), "--seed", "1"]
+    given += ["--dataset-config-file", str(CONFIGS / "datasets" / "features.yaml")]
+    given += ["--output-dir", str(folder / output), "DATASET.SUBSAMPLE_CLASSES", "base"]
+    settings = {
+        "RECOVERY.NUM_PER_CLASS": 8,
+        "GENERATOR.NAME": "vmf",
+        "GENERATOR.CLASSIFIER_STEPS": 10,
+        **keys,
+    }
+    return given + [str(word) for pair in settings.items() for word in pair]
+
+
+@pytest.fixture
+def world(tmp_path) -> Path:
+    write_features(tmp_path / "animals.npz", per_class=8)
+    return tmp_path
+
+
+def one_line(run, capfd) -> str:
+    """The one line that a failing command prints; its exit code is 2."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as left:
+        train.cli(run)
+    said = capfd.readouterr().err.splitlines()
+    errors = [line for line in said if line.startswith("error: ")]
+    assert left.value.code == 2 and len(errors) == 1 and "Traceback" not in "\n".join(said)
+    return errors[0]
+
+
+def results(path: Path) -> dict:
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {key: value for key, value in found.items() if key not in (*CHANGING, "versions", "config")}
+
+
+def test_a_full_disk_at_each_file_in_turn(world, monkeypatch, capfd, tried):
+    """Every write of a run fails once; the run is given again each time, and ends as one on an empty disk."""
+    train.main(words(world, "TeacherZeroshot", "owner"))
+    given = words(world, "DFZSL", "whole", **{"TEACHER.FILE": world / "owner" / "teacher.safetensors"})
+    train.main(given)
+    given[given.index(str(world / "whole"))] = str(world / "full")
+    failed = 0
+    real = files.os.open
+    for budget in range(1, 100):
+        seen = 0
+
+        def scarce(path, flags, *args, **kwargs):
+            nonlocal seen
+            if flags & os.O_CREAT and str(path).startswith(str(world)):
+                seen += 1
+                if seen >= budget:  # noqa: B023
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), os.fspath(path))
+            return real(path, flags, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files.os, "open", scarce)
+            try:
+                train.main(given)
+            except OSError as error:
+                failed += 1
+                assert "No space left" in train.explain(error)
+            else:
+                break
+    assert failed >= 4
+    for name in ("virtual.safetensors", "classifier.safetensors"):
+        assert (world / "full" / name).read_bytes() == (world / "whole" / name).read_bytes()
+    assert results(world / "full" / "results.json") == results(world / "whole" / "results.json")
+    assert not [path for path in (world / "full").rglob(".*.tmp")]
+    tried("machine", "disk full at each file in turn", failed, "one line; then the same bytes")
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, 5_000])
+@pytest.mark.parametrize("what", ["json", "tensors", "checkpoint"])
+def test_a_disk_that_is_full_within_a_file(size, what, tmp_path, tried):
+    """The limit of the kernel on a file's size stands for the disk: C and Rust code meet it too."""
+    assert killing.attempt(_write, what, tmp_path, size, folder=tmp_path)
+    left = [path.name for path in tmp_path.rglob("*") if path.is_file()]
+    assert left == ["said.txt"]
+    said = (tmp_path / "said.txt").read_text(encoding="utf-8")
+    assert "too large" in said and "\n" not in said
+    tried(
+        "machine", "disk full within a file (JSON, tensors, checkpoints)", 12, "one line, nothing left behind"
+    )
+
+
+def _write(what: str, folder: Path, size: int) -> None:
+    import resource
+
+    tensors = {"x": torch.zeros(100, 100)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        if what == "json":
+            write_json(folder / "a.json", ["x" * 10_000])
+        elif what == "tensors":
+            save_tensors(folder / "a.safetensors", tensors, {"kind": "test"})
+        else:
+            state = {"state_dict": tensors, "epoch": 1}
+            save_checkpoint(state, str(folder))
+    except Exception as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        said = train.explain(error) or f"a traceback\n{type(error)} {error}"
+        (folder / "said.txt").write_text(said, encoding="utf-8")
+
+
+def test_folders_that_cannot_be_written(world, capfd, monkeypatch, tried):
+    (world / "file").write_text("in the way")
+    said = one_line(lambda: train.main(words(world, "ZeroshotCLIP", "file/output")), capfd)
+    assert "file/output" in said or "Not a directory" in said
+    data = extract.open_dataset("oxford_pets", str(fake_data.make("OxfordPets", world / "data")))
+    output = world / "pets.safetensors"
+
+    def encode(cache: Path) -> None:
+        extract.extract(data, killing.test_extract.Backbone(), output, num_workers=0, cache_dir=cache)
+
+    assert "set the environment variable DFZSL_CACHE" in one_line(lambda: encode(world / "file"), capfd)
+    real = os.open
+
+    def read_only(path, flags, *args, **kwargs):
+        if flags & os.O_CREAT:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(path))
+        return real(path, flags, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "open", read_only)
+        assert "Read-only file system" in one_line(lambda: encode(world / "cache"), capfd)
+    encode(world / "cache")
+    tried("machine", "output folder or cache that cannot be written", 3, "one line that names the way out")
+
+
+OUT_OF_MEMORY = {
+    "python": MemoryError(),
+    "numpy": lambda: np.zeros(2**52, dtype="float64"),
+    "torch, CPU": lambda: torch.empty(2**60, dtype=torch.uint8),
+    "torch, GPU": torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+}
+
+
+@pytest.mark.parametrize("who", OUT_OF_MEMORY)
+def test_out_of_memory_names_the_knobs(who, world, monkeypatch, capfd, tried):
+    def exhausted(self) -> None:
+        error = OUT_OF_MEMORY[who]
+        if isinstance(error, Exception):
+            raise error
+        error()
+
+    monkeypatch.setattr(launch.TRAINER_REGISTRY.get("TeacherZeroshot"), "train", exhausted)
+    said = one_line(lambda: train.main(words(world, "TeacherZeroshot", "output")), capfd)
+    for knob in ("DATALOADER.TRAIN_X.BATCH_SIZE", "DATALOADER.TEST.BATCH_SIZE", "RECOVERY.NUM_PER_CLASS"):
+        assert knob in said
+    tried(
+        "machine", "out of memory (Python, numpy, torch, GPU)", len(OUT_OF_MEMORY), "one line, with the knobs"
+    )
+
+
+class Deadly:
+    """A picture's transform that ends its process, as a full /dev/shm does."""
+
+    def __call__(self, image: object) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGBUS)
+        return torch.zeros(3)
+
+
+def test_a_loader_process_that_dies(tmp_path, capfd, tried):
+    data = extract.open_dataset("oxford_pets", str(fake_data.make("OxfordPets", tmp_path)))
+
+    def encode() -> None:
+        features.encode_datums(killing.test_extract.Backbone(), data.test, Deadly(), num_workers=2)
+
+    said = one_line(encode, capfd)
+    assert "/dev/shm" in said and "DATALOADER.NUM_WORKERS 0" in said
+    error = RuntimeError(
+        "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+    )
+    assert "DATALOADER.NUM_WORKERS 0" in train.explain(error)
+    tried("machine", "/dev/shm missing or full: a loader process dies", 2, "one line that names NUM_WORKERS")
+
+
+def test_no_network(monkeypatch, capfd, tried, tmp_path):
+    def unreachable(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for tag in ("openai", "laion400m_e32"):
+        said = one_line(lambda: load_backbone("ViT-B-32", tag), capfd)  # noqa: B023
+        assert "cannot fetch the weights" in said and "MODEL.BACKBONE.WEIGHTS /path/to/file" in said
+    tried("machine", "no network: weights that are not there", 2, "one line that says where to get them")
+
+
+# ---------------------------------------------------------------- other systems
+
+
+def calls(tree: ast.AST):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            yield node, name
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_text_file_names_its_encoding(path):
+    """Windows reads and writes text in the code page of its country unless told otherwise."""
+    for node, name in calls(ast.parse(path.read_text(encoding="utf-8"))):
+        opens = isinstance(node.func, ast.Name) and name == "open"
+        if not (opens or (isinstance(node.func, ast.Attribute) and name in ("read_text", "write_text"))):
+            continue
+        given = {keyword.arg for keyword in node.keywords}
+        modes = [arg.value for arg in node.args[1:] if isinstance(arg, ast.Constant)]
+        binary = opens and any("b" in str(mode) for mode in modes)
+        chosen = opens and len(node.args) > 1 and not isinstance(node.args[1], ast.Constant)
+        assert binary or chosen or "encoding" in given, f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_that_only_unix_has_is_imported_or_called(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {alias.name for node in top for alias in node.names} | {
+        getattr(node, "module", "") for node in top
+    }
+    assert not names & {"resource", "fcntl", "pwd", "grp", "termios"}
+    called = {name for _, name in calls(tree)}
+    assert not called & {"fork", "killpg", "setsid", "umask", "mkfifo", "getuid", "chown"}
+
+
+def test_memory_is_not_measured_where_it_cannot_be(monkeypatch):
+    assert peak_memory() > 0
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_memory() == 0
+
+
+def test_a_sweep_without_submitit(world, monkeypatch):
+    """On Windows the command itself is the worker."""
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.setattr(launch.sys, "platform", "win32")
+    given = ["base2new", "--methods", "ZeroshotCLIP", f"features:{world / 'animals.npz'}", "1"]
+    jobs = launch.plan(launch.parser().parse_intermixed_args([*given, "--output", str(world / "out")]))
+    launch.launch(jobs, "local", 2, 0, world / "out")
+    assert jobs[0].finished
+    windows = [str(path.relative_to(world)) for path in (world / "out").rglob("*")]
+    assert not [name for name in windows if set(name) & set('<>:"|?*')]
+
+
+def test_what_loader_processes_get_can_be_sent_to_them():
+    """macOS and Windows start them afresh, so everything goes through pickle."""
+    cfg = get_cfg_default()
+    for transform in (load_backbone("shapes").transform, *(build_transform(cfg, is_train=k) for k in (0, 1))):
+        pickle.loads(pickle.dumps(_Images(["a.jpg"], transform)))
+
+
+def test_new_files_have_the_rights_that_files_have_here(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "a.json", 1)
+        save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {"kind": "test"})
+        with atomic(tmp_path / "a.txt") as temporary:
+            temporary.write_text("a", encoding="utf-8")
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {"0o640"}
+    assert load_tensors(tmp_path / "a.safetensors", "test")[0]["x"].item() == 0
+
+
+def test_a_mistake_is_told_apart_from_a_defect():
+    assert train.explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert train.explain(UserError("two\nlines")) is not None
