@@ -147,10 +147,10 @@ def directions_table(sets: list[RealSet]) -> str:
         estimates = {
             "text": data.text,
             "teacher's rows": weight,
-            "geometry (shipped)": class_directions(weight, neutral, CONE),
-            "geometry, cone left out": class_directions(weight, neutral, cone),
-            "geometry, image cone of the other sets": class_directions(weight, elsewhere, cone),
-            "geometry, own image cone (oracle)": class_directions(weight, data.common, data.cone),
+            "geometry (shipped)": class_directions(weight, data.text, neutral, CONE),
+            "geometry, cone left out": class_directions(weight, data.text, neutral, cone),
+            "geometry, image cone of the other sets": class_directions(weight, data.text, elsewhere, cone),
+            "geometry, own image cone (oracle)": class_directions(weight, data.text, data.common, data.cone),
         }
         truth = data.means - data.means.mean(0)
         features, labels = data.test

@@ -14,8 +14,9 @@ from scipy.optimize import minimize
 
 from dfzsl.errors import UserError
 from dfzsl.files import save_tensors
+from dfzsl.trainers import pipeline
 from dfzsl.trainers.backbone import load_backbone
-from dfzsl.trainers.classifier import Classifier, fit_rows, minimise, text_shift
+from dfzsl.trainers.classifier import Classifier, fit_rows, minimise, shift_reliability, text_shift
 from dfzsl.trainers.generators import GENERATORS
 from dfzsl.trainers.pipeline import StageThreeSettings, build_classifier, calibrate, choose_generator
 from dfzsl.trainers.pipeline import _curve as curve
@@ -200,6 +201,18 @@ class TestFits:
         before, after = (F.cross_entropy(x @ rows.T / 0.01, y) for rows in (text, moved))
         assert after < 0.7 * before
 
+    def test_a_shift_is_trusted_as_far_as_classes_agree_on_it(self):
+        """Texts that are right, texts displaced each by its own vector, and all by the same."""
+        g = rng(4)
+        cone = torch.eye(DIM)[0]
+        true, off = (unit((torch.randn(24, DIM, generator=g)) * (1 - cone)) for _ in range(2))
+        means = unit(cone + 0.4 * true)
+        virtual = VirtualClasses(means, torch.full((24,), 300.0), [str(i) for i in range(24)], weight=true)
+        x, y = virtual.sample(50, g)
+        trust = [shift_reliability(x, y, unit(true + o), g) for o in (0 * off, 2 * off, 2 * off[:1])]
+        assert 0 <= trust[0] < 0.2 and 0 <= trust[1] < 0.6 and 0.65 < trust[2] <= 1
+        assert shift_reliability(x[y < 3], y[y < 3], true[:3], g) == 0
+
     def test_divergence_is_a_clear_error(self):
         x = torch.full((4, 3), math.inf)
         with pytest.raises(UserError, match="the classifier diverged"):
@@ -232,6 +245,35 @@ class TestStageThree:
         assert c.weight.shape == (BASE + NEW, DIM)
         assert torch.allclose(c.weight.norm(dim=1), torch.ones(BASE + NEW), atol=1e-5)
         assert not torch.allclose(c.weight[BASE:], unit(world[2]), atol=1e-3)
+
+    def test_new_classes_get_the_trusted_part_of_the_shift(self, world):
+        c = build(world, calibrate=False)
+        virtual, base_text, new_text, *_ = world
+        assert torch.allclose(c.weight[BASE:], unit(new_text + c.text_shift), atol=1e-6)
+        x, y = virtual.sample(40, rng(1))
+        assert 0 < c.text_shift.norm() < text_shift(x, y, base_text, rng(1)).norm()
+
+    def test_rehearsals_for_the_generator_use_the_untuned_text(self, world, monkeypatch):
+        virtual, base_text, new_text, names, _ = world
+        seen = []
+
+        def choose(x, y, text, *_):
+            seen.append((x, text))
+            return "none"
+
+        monkeypatch.setattr(pipeline, "choose_generator", choose)
+        for shift in (None, torch.ones(DIM)):
+            build_classifier(
+                virtual,
+                base_text.flip(1),
+                new_text,
+                new_classnames=names[BASE:],
+                untuned_text=base_text,
+                shift=shift,
+                generator=rng(),
+            )
+        for x, text in seen:
+            assert torch.equal(text, base_text) and torch.equal(x, seen[0][0])
 
     def test_same_seed_same_bytes(self, world):
         a, b = (build(world, name="vmf") for _ in range(2))
@@ -344,7 +386,7 @@ class TestCalibration:
             lift = start / float((x @ axis).mean()) * axis
             monkeypatch.setattr(
                 "dfzsl.trainers.pipeline._train",
-                lambda x, y, base, new, s, rng, lift=lift: (base + lift, new, None),
+                lambda x, y, base, new, s, rng, trust, lift=lift: (base + lift, new, None),
             )
             found[start] = calibrate(x, y, base_text, NEW, StageThreeSettings(), rng())
         assert found[0.0] == pytest.approx(0.0, abs=0.02)

@@ -148,6 +148,33 @@ def text_shift(
     return minimise(loss, shift, features, labels, generator, steps=steps, lr=lr, batch=batch)
 
 
+def shift_reliability(
+    features: Tensor, labels: Tensor, text: Tensor, generator: torch.Generator, *, rounds: int = 3, **options
+) -> float:
+    """How much of a `text_shift` learned on these classes holds for others: 0 nothing, 1 all of it.
+
+    The classes are split into halves, each of which learns a shift; r is the mean cosine of the two over
+    `rounds` splits. What these classes alone have is not shared by the halves, so 2r / (1 + r) of the shift
+    learned on all of them is to be expected on others (Spearman 1910, Brown 1910). `options` are those of
+    `text_shift`.
+    """
+    if len(text) < 4:
+        return 0.0
+    cosines = []
+    for _ in range(rounds):
+        order = torch.randperm(len(text), device=text.device, generator=generator)
+        shifts = []
+        for classes in order.tensor_split(2):
+            place = torch.full((len(text),), -1, device=text.device)
+            place[classes] = torch.arange(len(classes), device=text.device)
+            mine = place[labels] >= 0
+            half = (features[mine], place[labels[mine]], text[classes])
+            shifts.append(text_shift(*half, generator, **options))
+        cosines.append(F.cosine_similarity(shifts[0], shifts[1], dim=0))
+    r = float(torch.stack(cosines).mean().clamp(min=0))
+    return 2 * r / (1 + r)
+
+
 def fit_rows(
     features: Tensor,
     labels: Tensor,

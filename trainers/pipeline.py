@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfzsl.errors import UserError
 
-from .classifier import Classifier, check_new_names, fit_rows, text_shift
+from .classifier import Classifier, check_new_names, fit_rows, shift_reliability, text_shift
 from .generators import build_generator
 from .generators.base import device_generator
 from .stages import AT_ONCE, checked
@@ -35,7 +35,8 @@ class StageThreeSettings:
         epochs, hidden, batch, lr: of a neural generator; 0 keeps its own (the paper's).
         holdout: share of base classes that watch the generator's training; patience: epochs without progress
             there before it stops.
-        align: shift all text features by one vector learned on the base classes (FLPT in feature space).
+        align: shift text features by one vector learned on the base classes (FLPT in feature space); those of
+            new classes by the part of it that is to be trusted (`classifier.shift_reliability`).
         align_decay: weight of its squared length.
         pull, classifier_steps, classifier_batch, classifier_lr, classifier_anneal, log_prior: see
             `classifier.fit_rows`.
@@ -68,6 +69,7 @@ def build_classifier(
     new_text: Tensor,
     *,
     new_classnames: Sequence[str],
+    untuned_text: Tensor | None = None,
     shift: Tensor | None = None,
     settings: StageThreeSettings | None = None,
     generator: torch.Generator,
@@ -80,6 +82,7 @@ def build_classifier(
         virtual: the recovered base classes (stage 1), in the order of `base_text`.
         base_text: (C, d) unit text features of base classes; new_text: (K, d) of new ones, K may be 0. Both
             in the tuned context when FLPT ran. Training runs on their device.
+        untuned_text: (C, d) text features of base classes before FLPT, or None where it did not run.
         shift: (d,) FLPT's shift of image features, or None.
         generator: the source of everything random.
         backbone, weights: ids of the image encoder, kept in the classifier.
@@ -101,18 +104,24 @@ def build_classifier(
     checked(new_text, STAGE, "text feature", new_classnames)
     x, y = virtual.sample(min(settings.num_per_class, max(1, MAX_GENERATED // len(base_text))), generator)
     x, y = x.to(base_text), y.to(device)
+    if settings.name == "auto":
+        # In the tuned context base classes make poor players: their own text was tuned on them.
+        text = base_text if untuned_text is None else untuned_text.to(base_text)
+        name = choose_generator(x, y, text, len(new_text), settings, rng)
+        print(f"Generator chosen on base classes that play new ones: {name}")
+        settings = replace(settings, name=name)
     if shift is not None:
         shift = shift.to(x)
         x = F.normalize(x + shift, dim=1)
-
-    if settings.name == "auto":
-        name = choose_generator(x, y, base_text, len(new_text), settings, rng)
-        print(f"Generator chosen on base classes that play new ones: {name}")
-        settings = replace(settings, name=name)
-    base, new, moved = _train(x, y, base_text, new_text, settings, rng)
+    trust = 1.0
+    if settings.align and len(new_text):
+        trust = shift_reliability(
+            x, y, base_text, rng, decay=settings.align_decay, batch=settings.classifier_batch
+        )
+    base, new, moved = _train(x, y, base_text, new_text, settings, rng, trust)
     bias = 0.0
     if settings.calibrate and len(new) and len(base) > 1:
-        bias = calibrate(x, y, base_text, len(new), settings, rng)
+        bias = calibrate(x, y, base_text, len(new), settings, rng, trust)
     is_new = torch.arange(len(base) + len(new), device=device) >= len(base)
     names = [*base_classnames, *new_classnames]
     return Classifier(
@@ -129,13 +138,25 @@ def build_classifier(
 
 
 def _train(
-    x: Tensor, y: Tensor, base_text: Tensor, new_text: Tensor, s: StageThreeSettings, rng: torch.Generator
+    x: Tensor,
+    y: Tensor,
+    base_text: Tensor,
+    new_text: Tensor,
+    s: StageThreeSettings,
+    rng: torch.Generator,
+    trust: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows of base (C, d) and new classes (K, d), and the shift of text features or None."""
+    """Rows of base (C, d) and new classes (K, d), and the shift of new text features or None.
+
+    `trust` is the share of base classes' shift that new ones get.
+    """
     moved = None
+    conditions = new_text
     if s.align and len(base_text) > 1:
         moved = text_shift(x, y, base_text, rng, decay=s.align_decay, batch=s.classifier_batch)
-        base_text, new_text = F.normalize(base_text + moved, dim=1), F.normalize(new_text + moved, dim=1)
+        base_text, conditions = F.normalize(base_text + moved, dim=1), F.normalize(new_text + moved, dim=1)
+        moved = trust * moved
+        new_text = F.normalize(new_text + moved, dim=1)
     rows = base_text
     if s.name != "none" and len(new_text):
         own: dict[str, Any] = {
@@ -146,7 +167,7 @@ def _train(
         model = build_generator(s.name, x.shape[1], base_text.shape[1], **own)
         model.fit(x, y, base_text, rng)
         count = min(s.num_generated, max(1, MAX_GENERATED // len(new_text)))
-        made = checked(model.sample(new_text, count, rng), STAGE, f"feature made by '{s.name}'")
+        made = checked(model.sample(conditions, count, rng), STAGE, f"feature made by '{s.name}'")
         labels = torch.arange(len(base_text), len(base_text) + len(new_text), device=y.device)
         x, y = torch.cat([x, made]), torch.cat([y, labels.repeat_interleave(count)])
         rows = torch.cat([base_text, new_text])
@@ -173,6 +194,7 @@ def plays(
     num_new: int,
     s: StageThreeSettings,
     rng: torch.Generator,
+    trust: float = 1.0,
     rehearsals: int = 4,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Rehearsals of stage 3 in which base classes play the new ones.
@@ -196,7 +218,7 @@ def plays(
             relabel = torch.cat([(~playing).nonzero()[:, 0], playing.nonzero()[:, 0]]).argsort()
             known = ~playing[y]
             base, new, _ = _train(
-                x[known], relabel[y[known]], base_text[~playing], base_text[playing], s, rng
+                x[known], relabel[y[known]], base_text[~playing], base_text[playing], s, rng, trust
             )
             margin, correct = _margins(x, relabel[y], base, new)
             yield known, margin, correct
@@ -223,7 +245,13 @@ def choose_generator(
 
 
 def calibrate(
-    x: Tensor, y: Tensor, base_text: Tensor, num_new: int, s: StageThreeSettings, rng: torch.Generator
+    x: Tensor,
+    y: Tensor,
+    base_text: Tensor,
+    num_new: int,
+    s: StageThreeSettings,
+    rng: torch.Generator,
+    trust: float = 1.0,
 ) -> float:
     """The bias of new classes, in units of the cosine, that balances them against base classes.
 
@@ -231,7 +259,7 @@ def calibrate(
     """
     grid = torch.linspace(-0.15, 0.15, 301, device=x.device)
     seen, unseen = torch.zeros_like(grid), torch.zeros_like(grid)
-    for known, margin, correct in plays(x, y, base_text, num_new, s, rng):
+    for known, margin, correct in plays(x, y, base_text, num_new, s, rng, trust):
         seen += _curve(margin[known], correct[known], grid, above=True)
         unseen += _curve(margin[~known], correct[~known], grid, above=False)
     harmonic = 2 * seen * unseen / (seen + unseen).clamp(min=1e-12)
