@@ -21,7 +21,6 @@ from torch import Tensor
 
 from dfzsl.errors import UserError
 from dfzsl.trainers.oracles import open_oracle
-from dfzsl.trainers.recovery import recover
 from dfzsl.trainers.teacher import Teacher, fit_teacher
 
 SHOTS = (1, 4, 16, 0)  # 0: all images
@@ -103,11 +102,6 @@ def copy_table(data: RealSet) -> str:
             compare(level, change, n, by_least_squares(data.teacher, level, apply, n))
     for n in (1000, 5000, 20000, 80000):
         compare("labels", "random questions", n, by_imitation(data.teacher, n))
-    for rays, bisections in ((1.1, 4), (1.25, 12)):
-        oracle = open_oracle(data.teacher, "labels")
-        generator = torch.Generator().manual_seed(0)
-        found = recover(oracle, data.text, generator=generator, rays=rays, bisections=bisections)
-        compare("labels", f"boundary search, {rays} x {bisections}", found.queries, found.weight)
     headers = ("answers", "changed by", "queries", "mean cosine", "same answer %", "accuracy %")
     return tabulate(table, headers, tablefmt="github", floatfmt=("", "", "", ".3f", ".1f", ".1f"), intfmt=",")
 

@@ -87,7 +87,7 @@ def left(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> SimpleNamespace:
-    """A finished run on images: its arguments and folder, what it opened, the training and the test images."""
+    """A finished run on images: arguments, folder, what it opened, training and test images."""
     root = tmp_path_factory.mktemp("images")
     fake_data.make("DescribableTextures", root)
     split = json.loads((root / "dtd/split_zhou_DescribableTextures.json").read_text())
