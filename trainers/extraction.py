@@ -147,8 +147,10 @@ def _rows_through(boundary: Tensor, own: Tensor, other: Tensor, starts: Tensor) 
     centred = centred / centred.norm()
 
     def normal(rows: Tensor) -> Tensor:
-        pushed = ((rows[own] - rows[other]) * boundary).sum(1, keepdim=True) * boundary
-        return torch.zeros_like(rows).index_add_(0, own, pushed).index_add_(0, other, pushed, alpha=-1)
+        pushed = (((rows[own] - rows[other]) * boundary).sum(1, keepdim=True) * boundary).double()
+        # In float64: with the rounding of long float32 sums conjugate gradients diverge.
+        total = torch.zeros(classes, d, dtype=torch.float64)
+        return total.index_add_(0, own, pushed).index_add_(0, other, pushed, alpha=-1).float()
 
     def project(rows: Tensor) -> Tensor:
         return rows - (rows * centred).sum() * centred
