@@ -187,7 +187,7 @@ def test_a_killed_sweep_knows_its_settings(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"was run with settings 'DATALOADER\.TEST\.BATCH_SIZE 7'"):
         jobs()
     shutil.rmtree(tmp_path / "output")
-    launch.work(jobs("NO.SUCH", "key"), threads=1)  # a slip leaves no mark
+    launch.work(jobs("TEACHER.FILE", "nowhere"), threads=1)  # a slip leaves no mark
     launch.work(jobs(), threads=1)
     assert jobs()[0].finished
 
