@@ -23,6 +23,8 @@ from . import ranks
 from .errors import UserError, unknown
 from .files import atomic, read_text
 
+DEEPEST = 20  # levels of a config file
+
 
 def parser() -> argparse.ArgumentParser:
     """The flags of CoOp's train.py, under their own names."""
@@ -77,8 +79,13 @@ def setup_cfg(args: argparse.Namespace):
 def read_config(path: str) -> CfgNode:
     """A config file: YAML without aliases, of which ten lines can make a billion values; never Python."""
     text = read_text(path)
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-        raise UserError(f"{path}: YAML aliases (*name) are not read in a config; write the value twice")
+    depth = 0
+    for event in yaml.parse(text, yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+            raise UserError(
+                f"{path}: a config has no YAML aliases (*name) and at most {DEEPEST} levels; write it out"
+            )
     keys = yaml.safe_load(text)
     if not isinstance(keys, dict | None):
         raise UserError(f"{path}: not a config: it must consist of lines KEY: value")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_data
@@ -308,7 +309,7 @@ def test_no_storm_of_questions(world, tmp_path, pause, tried):
 
 def test_the_server_may_say_when(world, monkeypatch, tried):
     slept: list[float] = []
-    monkeypatch.setattr(oracles.time, "sleep", slept.append)
+    monkeypatch.setattr(oracles, "time", SimpleNamespace(sleep=slept.append, time=time.time))
     world.faults[:] = [
         status(429, Retry_After="7"),
         status(503, Retry_After=formatdate(time.time() + 30, usegmt=True)),
@@ -424,7 +425,7 @@ def test_the_token_is_sent_and_kept_nowhere(world, tmp_path, monkeypatch, capfd,
     world.teacher = Teacher(torch.randn(3, fake_data.DIM, generator=torch.Generator().manual_seed(0)), names)
     world.about = [json.dumps({"classnames": names, "dim": fake_data.DIM}).encode()] * 2
     # First it fails in a way that repeats the token: the message must not.
-    monkeypatch.setattr(oracles.time, "sleep", lambda _: None)
+    monkeypatch.setattr(oracles, "time", SimpleNamespace(sleep=lambda _: None))
     echo = lambda handler, _: handler.send_error(500, SECRET, SECRET)  # noqa: E731
     world.faults[:] = [echo] * 5
     with pytest.raises(UserError, match="status 500") as error:
