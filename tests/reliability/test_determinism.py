@@ -61,7 +61,7 @@ def classified(generator: str) -> Callable[[int], Made]:
         virtual = recover(open_oracle(Teacher(weight, NAMES), "logits"), text, new_text=new)
         own = {"epochs": 1, "hidden": 32} if generator in GENERATORS and generator != "vmf" else {}
         few = {"num_per_class": 20, "num_generated": 20, "classifier_steps": 10, "calibrate": False}
-        settings = StageThreeSettings(name=generator, align=not own, **few, **own)
+        settings = StageThreeSettings(name=generator, align=generator == "none", **few, **own)
         made = build_classifier(
             virtual,
             text,
@@ -170,8 +170,9 @@ def test_trainers(trainer, animals, tried):
 
 
 @pytest.mark.slow
-def test_processes(animals, tried):
+def test_processes(tmp_path, tried):
     """Python gives each process another order of sets and dictionary hashes."""
+    animals = write_features(tmp_path / "animals.npz", per_class=8).parent
     owner = animals / "owner"
     train.main(words("TeacherZeroshot", animals, owner))
     runs = []

@@ -107,9 +107,10 @@ def kill_until_done(
     return total
 
 
-def kill_run(given: list[str], folder: Path, sizes: tuple[int, int] = (2_000, 60_000)) -> tuple[int, list]:
-    """`kill_until_done` for a train.py command line; returns the kills and one finished run's calls."""
+def kill_run(given: list[str], folder: Path, sizes: tuple[int, int] = (2_000, 60_000)) -> tuple[int, int]:
+    """`kill_until_done` for a train.py command line; returns the kills, and how many runs were finished."""
     expected: list = []
+    finished = 0
     folder.mkdir(exist_ok=True)
 
     def run(**fault) -> bool:
@@ -117,16 +118,17 @@ def kill_run(given: list[str], folder: Path, sizes: tuple[int, int] = (2_000, 60
         return killing.attempt(killing.run, given, str(folder / "run"), log, folder=folder / "run", **fault)
 
     def compare(kills: int) -> None:
+        nonlocal finished
+        finished += 1
         found = made(folder / "run"), results(folder / "run")
         expected[:] = expected or found
         assert found[0].keys() == expected[0].keys()
         assert [name for name in found[0] if found[0][name] != expected[0][name]] == []
         assert found[1] == expected[1]
-        # Every stage ran, was never begun again after its end, and was cut off no more often than killed.
         noted = killing.calls(folder / "calls.txt")
-        assert not any(done for _, done in noted)
+        assert noted and not any(done for _, done in noted)  # nothing is begun again after its end
 
-    return kill_until_done(folder, run, compare, sizes), list(expected)
+    return kill_until_done(folder, run, compare, sizes), finished
 
 
 def test_a_used_folder_takes_no_other_teacher(world, teacher, tmp_path):
@@ -256,14 +258,13 @@ def test_the_three_stages_with_a_teacher_behind_http(world, teacher, tmp_path, t
         address = f"http://127.0.0.1:{server.server_port}/"
         keys = {"TEACHER.FILE": address, "TEACHER.ACCESS": "labels", "RECOVERY.BISECTIONS": 5}
         keys |= {"GENERATOR.CLASSIFIER_STEPS": 40, "GENERATOR.NAME": "vmf"}
-        kills, _ = kill_run(words("DFZSL", world, **keys), tmp_path / "client")
+        kills, finished = kill_run(words("DFZSL", world, **keys), tmp_path / "client")
     finally:
         server.shutdown()
         server.server_close()
     tried("killed", "DFZSL, its teacher behind HTTP", kills, "the same bytes, no stage twice")
-    # A request that was on its way when the client died is asked again, under the same key.
-    repeated = len(server.asked) - len(set(server.asked))
-    assert repeated < len(server.asked)
+    # A killed client repeats the one request that was on its way, under the same key.
+    assert len(server.asked) - finished * len(set(server.asked)) <= kills
 
 
 @pytest.mark.slow
