@@ -103,7 +103,7 @@ def test_files_that_are_no_teacher_are_refused(teacher, tmp_path):
         Teacher.load(path)
     with pytest.raises(UserError, match="differ from each other"):
         Teacher(teacher.weight, ["ant", "bee", "bee"])
-    with pytest.raises(UserError, match="class .ant. has no direction: its row is zero"):
+    with pytest.raises(UserError, match=r"class .ant. has no direction: its row is zero"):
         Teacher(torch.zeros(3, 6), NAMES)
 
 

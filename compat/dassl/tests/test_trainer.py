@@ -309,10 +309,16 @@ def test_an_interrupted_first_save_starts_afresh(run, tmp_path):
     assert trainer.start_epoch == 0 and "No checkpoint found" in log_of(tmp_path / "out")
 
 
-def test_checkpoints_of_different_epochs_are_refused(run, tmp_path):
+def test_killed_between_the_checkpoints_of_two_models(run, tmp_path):
+    """Both go back to the last epoch that both have; where there is none, the run is refused."""
     arguments = ["--trainer", "TinyXU", "DATASET.NAME", "TinyUnlabelled", "TRAIN.CHECKPOINT_FREQ", 1]
-    run("out", *arguments)
+    first = run("out", *arguments)
     (tmp_path / "out" / "teacher" / "checkpoint").write_text("model.pth.tar-2\n")
+    again = run("out", *arguments)
+    assert again.start_epoch == 2
+    assert_same(final_state(again), final_state(first))
+    (tmp_path / "out" / "teacher" / "checkpoint").write_text("model.pth.tar-2\n")
+    (tmp_path / "out" / "net" / "model.pth.tar-2").unlink()
     with pytest.raises(ValueError, match="different epochs"):
         run("out", *arguments)
 

@@ -180,8 +180,9 @@ class TrainerBase:
     def resume_model_if_exist(self, directory: str) -> int:
         """Go on from the last checkpoints in `directory`, if every model has one there.
 
-        Returns the number of epochs done (0 without checkpoints). Raises ValueError if the models' last
-        checkpoints are of different epochs.
+        Returns the number of epochs done (0 without checkpoints). Where a run was killed between saving one
+        model and the next, all go back to the last epoch that every model has. Raises ValueError if there is
+        none.
         """
         names = self.get_model_names()
         there = [os.path.exists(os.path.join(directory, name, "checkpoint")) for name in names]
@@ -195,6 +196,17 @@ class TrainerBase:
             )
             for name in names
         }
+        common = min(checkpoint["epoch"] for checkpoint in checkpoints.values())
+        for name, checkpoint in checkpoints.items():
+            earlier = f"model.pth.tar-{common}"
+            if checkpoint["epoch"] > common and os.path.exists(os.path.join(directory, name, earlier)):
+                checkpoints[name] = resume_training(
+                    os.path.join(directory, name),
+                    self._models[name],
+                    self._optims[name],
+                    self._scheds[name],
+                    earlier,
+                )
         epochs = {name: checkpoint["epoch"] for name, checkpoint in checkpoints.items()}
         if len(set(epochs.values())) > 1:
             raise ValueError(

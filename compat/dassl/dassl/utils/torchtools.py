@@ -112,11 +112,13 @@ def resume_from_checkpoint(fdir: str, model: nn.Module, optimizer: Any = None, s
 
 
 def resume_training(
-    fdir: str, model: nn.Module, optimizer: Any = None, scheduler: Any = None
+    fdir: str, model: nn.Module, optimizer: Any = None, scheduler: Any = None, file_name: str = ""
 ) -> dict[str, Any]:
-    """As `resume_from_checkpoint`, but returns the whole checkpoint."""
-    with open(os.path.join(fdir, "checkpoint"), encoding="utf-8") as file:
-        fpath = os.path.join(fdir, file.readline().strip())
+    """As `resume_from_checkpoint`, but returns the whole checkpoint; of the file `file_name` if given."""
+    if not file_name:
+        with open(os.path.join(fdir, "checkpoint"), encoding="utf-8") as file:
+            file_name = file.readline().strip()
+    fpath = os.path.join(fdir, file_name)
     print(f'Loading checkpoint from "{fpath}"')
     checkpoint = load_trainer_checkpoint(fpath)
     load_weights(model, checkpoint, fpath)
