@@ -63,8 +63,7 @@ class RealSet:
             features = F.normalize(torch.from_numpy(file[f"x_{split}"].astype("float32")), dim=1)
             return features[labels < classes], labels[labels < classes]
 
-        self.train = base("val")
-        self.teacher = fit_teacher(*self.train, self.classnames)
+        self.teacher = fit_teacher(*base("val"), self.classnames)
         self.test = base("test")
         self.means, self.kappa = vmf.fit_classes(*self.test, classes)
         self.common = F.normalize(self.means.mean(0), dim=0)
@@ -147,10 +146,10 @@ def directions_table(sets: list[RealSet]) -> str:
         estimates = {
             "text": data.text,
             "teacher's rows": weight,
-            "geometry (shipped)": class_directions(weight, data.text, neutral, CONE),
-            "geometry, cone left out": class_directions(weight, data.text, neutral, cone),
-            "geometry, image cone of the other sets": class_directions(weight, data.text, elsewhere, cone),
-            "geometry, own image cone (oracle)": class_directions(weight, data.text, data.common, data.cone),
+            "geometry (shipped)": class_directions(weight, neutral, CONE),
+            "geometry, cone left out": class_directions(weight, neutral, cone),
+            "geometry, image cone of the other sets": class_directions(weight, elsewhere, cone),
+            "geometry, own image cone (oracle)": class_directions(weight, data.common, data.cone),
         }
         truth = data.means - data.means.mean(0)
         features, labels = data.test

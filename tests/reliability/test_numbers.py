@@ -55,8 +55,8 @@ def stages(
     oracle = open_oracle(Teacher(weight, names, normalized=normalized), level)
     virtual = recover(oracle, text, names, new_text=new, generator=stream(), **recovery)
     own = {} if made is None or generator == "vmf" else {"epochs": 2, "hidden": 16, "batch": 16}
-    # Rehearsals are many trainings: they are left to "none" and "auto".
-    own |= {"calibrate": generator in ("none", "auto"), "align": generator in ("none", "auto", "cvae")}
+    # Rehearsals are many trainings: they are left to "auto".
+    own |= {"calibrate": generator == "auto", "align": generator in ("none", "auto")}
     settings = StageThreeSettings(name=generator, **SMALL, **own)
     classifier = build_classifier(
         virtual,
@@ -183,7 +183,7 @@ def test_dimensions(d, tried):
 
 
 @pytest.mark.parametrize(("base", "new"), [(1, 1), (2, 0), (2, 1), (3, 3)])
-@pytest.mark.parametrize("generator", ["vmf", "cvae", "none"])
+@pytest.mark.parametrize("generator", ["vmf", "cvae", "auto"])
 def test_few_classes(base, new, generator):
     weight, text, more = world()
     stages(weight[:base], text[:base], more[:new], generator=generator)

@@ -110,6 +110,7 @@ def test_a_full_disk_at_each_file_in_turn(world, monkeypatch, capfd, tried):
     tried("machine", "disk full at each file in turn", failed, "one line; then the same bytes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [0, 7, 100, 5_000])
 @pytest.mark.parametrize("what", ["json", "tensors", "checkpoint"])
 def test_a_disk_that_is_full_within_a_file(size, what, tmp_path, tried):
