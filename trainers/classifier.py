@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.errors import UserError, unknown
-from dfzsl.files import load_tensors, save_tensors
+from dfzsl.files import checked_names, load_tensors, save_tensors
 
 TEMPERATURE = 0.01  # CLIP's own, 1 / logit_scale
+KINDS = {"temperature": float, "new_bias": float, "backbone": str, "weights": str}  # of a file's words
 
 
 @dataclass
@@ -47,8 +48,12 @@ class Classifier:
 
     def __post_init__(self) -> None:
         names, shape = len(self.classnames), tuple(self.weight.shape)
-        if len(shape) != 2 or {shape[0], len(self.is_new), len(self.bias)} != {names}:
+        if len(shape) != 2 or shape[0] != names or not self.is_new.shape == self.bias.shape == (names,):
             raise UserError(f"a classifier needs a row, flag and bias per class; got {shape}, {names} names")
+        if any(s is not None and s.shape != shape[1:] for s in (self.shift, self.text_shift)):
+            raise UserError("a classifier's shifts must have the dimension of its rows")
+        if not self.temperature > 0:
+            raise UserError(f"a classifier's temperature must be greater than 0, got {self.temperature}")
         if len(set(self.classnames)) < names:
             raise UserError("a classifier's class names must differ from each other")
 
@@ -107,8 +112,14 @@ class Classifier:
         tensors, about = load_tensors(path, "classifier")
         about.pop("kind")
         try:
-            return cls(**tensors, **about)  # type: ignore[arg-type]
-        except TypeError:
+            names = checked_names(about.pop("classnames"), "its names")
+            made = {name: KINDS[name](value) for name, value in about.items()}  # type: ignore[operator]
+            is_new = tensors.pop("is_new").bool()
+            rows = {name: tensor.float() for name, tensor in tensors.items()}
+            return cls(classnames=names, is_new=is_new, **rows, **made)  # type: ignore[arg-type]
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(f"{path}: an incomplete classifier file; train again to write it anew") from None
 
 

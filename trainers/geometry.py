@@ -21,7 +21,6 @@ from .stages import AT_ONCE, unit
 
 COHERENCE = 0.88
 CONE = 0.92
-TEXT_SHARE = 0.1
 
 
 def paper_concentration(text: Tensor) -> float:
@@ -63,29 +62,21 @@ def common_direction(text: Tensor) -> Tensor:
     return F.normalize(direction.flatten(), dim=0).to(text)
 
 
-def class_directions(weight: Tensor, text: Tensor, common: Tensor, cone: float = CONE) -> Tensor:
+def class_directions(weight: Tensor, common: Tensor, cone: float = CONE) -> Tensor:
     """Estimated mean directions (C, d) of the classes: cone * common + sqrt(1 - cone^2) * unit deviation.
 
     A row of multinomial logistic regression is a weighted sum of real features with weights that (nearly)
     sum to zero: it shows how its class differs from the others (cosine 0.98 to 0.998 to the centred mean of
-    the features it was fitted on) and nothing of what they share. Two corrections make the deviation:
-
-    - Unit rows of an unbalanced teacher share a direction that no class has, u = mean of the rows. Rows
-      without anything in common have |u|^2 = 1 / C, so |u|^2 / (|u|^2 + 1 / C) of their part along u is
-      taken out.
-    - The rows of a teacher on few images are noisy. The deviation of a class's text (C, d) from the mean
-      text errs too, in other directions: it comes in with weight TEXT_SHARE.
+    the features it was fitted on) and nothing of what they share. But the unit rows of an unbalanced teacher
+    share a direction that no class has, u = mean of the rows. Rows without anything in common have
+    |u|^2 = 1 / C, so |u|^2 / (|u|^2 + 1 / C) of their part along u is taken out.
     """
     if not 0 <= cone < 1:
         raise UserError(f"RECOVERY.CONE must be at least 0 and less than 1, got {cone}")
-
-    def deviation(x: Tensor) -> Tensor:
-        return unit(x - (x @ common)[:, None] * common)
-
     weight = unit(weight)
     u = weight.mean(0)
     excess = u.square().sum() / (u.square().sum() + 1 / len(weight))
     along = F.normalize(u, dim=0)
     weight = weight - excess * (weight @ along)[:, None] * along
-    difference = unit(deviation(weight) + TEXT_SHARE * deviation(text - text.mean(0)))
-    return F.normalize(cone * common + math.sqrt(1 - cone * cone) * difference, dim=1)
+    deviation = unit(weight - (weight @ common)[:, None] * common)
+    return F.normalize(cone * common + math.sqrt(1 - cone * cone) * deviation, dim=1)

@@ -278,7 +278,7 @@ def recover(
     elif options.directions == "teacher":
         mu = unit(weight)
     else:
-        mu = class_directions(weight, text, common_direction(all_text), options.cone)
+        mu = class_directions(weight, common_direction(all_text), options.cone)
     checked(mu, STAGE, "mean direction", names)
     return VirtualClasses(
         mu, kappa, names, weight, oracle.queries, options.method, oracle.level, oracle.backbone, network

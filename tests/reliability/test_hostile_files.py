@@ -397,6 +397,7 @@ def replaced(draw: Any, given: dict[str, Any], odd: Any, extra: str) -> dict[str
 WELL_FORMED = {
     "teacher.safetensors": teacher,
     "virtual.safetensors": virtual,
+    "classifier.safetensors": classifier,
     "feature cache": cached_features,
     "features .safetensors": feature_safetensors,
 }
