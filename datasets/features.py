@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from dfzsl import ranks
 from dfzsl.errors import UserError
 from dfzsl.files import NUMBERS, bounded, checked_names, load_tensors, save_tensors
 from dfzsl.toolbox import register
@@ -362,11 +363,9 @@ def _encode(
     device: torch.device,
 ) -> None:
     """Encode `paths` into parts beside `whole`, this rank's share of them, then join the parts into it."""
-    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ranks else (0, 1)
     n = len(paths)
     parts = _parts(whole, n)
-    mine = [start for start in list(parts)[rank::world] if not parts[start].exists()]
+    mine = [start for start in list(parts)[ranks.mine() :: ranks.count()] if not parts[start].exists()]
     batches = {start: torch.arange(start, min(start + PART, n)).split(batch_size) for start in mine}
     loader = torch.utils.data.DataLoader(
         _Images(paths, transform),
@@ -383,7 +382,7 @@ def _encode(
     with (
         # Closed, also after an error: left to the garbage collector, the workers linger for seconds.
         contextlib.closing(_each(loader)) as images,
-        tqdm(total=n, initial=n - todo, unit="img", desc="encode", disable=rank > 0) as bar,
+        tqdm(total=n, initial=n - todo, unit="img", desc="encode", disable=ranks.mine() > 0) as bar,
     ):
         for start in mine:
             features = []
@@ -395,9 +394,8 @@ def _encode(
                 bar.update(len(batch))
             # One transfer a part: waiting for every batch would leave the device idle between them.
             save_tensors(parts[start], {"features": torch.cat(features).float()}, {"kind": "part"})
-    if ranks:
-        torch.distributed.barrier()
-    if rank == 0 and not whole.exists():
+    ranks.wait()
+    if ranks.mine() == 0 and not whole.exists():
         try:
             joined = torch.cat(
                 [_part(part, "part", (min(PART, n - start), backbone.dim)) for start, part in parts.items()]
@@ -408,5 +406,4 @@ def _encode(
         else:
             about = {"kind": "image features", "backbone": backbone.name, "weights": backbone.weights_id}
             save_tensors(whole, {"features": joined}, about)
-    if ranks:
-        torch.distributed.barrier()
+    ranks.wait()

@@ -489,10 +489,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
     ]
     for job in jobs:
         job.check()
-        if (job.data, job.seed) == (
-            jobs[0].data,
-            jobs[0].seed,
-        ):  # once a method: KEY VALUE are the same for all
+        if (job.data, job.seed) == (jobs[0].data, jobs[0].seed):  # KEY VALUE are the same for all others
             train.setup_cfg(train.parser().parse_args(job.parts()[0][1]))
     return jobs
 
