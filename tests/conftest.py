@@ -77,15 +77,16 @@ def pytest_addoption(parser):
 def pytest_terminal_summary(terminalreporter, config):
     if (page := config.getoption("--faults")) is None:
         return
-    rows = {}
+    rows: dict[tuple[str, str], tuple[int, str]] = {}
     for state in ("passed", "failed"):
         for report in terminalreporter.stats.get(state, []):
             for name, row in report.user_properties:
                 if name == "tried":
                     area, fault, count, outcome = row
-                    rows[area, fault] = (f"{count:,}", outcome if state == "passed" else "**FAILED**")
+                    before = rows.get((area, fault), (0, ""))[0]  # by a quick test and a slow one
+                    rows[area, fault] = (before + count, outcome if state == "passed" else "**FAILED**")
     table = tabulate(
-        [(*named, *found) for named, found in sorted(rows.items())],
+        [(*named, f"{count:,}", outcome) for named, (count, outcome) in sorted(rows.items())],
         headers=("where", "fault", "tried", "outcome"),
         tablefmt="github",
         disable_numparse=True,
