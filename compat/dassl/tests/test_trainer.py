@@ -255,6 +255,18 @@ def falling_results():
     return test
 
 
+def test_killed_between_the_best_model_and_the_checkpoint(run, tmp_path):
+    arguments = ["--trainer", "TinyCoOp", "OPTIM.MAX_EPOCH", 1, "TEST.FINAL_MODEL", "best_val"]
+    run("out", *arguments)
+    folder = tmp_path / "out" / "prompt_learner"
+    saved = (folder / "model.pth.tar-1").read_bytes()
+    (folder / "model.pth.tar-1").unlink()
+    (folder / "checkpoint").write_text("model-best.pth.tar\n")
+    run("out", *arguments)
+    assert (folder / "model.pth.tar-1").read_bytes() == saved
+    assert (folder / "checkpoint").read_text() == "model.pth.tar-1\n"
+
+
 def test_best_val(run, tmp_path, monkeypatch):
     """Strictly better results are kept as model-best, and the best one is deployed."""
     results = iter([50.0, 70.0, 70.0, 60.0])

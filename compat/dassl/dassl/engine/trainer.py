@@ -430,6 +430,10 @@ class SimpleTrainer(TrainerBase):
         self.start_epoch = self.resume_model_if_exist(directory)
         if self.start_epoch > 0 and self.cfg.TEST.FINAL_MODEL == "best_val":
             self._resume_best(directory)
+            # A run killed between saving the best model and the same epoch's own checkpoint lacks the latter.
+            due = not self.cfg.RESUME and self._saves_after(self.start_epoch)
+            if due and not self._saved(self.start_epoch):
+                self.save_model(self.start_epoch - 1, self.output_dir)
         writer_dir = os.path.join(self.output_dir, "tensorboard")
         mkdir_if_missing(writer_dir)
         self.init_writer(writer_dir)
@@ -470,9 +474,18 @@ class SimpleTrainer(TrainerBase):
             if result > self.best_result:
                 self.best_result = result
                 self.save_model(self.epoch, self.output_dir, val_result=result, model_name=BEST)
-        done, freq = self.epoch + 1, cfg.TRAIN.CHECKPOINT_FREQ
-        if done == self.max_epoch or (freq > 0 and done % freq == 0):
+        if self._saves_after(self.epoch + 1):
             self.save_model(self.epoch, self.output_dir)
+
+    def _saves_after(self, epochs: int) -> bool:
+        freq = self.cfg.TRAIN.CHECKPOINT_FREQ
+        return epochs == self.max_epoch or (freq > 0 and epochs % freq == 0)
+
+    def _saved(self, epochs: int) -> bool:
+        names = self.get_model_names()
+        return all(
+            os.path.exists(os.path.join(self.output_dir, name, f"model.pth.tar-{epochs}")) for name in names
+        )
 
     @torch.no_grad()
     def test(self, split: str | None = None) -> float:
