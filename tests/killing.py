@@ -6,6 +6,7 @@ must hold no thread and no random state that matters: it imports, and forks.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -104,7 +105,9 @@ def attempt(
     process.start()
     process.join(after)
     if process.is_alive():
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # it has not made its group yet, or has just ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
         process.join()
     assert process.exitcode in (0, -signal.SIGKILL, -signal.SIGXFSZ), f"it ended with {process.exitcode}"
     return process.exitcode == 0
