@@ -54,7 +54,7 @@ def main() -> None:
         virtual = recover(oracle, text[:BASE], new_text=text[BASE:], generator=generator)
     with stage(f"sampling {BASE * VIRTUAL:,} features"):
         features, labels = virtual.sample(VIRTUAL, generator)
-    with stage("choosing the generator, 10 rehearsals"):
+    with stage("choosing the generator, 20 rehearsals"):
         name = choose_generator(features, labels, text[:BASE], NEW, settings, generator)
     settings = replace(settings, name="vmf")
     with stage(f"alignment, generator vmf ({name} was chosen), classifier"):
