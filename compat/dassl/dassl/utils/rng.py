@@ -27,10 +27,16 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put back what `get_random_state` gave; CUDA's only where there are as many devices now."""
+    """Put back what `get_random_state` gave; CUDA's only where there are as many devices now.
+
+    Raises ValueError or TypeError for what is no such state.
+    """
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
+    random.setstate((version, tuple(words), None if gauss is None else float(gauss)))
     kind, keys, position, has_gauss, cached = state["numpy"]
+    if len(keys) != 624 or not 0 <= position <= 624:
+        # numpy would read memory from there.
+        raise ValueError(f"numpy's generator has no place {position} in {len(keys)} words")
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():

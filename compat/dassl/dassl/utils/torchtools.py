@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import warnings
 from collections import OrderedDict
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .safe_pickle import is_torchscript, load_restricted
+from . import safe_pickle
 from .tools import mkdir_if_missing, replace_file
 
 __all__ = [
@@ -68,7 +67,7 @@ def _save(state: dict[str, Any], path: str) -> None:
 
 
 def load_checkpoint(fpath: str) -> Any:
-    """What `save_checkpoint` wrote; without CUDA all tensors are put on the CPU.
+    """What `save_checkpoint` wrote, on the CPU.
 
     Files of the original, which pickle whole schedulers, are read with those objects made inert. Raises
     ValueError if `fpath` is None, FileNotFoundError, or pickle.UnpicklingError for a file that is damaged, of
@@ -78,16 +77,7 @@ def load_checkpoint(fpath: str) -> Any:
         raise ValueError("File path is None")
     if not os.path.exists(fpath):
         raise FileNotFoundError(f'File is not found at "{fpath}"')
-    try:
-        torchscript = is_torchscript(fpath)
-    except Exception as error:
-        # zipfile has many words for a damaged archive.
-        raise pickle.UnpicklingError(f"cannot load {fpath} as a checkpoint: {error}") from error
-    if torchscript:
-        raise pickle.UnpicklingError(f"cannot load {fpath} as a checkpoint: it is a TorchScript program")
-    map_location = None if torch.cuda.is_available() else "cpu"
-    # Not torch's own `weights_only`: that runs encodings which can fill the memory from a file of 2 kB.
-    return load_restricted(fpath, map_location)
+    return safe_pickle.load(fpath)
 
 
 def load_trainer_checkpoint(fpath: str) -> dict[str, Any]:
@@ -95,6 +85,11 @@ def load_trainer_checkpoint(fpath: str) -> dict[str, Any]:
     checkpoint = load_checkpoint(fpath)
     if not isinstance(checkpoint, dict) or not {"state_dict", "epoch"} <= checkpoint.keys():
         raise ValueError(f"{fpath} was not saved by a trainer: it has no state_dict and epoch")
+    weights, epoch = checkpoint["state_dict"], checkpoint["epoch"]
+    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+        raise ValueError(f"{fpath} was not saved by a trainer: its state_dict is none")
+    if type(epoch) is not int:
+        raise ValueError(f"{fpath} was not saved by a trainer: its epoch is not a number")
     return checkpoint
 
 

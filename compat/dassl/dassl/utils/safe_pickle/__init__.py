@@ -1,0 +1,9 @@
+"""Pickles and checkpoints from anywhere, read in bounded time and memory without running what they name.
+
+This package imports nothing of Dassl, so that others can take it as it stands.
+"""
+
+from .checkpoint import load
+from .unpickler import PLAIN, Call, Inert, Unpickler
+
+__all__ = ["PLAIN", "Call", "Inert", "Unpickler", "load"]
