@@ -56,7 +56,10 @@ setup(
     ],
     extras_require={
         "report": ["matplotlib"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy"],
+        "test": [
+            *["pytest", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy"],
+            *["playwright", "axe-playwright-python", "colorspacious"],  # of the HTML page, in a Chromium
+        ],
     },
     classifiers=[
         "License :: OSI Approved :: MIT License",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from . import FORMATS, collect, collect_logs, sections
+from .names import glossary
 
 
 def parser() -> argparse.ArgumentParser:
@@ -22,12 +23,16 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--logs", type=Path, metavar="FOLDER", help="read the logs of CoOp below FOLDER too (train_base/...)"
     )
+    flags.add_argument("--glossary", action="store_true", help="only say what the names in tables mean")
     return flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parser()
     args = flags.parse_args(argv)
+    if args.glossary:
+        print(glossary(), end="")
+        return
     if not args.output and not args.logs:
         flags.error("give an output folder, --logs FOLDER, or both")
     outcomes = collect(args.output) if args.output else []
@@ -37,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         from .page import write_page
 
         write_page(args.html, parts)
-    print(FORMATS[args.format](parts), end="")
+    marked = {"marked": sys.stdout.isatty()} if args.format == "terminal" else {}
+    print(FORMATS[args.format](parts, **marked), end="")
     if args.html:
         print(f"wrote {args.html}", file=sys.stderr)
     if args.published and not any(row.source for part in parts for row in part.summaries):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from ..errors import UNPRINTABLE, UserError, one_line
 from ..results import RESULTS, per_class_mean, read_results
+from .names import method_name
 
 # The folders (parts) of a protocol: where it trains, and where it tests what was trained.
 PROTOCOLS = {
@@ -34,7 +34,8 @@ class Method:
 
     @property
     def label(self) -> str:
-        name, _, source = self.name.partition("@")
+        trainer, _, source = self.name.partition("@")
+        name = method_name(trainer, self.config)
         return name + (" (virtual)" if source else "") + (" (log)" if self.from_log else "")
 
 
@@ -72,6 +73,17 @@ class Outcome:
             return {}
         return {part: run["accuracy"] for part, run in self.parts.items() if part != "train_all"}
 
+    def classes(self) -> dict[str, list[dict[str, Any]]]:
+        """The rows of classes (`per_class` of results) behind each score, and behind each target of `xd`."""
+        if self.protocol == "base2new":
+            named = {"base": "train_base", "new": "test_new"}
+            return {name: self.parts[part]["per_class"] for name, part in named.items()}
+        if self.protocol == "gzsl":
+            rows = self.parts["test_all"]["per_class"]
+            named_rows = (("seen S", False), ("unseen U", True))
+            return {name: [row for row in rows if row["new"] == new] for name, new in named_rows}
+        return {"source" if p == "train_all" else p: run["per_class"] for p, run in self.parts.items()}
+
     def scores(self) -> Scores:
         """The protocol's scores in percent; nothing may be missing.
 
@@ -80,21 +92,20 @@ class Outcome:
         if self.protocol == "base2new":
             return {"base": self.parts["train_base"]["accuracy"], "new": self.parts["test_new"]["accuracy"]}
         if self.protocol == "gzsl":
-            rows = self.parts["test_all"]["per_class"]
-            return {
-                "seen S": per_class_mean([row for row in rows if not row["new"]]),
-                "unseen U": per_class_mean([row for row in rows if row["new"]]),
-            }
+            return {name: per_class_mean(rows) for name, rows in self.classes().items()}
         return transfer_scores(self.parts["train_all"]["accuracy"], self.targets)
 
 
-def transfer_scores(source: float, targets: Scores) -> Scores:
-    """The scores of `xd`: accuracy on the source, mean over other data sets, mean over shifted sources."""
+def transfer_scores(source: Any, targets: dict[str, Any]) -> dict[str, Any]:
+    """The scores of `xd`: accuracy on the source, mean over other data sets, mean over shifted sources.
+
+    Accuracies are numbers or arrays of equal shape.
+    """
     others = [value for name, value in targets.items() if not name.startswith(SHIFTED)]
     shifted = [value for name, value in targets.items() if name.startswith(SHIFTED)]
     scores = {"source": source}
-    scores |= {"other data sets": statistics.fmean(others)} if others else {}
-    return scores | ({"shifted source": statistics.fmean(shifted)} if shifted else {})
+    scores |= {"other data sets": sum(others) / len(others)} if others else {}
+    return scores | ({"shifted source": sum(shifted) / len(shifted)} if shifted else {})
 
 
 def protocol_folders(folder: Path) -> list[tuple[str, Path]]:
@@ -208,7 +219,6 @@ OPTIONAL: dict[str, Check] = {
     "backbone": _is_text,
     "versions": _dict_of(_is_text),
     "curves": _dict_of(_list_of(_is_number)),
-    "concentration": _list_of(_row_of(true=_is_number, recovered=_is_number)),
 }
 
 
