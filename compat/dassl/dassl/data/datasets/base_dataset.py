@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import sys
 import tarfile
 import zipfile
 from collections import defaultdict
@@ -178,7 +179,9 @@ class DatasetBase:
             if short:
                 listed = ", ".join(short[:5]) + (", ..." if len(short) > 5 else "")
                 counts = f"{len(short)} of {len(groups)} classes"
-                print(f"Note: fewer than {num_shots} items in {counts}, all of them taken: {listed}")
+                # Not among the log's lines, which are the original's.
+                said = f"Note: fewer than {num_shots} items in {counts}, all of them taken: {listed}"
+                print(said, file=sys.stderr)
             output.append(drawn)
         return output[0] if len(output) == 1 else output
 

@@ -66,7 +66,7 @@ RANDAUGMENT = [
     ("Equalize", 0, 1),
     ("Invert", 0, 1),
     ("Rotate", 0, 30),
-    ("Posterize", 0, 4),
+    ("Posterize", 4, 8),
     ("Solarize", 0, 256),
     ("SolarizeAdd", 0, 110),
     ("Color", 0.1, 1.9),
@@ -78,6 +78,23 @@ RANDAUGMENT = [
     ("CutoutAbs", 0, 40),
     ("TranslateXabs", 0.0, 100),
     ("TranslateYabs", 0.0, 100),
+]
+RANDAUGMENT2 = [
+    ("AutoContrast", 0, 1),
+    ("Brightness", 0.1, 1.9),
+    ("Color", 0.1, 1.9),
+    ("Contrast", 0.1, 1.9),
+    ("Equalize", 0, 1),
+    ("Identity", 0, 1),
+    ("Invert", 0, 1),
+    ("Posterize", 4, 8),
+    ("Rotate", -30, 30),
+    ("Sharpness", 0.1, 1.9),
+    ("ShearX", -0.3, 0.3),
+    ("ShearY", -0.3, 0.3),
+    ("Solarize", 0, 256),
+    ("TranslateX", -0.3, 0.3),
+    ("TranslateY", -0.3, 0.3),
 ]
 FIXMATCH = [
     ("AutoContrast", 0, 1),
@@ -113,14 +130,14 @@ class RandAugment:
 
 
 class RandAugment2:
-    """`n` operations drawn at random, each applied with probability `p` at a random magnitude."""
+    """`n` operations of a list of its own, each applied with probability `p` at a random magnitude."""
 
     def __init__(self, n: int = 2, p: float = 0.6) -> None:
         self.n = n
         self.p = p
 
     def __call__(self, img: Image.Image) -> Image.Image:
-        for name, least, greatest in random.choices(RANDAUGMENT, k=self.n):
+        for name, least, greatest in random.choices(RANDAUGMENT2, k=self.n):
             if random.random() > self.p:
                 continue
             img = OPERATIONS[name](img, least + random.random() * (greatest - least))

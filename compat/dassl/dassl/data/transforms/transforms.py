@@ -209,7 +209,7 @@ def _train_steps(cfg: CfgNode, choices: Sequence[str]) -> list[Callable]:
         print("+ random gray scale")
         steps.append(transforms.RandomGrayscale(p=inputs.RGS_P))
     if "gaussian_blur" in choices:
-        print(f"+ gaussian blur (kernel={inputs.GB_K}, p={inputs.GB_P})")
+        print(f"+ gaussian blur (kernel={inputs.GB_K})")
         steps.append(transforms.RandomApply([transforms.GaussianBlur(inputs.GB_K)], p=inputs.GB_P))
     return steps + _to_tensor_steps(cfg, choices, is_train=True)
 
