@@ -8,14 +8,12 @@ fitted on x_val of the base classes (the first half); x_test of those classes ar
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from recovery import RealSet, cosine
+from recovery import RealSet, asked_for, cosine
 from tabulate import tabulate
 from torch import Tensor
 
@@ -203,10 +201,7 @@ def private_table(sets: list[RealSet]) -> str:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("folder", type=Path)
-    folder = flags.parse_args().folder
-    sets = [RealSet(path) for path in sorted(folder.glob("*.npz"))]
+    folder, sets = asked_for(__doc__)
     if not sets:
         raise UserError(f"{folder}: it holds no .npz file")
     for data in sets:

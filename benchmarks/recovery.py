@@ -161,11 +161,18 @@ def directions_table(sets: list[RealSet]) -> str:
     return tabulate(table, headers, tablefmt="github", floatfmt=("", "", ".3f", ".3f", ".1f"))
 
 
-def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def asked_for(description: str) -> tuple[Path, list[RealSet]]:
+    """The folder on the command line and the data sets in it."""
+    flags = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     flags.add_argument("folder", type=Path)
     folder = flags.parse_args().folder
-    sets = [RealSet(path) for path in sorted(folder.glob("*.npz"))]
+    return folder, [RealSet(path) for path in sorted(folder.glob("*.npz"))]
+
+
+def main() -> None:
+    folder, sets = asked_for(__doc__)
     if len(sets) < 2:
         raise UserError(f"{folder}: at least two .npz files are needed")
     for data in sets:

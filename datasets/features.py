@@ -285,8 +285,9 @@ def encode_datums(
             ) from None
     # By the process that joins them, or by the next one if that was killed here.
     with contextlib.suppress(OSError):  # a cache that is read-only by now
-        for part in _parts(whole, len(paths)).values():
-            if part.exists():
+        parts = list(_parts(whole, len(paths)).values())
+        if parts[-1].exists():  # the last one to go
+            for part in parts:
                 part.unlink(missing_ok=True)
     return _part(whole, "image features", (len(datums), backbone.dim))
 

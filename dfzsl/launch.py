@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib.util
 import itertools
 import os
@@ -294,20 +295,6 @@ class Job:
                 self.settings.unlink()
             raise
 
-    def seconds(self) -> float | None:
-        """How long what is not finished may take: the median of this method's runs on this data, by part.
-
-        None where a part was never finished with any seed.
-        """
-        total = 0.0
-        for folder, _ in self.parts():
-            if not (folder / RESULTS).exists():
-                runs = [read_results(path) for path in folder.parent.glob(f"seed*/{RESULTS}")]
-                if not (known := [run["elapsed"] for run in runs if "elapsed" in run]):
-                    return None
-                total += statistics.median(known)
-        return total
-
     def check(self) -> None:
         """Raises UserError for what is unknown, where the folder holds this job with other settings, and for
         results that cannot be read."""
@@ -540,14 +527,26 @@ def show(folder: Path) -> None:
 
 def forecast(todo: Sequence[Job], workers: int) -> str:
     """What will run and how long it may take, by finished runs of the same method on the same data."""
+
+    @functools.cache
+    def usual(runs: Path) -> float | None:
+        """Median over the seeds in a folder; None where none is finished."""
+        found = [read_results(path) for path in runs.glob(f"seed*/{RESULTS}")]
+        elapsed = [results["elapsed"] for results in found if "elapsed" in results]
+        return statistics.median(elapsed) if elapsed else None
+
+    def seconds(job: Job) -> float | None:
+        """Of the parts that are not finished; None where one of them is unknown."""
+        each = [usual(folder.parent) for folder, _ in job.parts() if not (folder / RESULTS).exists()]
+        return None if None in each else sum(filter(None, each))
+
     kinds: dict[tuple[str, str], list[Job]] = {}
     for job in todo:
         method, config = job.parts()[0][0].parts[-3:-1]
         kinds.setdefault((f"{method} ({config})", job.data.name), []).append(job)
     rows, known = [], []
     for kind, jobs in kinds.items():
-        seconds = [job.seconds() for job in jobs]
-        each = [value for value in seconds if value is not None]
+        each = [value for value in map(seconds, jobs) if value is not None]
         known += each
         rows.append((*kind, len(jobs), _clock(statistics.median(each)) if each else "unknown"))
     headers = ["method", "data set", "runs", "each takes"]

@@ -22,6 +22,7 @@ from dfzsl.trainers.oracles import check_address, is_address
 from . import ranks
 from .errors import UserError, unknown
 from .files import atomic, read_text
+from .toolbox import settings_of
 
 DEEPEST = 20  # levels of a config file
 
@@ -122,10 +123,7 @@ class Folder:
     """The output folder of one experiment: its config.yaml says which, once the run has been built."""
 
     def __init__(self, cfg):
-        described = cfg.clone()
-        described.defrost()
-        described.OUTPUT_DIR = described.RESUME = ""
-        self.config = described.dump()
+        self.config = settings_of(cfg)
         self.path = Path(cfg.OUTPUT_DIR) / "config.yaml"
         if self.path.exists() and self.path.read_text(encoding="utf-8") != self.config:
             raise UserError(

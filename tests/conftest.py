@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -60,9 +61,23 @@ def real_features() -> Path:
     return folder
 
 
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the peak of memory is read from Linux's /proc"
+)
+
+
+def peak_memory() -> int:
+    """Highest resident memory of this process so far, in bytes. That of getrusage begins with its parent's."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
+
+
 @pytest.fixture
 def tried(record_property):
-    """tried(area, fault, count, outcome): a row of docs/reliability.md, which holds if the test passes."""
+    """tried(area, fault, count, outcome): a row of docs/reliability.md, which holds if the test passes.
+
+    `count` is what this test tried; a row that several tests share, as those of a parametrised one, adds up.
+    """
 
     def record(area: str, fault: str, count: int, outcome: str) -> None:
         record_property("tried", (area, fault, count, outcome))
@@ -83,7 +98,7 @@ def pytest_terminal_summary(terminalreporter, config):
             for name, row in report.user_properties:
                 if name == "tried":
                     area, fault, count, outcome = row
-                    before = rows.get((area, fault), (0, ""))[0]  # by a quick test and a slow one
+                    before = rows.get((area, fault), (0, ""))[0]
                     rows[area, fault] = (before + count, outcome if state == "passed" else "**FAILED**")
     table = tabulate(
         [(*named, f"{count:,}", outcome) for named, (count, outcome) in sorted(rows.items())],

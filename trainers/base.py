@@ -25,10 +25,10 @@ from dfzsl.datasets.virtual import DataFreeManager, VirtualLoader
 from dfzsl.errors import UserError
 from dfzsl.files import read_json, write_json
 from dfzsl.results import RESULTS, peak_memory, write_results
-from dfzsl.toolbox import add_keys, keys_of
+from dfzsl.toolbox import add_keys, keys_of, settings_of
 
 from .backbone import FeatureBackbone, load_backbone
-from .oracles import open_oracle
+from .oracles import is_address, open_oracle
 from .recovery import RecoverySettings, VirtualClasses, recover
 from .vmf import fit_classes
 
@@ -145,13 +145,10 @@ class CLIPTrainer(TrainerX):
         Stages that are done are read from there and not made again. They must come of the same settings and
         of the same teacher, by what is in its file.
         """
-        cfg = self.cfg.clone()
-        cfg.defrost()
-        cfg.OUTPUT_DIR = cfg.RESUME = ""
-        cfg.DATALOADER.NUM_WORKERS = 0
-        made_of = hashlib.sha256(cfg.dump().encode())
-        if os.path.isfile(cfg.TEACHER.FILE):
-            with open(cfg.TEACHER.FILE, "rb") as file:
+        # The number of workers is this machine's.
+        made_of = hashlib.sha256(settings_of(self.cfg, "DATALOADER.NUM_WORKERS", 0).encode())
+        if os.path.isfile(self.cfg.TEACHER.FILE):
+            with open(self.cfg.TEACHER.FILE, "rb") as file:
                 while block := file.read(1 << 20):
                     made_of.update(block)
         path = Path(self.cfg.OUTPUT_DIR) / "made_of.json"
@@ -202,7 +199,7 @@ class CLIPTrainer(TrainerX):
                 self.virtual = VirtualClasses.load(path)
             else:
                 # Answers of a server were paid for: they are kept, and an interrupted run goes on from them.
-                journal = output / "answers" if source.startswith(("http://", "https://")) else None
+                journal = output / "answers" if is_address(source) else None
                 oracle = open_oracle(source, self.cfg.TEACHER.ACCESS, journal)
                 if oracle.backbone and oracle.backbone != self.backbone_id:
                     raise UserError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from dfzsl.errors import UserError
 
 from . import vmf
-from .stages import AT_ONCE, unit
+from .stages import portions, unit
 
 COHERENCE = 0.88
 CONE = 0.92
@@ -31,7 +31,7 @@ def paper_concentration(text: Tensor) -> float:
     if len(text) < 2:
         raise UserError("the paper's concentration rule compares classes: it needs at least two")
     nearest = -1.0
-    for rows in torch.arange(len(text)).split(max(1, AT_ONCE // len(text))):
+    for rows in portions(torch.arange(len(text)), len(text)):
         cosine = text[rows].double() @ text.double().T
         cosine[torch.arange(len(rows)), rows] = -1
         nearest = max(nearest, float(cosine.max()))

@@ -15,7 +15,7 @@ from dfzsl.errors import UserError
 from .classifier import Classifier, check_new_names, fit_rows, shift_reliability, text_shift
 from .generators import build_generator
 from .generators.base import device_generator
-from .stages import AT_ONCE, checked
+from .stages import checked, portions
 
 if TYPE_CHECKING:
     from .recovery import VirtualClasses
@@ -102,7 +102,7 @@ def build_classifier(
     base_text, new_text = base_text.float(), new_text.to(base_text).float()
     checked(base_text, STAGE, "text feature", base_classnames)
     checked(new_text, STAGE, "text feature", new_classnames)
-    x, y = virtual.sample(min(settings.num_per_class, max(1, MAX_GENERATED // len(base_text))), generator)
+    x, y = virtual.sample(_affordable(settings.num_per_class, len(base_text)), generator)
     x, y = x.to(base_text), y.to(device)
     if settings.name == "auto":
         # In the tuned context base classes make poor players: their own text was tuned on them.
@@ -137,6 +137,11 @@ def build_classifier(
     )
 
 
+def _affordable(wanted: int, classes: int) -> int:
+    """How many features each of so many classes gets."""
+    return min(wanted, max(1, MAX_GENERATED // classes))
+
+
 def _train(
     x: Tensor,
     y: Tensor,
@@ -166,7 +171,7 @@ def _train(
             own |= {"holdout": s.holdout, "patience": s.patience}
         model = build_generator(s.name, x.shape[1], base_text.shape[1], **own)
         model.fit(x, y, base_text, rng)
-        count = min(s.num_generated, max(1, MAX_GENERATED // len(new_text)))
+        count = _affordable(s.num_generated, len(new_text))
         made = checked(model.sample(conditions, count, rng), STAGE, f"feature made by '{s.name}'")
         labels = torch.arange(len(base_text), len(base_text) + len(new_text), device=y.device)
         x, y = torch.cat([x, made]), torch.cat([y, labels.repeat_interleave(count)])
@@ -270,8 +275,8 @@ def calibrate(
 
 def _margins(x: Tensor, y: Tensor, base: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
     """By how much the best base class beats the best new one, and whether the best of y's own part is y."""
-    few = max(1, AT_ONCE // max(len(base), len(new)))
-    tops = [((part @ base.T).max(1), (part @ new.T).max(1)) for part in x.split(few)]
+    parts = portions(x, max(len(base), len(new)))
+    tops = [((part @ base.T).max(1), (part @ new.T).max(1)) for part in parts]
     (base_top, base_class), (new_top, new_class) = (
         (torch.cat([top.values for top in part]), torch.cat([top.indices for top in part]))
         for part in zip(*tops, strict=True)

@@ -28,7 +28,7 @@ from .geometry import (
     paper_concentration,
 )
 from .oracles import Oracle
-from .stages import AT_ONCE, checked, unit
+from .stages import checked, portions, unit
 from .vmf import VonMisesFisher
 
 STAGE = "stage 1 (recovery)"
@@ -127,8 +127,8 @@ class VirtualClasses:
     def sample(self, n_per_class: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Unit rows (C * n_per_class, d), class after class, and their labels."""
         parts = []
-        few = max(1, AT_ONCE // (n_per_class * self.mu.shape[1]))
-        for mu, kappa in zip(self.mu.split(few), self.kappa.split(few), strict=True):
+        width = n_per_class * self.mu.shape[1]
+        for mu, kappa in zip(portions(self.mu, width), portions(self.kappa, width), strict=True):
             if self.network is None:
                 draws = VonMisesFisher(mu, kappa).sample((n_per_class,), generator)
             else:
@@ -141,8 +141,8 @@ class VirtualClasses:
 
     def kept(self, features: Tensor, labels: Tensor) -> Tensor:
         """(n,) bool: the recovered teacher assigns the draw to its own class (the paper's filter)."""
-        few = max(1, AT_ONCE // len(self.weight))
-        return torch.cat([(part @ self.weight.T).argmax(1) for part in features.split(few)]) == labels
+        parts = portions(features, len(self.weight))
+        return torch.cat([(part @ self.weight.T).argmax(1) for part in parts]) == labels
 
     def ordered_as(self, classnames: Sequence[str]) -> VirtualClasses:
         """The same classes in the order of `classnames`. Raises UserError unless the names are the same."""

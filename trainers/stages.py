@@ -13,6 +13,11 @@ from dfzsl.errors import UserError
 AT_ONCE = 2**27  # numbers of an intermediate result that are held at once: half a gigabyte in float32
 
 
+def portions(x: Tensor, width: int) -> tuple[Tensor, ...]:
+    """The rows of x in runs so short that `width` numbers for each of them stay below AT_ONCE."""
+    return x.split(max(1, AT_ONCE // width))
+
+
 def unit(x: Tensor) -> Tensor:
     """Rows (n, d) of any length as unit rows, at least float32; a row that is zero stays zero.
 

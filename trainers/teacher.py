@@ -60,11 +60,8 @@ class Teacher:
     def load(cls, path: str | os.PathLike[str]) -> Teacher:
         """Read `save`'s file. Raises UserError when it is missing, broken or not a teacher."""
         tensors, about = load_tensors(path, "teacher")
-        weight, backbone, normalized = (
-            tensors.get("weight"),
-            about.get("backbone", ""),
-            about.get("normalized"),
-        )
+        weight = tensors.get("weight")
+        backbone, normalized = about.get("backbone", ""), about.get("normalized")
         if weight is None or not isinstance(backbone, str) or not isinstance(normalized, bool):
             raise UserError(f"{path}: an incomplete teacher file; write it again with TeacherZeroshot")
         names = checked_names(about.get("classnames"), path)

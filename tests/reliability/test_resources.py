@@ -121,7 +121,7 @@ def test_a_disk_that_is_full_within_a_file(size, what, tmp_path, tried):
     said = (tmp_path / "said.txt").read_text(encoding="utf-8")
     assert "too large" in said and "\n" not in said
     tried(
-        "machine", "disk full within a file (JSON, tensors, checkpoints)", 12, "one line, nothing left behind"
+        "machine", "disk full within a file (JSON, tensors, checkpoints)", 1, "one line, nothing left behind"
     )
 
 
@@ -190,9 +190,7 @@ def test_out_of_memory_names_the_knobs(who, world, monkeypatch, capfd, tried):
     said = one_line(lambda: train.main(words(world, "TeacherZeroshot", "output")), capfd)
     for knob in ("DATALOADER.TRAIN_X.BATCH_SIZE", "DATALOADER.TEST.BATCH_SIZE", "RECOVERY.NUM_PER_CLASS"):
         assert knob in said
-    tried(
-        "machine", "out of memory (Python, numpy, torch, GPU)", len(OUT_OF_MEMORY), "one line, with the knobs"
-    )
+    tried("machine", "out of memory (Python, numpy, torch, GPU)", 1, "one line, with the knobs")
 
 
 class Deadly:
