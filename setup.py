@@ -6,7 +6,14 @@ the folders keep the toolbox's names in the checkout and get the prefix `dfzsl.`
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+FOLDERS = {
+    "dfzsl": "dfzsl",
+    "dfzsl.trainers": "trainers",
+    "dfzsl.datasets": "datasets",
+    "dfzsl.configs": "configs",
+}
 
 setup(
     name="dfzsl",
@@ -17,20 +24,11 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=[
-        "dfzsl",
-        "dfzsl.report",
-        "dfzsl.trainers",
-        "dfzsl.trainers.generators",
-        "dfzsl.datasets",
-        "dfzsl.datasets.shapes",
-        "dfzsl.configs",
+        ".".join([package, *inner])
+        for package, folder in FOLDERS.items()
+        for inner in [(), *((name,) for name in find_packages(folder))]
     ],
-    package_dir={
-        "dfzsl": "dfzsl",
-        "dfzsl.trainers": "trainers",
-        "dfzsl.datasets": "datasets",
-        "dfzsl.configs": "configs",
-    },
+    package_dir=FOLDERS,
     package_data={
         "dfzsl": ["py.typed"],
         "dfzsl.report": ["*.yaml", "*.css"],

@@ -24,7 +24,7 @@ from PIL import Image
 from tabulate import tabulate
 
 from dfzsl.datasets.features import encode_datums
-from dfzsl.trainers.backbone import load_backbone
+from dfzsl.trainers.clip.backbone import load_backbone
 
 
 def pictures(folder: Path, count: int, side: int) -> list[Datum]:

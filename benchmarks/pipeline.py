@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 
-from dfzsl.trainers.generators import build_generator
-from dfzsl.trainers.oracles import open_oracle
-from dfzsl.trainers.pipeline import StageThreeSettings, build_classifier, calibrate, choose_generator
-from dfzsl.trainers.recovery import recover
-from dfzsl.trainers.teacher import Teacher
+from dfzsl.trainers.generation.build import StageThreeSettings, build_classifier, calibrate, choose_generator
+from dfzsl.trainers.generation.generators import build_generator
+from dfzsl.trainers.recovery.oracles import open_oracle
+from dfzsl.trainers.recovery.recover import recover
+from dfzsl.trainers.recovery.teacher import Teacher
 
 BASE, NEW, DIM, VIRTUAL = 40, 10, 512, 600
 LIMIT = 60.0

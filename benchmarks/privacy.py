@@ -18,8 +18,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from dfzsl.errors import UserError
-from dfzsl.trainers.oracles import open_oracle
-from dfzsl.trainers.teacher import Teacher, fit_teacher
+from dfzsl.trainers.recovery.oracles import open_oracle
+from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 
 SHOTS = (1, 4, 16, 0)  # 0: all images
 STRENGTHS = (10.0, 0.316, 0.01)  # C of the teacher's logistic regression

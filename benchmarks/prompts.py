@@ -24,8 +24,8 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfzsl.trainers.backbone import ROWS_AT_ONCE, Backbone, load_backbone
-from dfzsl.trainers.prompts import Prompts
+from dfzsl.trainers.clip.backbone import ROWS_AT_ONCE, Backbone, load_backbone
+from dfzsl.trainers.clip.prompts import Prompts
 
 N_CTX = 4
 # The plain way keeps some 29 MB a class: more classes than these go through in pieces, whose gradients add

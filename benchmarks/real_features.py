@@ -28,11 +28,11 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from dfzsl.trainers.classifier import Classifier
-from dfzsl.trainers.oracles import open_oracle
-from dfzsl.trainers.pipeline import StageThreeSettings, build_classifier
-from dfzsl.trainers.recovery import RecoverySettings, recover
-from dfzsl.trainers.teacher import fit_teacher
+from dfzsl.trainers.generation.build import StageThreeSettings, build_classifier
+from dfzsl.trainers.generation.classifier import Classifier
+from dfzsl.trainers.recovery.oracles import open_oracle
+from dfzsl.trainers.recovery.recover import RecoverySettings, recover
+from dfzsl.trainers.recovery.teacher import fit_teacher
 
 
 def harmonic(a: float, b: float) -> float:

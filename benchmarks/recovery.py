@@ -18,17 +18,17 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 from dfzsl.errors import UserError
-from dfzsl.trainers import vmf
-from dfzsl.trainers.geometry import (
+from dfzsl.trainers.recovery import vmf
+from dfzsl.trainers.recovery.geometry import (
     CONE,
     class_directions,
     common_direction,
     geometry_concentration,
     paper_concentration,
 )
-from dfzsl.trainers.oracles import open_oracle
-from dfzsl.trainers.recovery import recover
-from dfzsl.trainers.teacher import fit_teacher
+from dfzsl.trainers.recovery.oracles import open_oracle
+from dfzsl.trainers.recovery.recover import recover
+from dfzsl.trainers.recovery.teacher import fit_teacher
 
 METHODS: list[tuple[str, str, dict]] = [
     ("weights", "closed form", {}),

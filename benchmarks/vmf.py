@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from scipy.stats import vonmises_fisher
 from tabulate import tabulate
 
-from dfzsl.trainers.vmf import VonMisesFisher, mean_resultant_length
+from dfzsl.trainers.recovery.vmf import VonMisesFisher, mean_resultant_length
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if not args.output.endswith(".safetensors"):
         raise UserError(f"--output {args.output}: a feature file ends in .safetensors")
-    from dfzsl.trainers.backbone import load_backbone  # the trainers import this package
+    from dfzsl.trainers.clip.backbone import load_backbone  # the trainers import this package
 
     add_keys("MODEL.BACKBONE", WEIGHTS="openai")
     dataset = open_dataset(args.data, args.root)

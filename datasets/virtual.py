@@ -17,7 +17,7 @@ from .features import FeatureLoader
 
 
 class Virtual(Protocol):
-    """What the loader draws from: `VirtualClasses` of trainers/recovery.py."""
+    """What the loader draws from: `VirtualClasses` of trainers/recovery/recover.py."""
 
     classnames: list[str]
 

@@ -17,7 +17,7 @@ from dassl.utils import set_random_seed, setup_logger
 from yacs.config import CfgNode
 
 import dfzsl.datasets  # noqa: F401
-from dfzsl.trainers.oracles import check_address, is_address
+from dfzsl.trainers.recovery.oracles import check_address, is_address
 
 from . import ranks
 from .errors import UserError, unknown

@@ -15,6 +15,7 @@ from tabulate import tabulate
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 
+ROOT = Path(__file__).parents[1]
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
 
 
@@ -55,7 +56,7 @@ def feature_file(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def real_features() -> Path:
     """The folder of real CLIP ViT-B/32 features, where the machine has it."""
-    folder = Path(os.environ.get("DFZSL_REAL", Path(__file__).parents[2] / "shared/data/real_clip_vitb32"))
+    folder = Path(os.environ.get("DFZSL_REAL", ROOT.parent / "shared/data/real_clip_vitb32"))
     if not folder.is_dir():
         pytest.skip("the real CLIP features are not on this machine")
     return folder
@@ -67,7 +68,7 @@ needs_proc = pytest.mark.skipif(
 
 
 def peak_memory() -> int:
-    """Highest resident memory of this process so far, in bytes. That of getrusage begins with its parent's."""
+    """Highest resident memory of this process so far in bytes. That of getrusage begins with its parent's."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 from scipy.io import savemat
 
@@ -347,3 +348,26 @@ def _(root: Path) -> Path:
     root.mkdir(parents=True, exist_ok=True)
     np.savez(root / "features.npz", **arrays)
     return root / "features.npz"
+
+
+def pixels(image: Image.Image) -> torch.Tensor:
+    array = np.asarray(image.resize((8, 8)), dtype="float32").transpose(2, 0, 1)
+    return torch.from_numpy(array / 255)
+
+
+class Backbone:
+    """Mean colours and hashed names: what extraction needs of a backbone, in no time."""
+
+    name, weights_id, precision, dim = "mean", "none", "fp32", 3
+    transform = staticmethod(pixels)
+
+    def __init__(self) -> None:
+        self.seen = 0
+
+    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen += len(images)
+        return torch.nn.functional.normalize(images.mean((2, 3)), dim=1)
+
+    def class_features(self, classnames, templates) -> torch.Tensor:
+        rows = [[len(name), len(templates[0]), sum(map(ord, name))] for name in classnames]
+        return torch.nn.functional.normalize(torch.tensor(rows, dtype=torch.float32), dim=1)

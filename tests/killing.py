@@ -19,15 +19,16 @@ from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
+import fake_data
 import sklearn.linear_model  # noqa: F401 (imported here once, and not by every attempt)
-import test_extract
 from dassl.utils import load_checkpoint
 from scipy.sparse import linalg  # noqa: F401
 
-from dfzsl import launch, train
+from dfzsl import train
 from dfzsl.datasets import extract, features
+from dfzsl.launch import __main__ as launch
 from dfzsl.trainers import base, owner
-from dfzsl.trainers.backbone import load_backbone
+from dfzsl.trainers.clip.backbone import load_backbone
 from dfzsl.trainers.dfzsl import CLASSIFIER, DFZSL
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -170,7 +171,7 @@ def run(words: list[str], output: str, log: Path) -> None:
 def encode(root: Path, output: Path, cache: Path, log: Path) -> None:
     """Extraction of the fake pets, four pictures a part."""
     features.PART = 4
-    backbone = test_extract.Backbone()
+    backbone = fake_data.Backbone()
     backbone.encode_image = noted(log, "encode", lambda *_: False, backbone.encode_image)  # type: ignore[method-assign]
     data = extract.open_dataset("oxford_pets", str(root))
     extract.extract(data, backbone, output, batch_size=4, num_workers=0, cache_dir=cache)

@@ -8,8 +8,8 @@ from dassl.engine import TRAINER_REGISTRY
 import dfzsl.configs
 from dfzsl import train
 from dfzsl.trainers.base import CLIPTrainer
-from dfzsl.trainers.pipeline import StageThreeSettings
-from dfzsl.trainers.recovery import RecoverySettings
+from dfzsl.trainers.generation.build import StageThreeSettings
+from dfzsl.trainers.recovery.recover import RecoverySettings
 
 FOLDER = Path(dfzsl.configs.__file__).parent / "trainers"
 SHIPPED = sorted(FOLDER.rglob("*.yaml"))

@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY
 
-from dfzsl import launch, train
+from dfzsl import train
 from dfzsl.datasets import extract
+from dfzsl.launch import __main__ as launch
 from dfzsl.report import __main__ as report
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
 PAGES += [ROOT / "compat/dassl/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MADE = {"output", "data", "build", "dist"}  # by runs and builds, not ours
@@ -203,7 +204,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_and_what_they_define_exist(page):
-    """`trainers/vmf.py`, `vmf.fit`, `trainers/vmf.py: fit`, `dfzsl.errors.UserError`"""
+    """`trainers/recovery/vmf.py`, `vmf.fit`, `trainers/recovery/vmf.py: fit`, `dfzsl.errors.UserError`"""
     for span in spans(page):
         name, _, attribute = span.partition(": ")
         name = re.sub(r"\b[A-Z]+\b", "*", name.rstrip("/"))  # NAME, DATASET: any

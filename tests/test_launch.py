@@ -9,10 +9,10 @@ from dassl.engine import TRAINER_REGISTRY
 from dfzsl import train
 from dfzsl.errors import UserError
 from dfzsl.files import write_json
-from dfzsl.launch import Data, Job, Method, forecast, parser, plan
+from dfzsl.launch.__main__ import Data, Job, Method, forecast, parser, plan
 from dfzsl.trainers.base import CLIPTrainer
-from dfzsl.trainers.pipeline import StageThreeSettings
-from dfzsl.trainers.recovery import RecoverySettings
+from dfzsl.trainers.generation.build import StageThreeSettings
+from dfzsl.trainers.recovery.recover import RecoverySettings
 
 
 def jobs(*words: str):
@@ -160,7 +160,7 @@ def test_a_job_is_locked_against_others(tmp_path):
     with job.locked() as mine:
         assert mine
         code = (
-            "from pathlib import Path; from dfzsl.launch import Data, Job, Method; import sys\n"
+            "from pathlib import Path; from dfzsl.launch.__main__ import Data, Job, Method; import sys\n"
             f"root = Path({str(tmp_path)!r})\n"
             f"job = Job('base2new', Method('ZeroshotCLIP'), Data('shapes', ''), 1, 16, -1, root)\n"
             "with job.locked() as free: sys.exit(7 if free else 0)"

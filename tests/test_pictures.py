@@ -1,24 +1,14 @@
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, write_features
 
-from dfzsl.trainers.recovery import VirtualClasses
+from dfzsl.trainers.recovery.recover import VirtualClasses
 
 pytest.importorskip("matplotlib")
-SCRIPT = Path(__file__).parents[1] / "scripts/dfzsl/pictures.py"
+from dfzsl import pictures
+
 BASE = list(CLASSES[:4])
-
-
-@pytest.fixture(scope="module")
-def pictures():
-    spec = importlib.util.spec_from_file_location("pictures", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_run(folder, dim=32, names=BASE):
@@ -27,14 +17,14 @@ def write_run(folder, dim=32, names=BASE):
     return folder
 
 
-def test_a_run_is_drawn(pictures, feature_file, tmp_path, capsys):
+def test_a_run_is_drawn(feature_file, tmp_path, capsys):
     run = write_run(tmp_path)
     assert pictures.main([str(run), str(feature_file)]) == 0
     assert (run / "virtual.png").read_bytes().startswith(b"\x89PNG")
     assert "Saved to" in capsys.readouterr().out
 
 
-def test_real_classes_are_matched_by_name(pictures, feature_file):
+def test_real_classes_are_matched_by_name(feature_file):
     features, labels = pictures.read_real(str(feature_file), ["dog", "ant"])
     file = np.load(feature_file)
     expected = file["y_test"][np.isin(file["y_test"], [0, 3])]
@@ -42,7 +32,7 @@ def test_real_classes_are_matched_by_name(pictures, feature_file):
     assert features.shape == (len(expected), 32)
 
 
-def test_margins_and_angles(pictures):
+def test_margins_and_angles():
     mu = torch.eye(3)
     virtual = VirtualClasses(mu, torch.ones(3), ["a", "b", "c"], mu)
     x = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0]])
@@ -54,14 +44,14 @@ def test_margins_and_angles(pictures):
     ("dim", "names", "message"),
     [(32, ["ant", "emu"], "no class 'emu'"), (16, BASE, "features of 32 dimensions, the run's have 16")],
 )
-def test_what_does_not_fit_is_one_line(pictures, feature_file, tmp_path, capsys, dim, names, message):
+def test_what_does_not_fit_is_one_line(feature_file, tmp_path, capsys, dim, names, message):
     assert pictures.main([str(write_run(tmp_path, dim, names)), str(feature_file)]) == 2
     assert message in capsys.readouterr().err
     assert pictures.main([str(tmp_path / "nowhere"), str(feature_file)]) == 2
     assert "no such virtual file" in capsys.readouterr().err
 
 
-def test_a_class_without_test_features_is_reported(pictures, tmp_path, capsys):
+def test_a_class_without_test_features_is_reported(tmp_path, capsys):
     file = write_features(tmp_path / "f.npz")
     labels = np.load(file)["y_test"]
     write_features(tmp_path / "f.npz", y_test=np.where(labels == 3, 2, labels))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import io
 import os
-import sys
 import tarfile
 import threading
 import zipfile
@@ -19,20 +17,8 @@ import pytest
 from dassl.data.datasets import DATASET_REGISTRY
 
 from dfzsl.errors import UserError
-
-SCRIPTS = Path(__file__).parents[1] / "scripts/data"
-
-
-@pytest.fixture(scope="module")
-def fetch():
-    sys.path.insert(0, str(SCRIPTS))
-    yield importlib.import_module("fetch")
-    sys.path.remove(str(SCRIPTS))
-
-
-@pytest.fixture(scope="module")
-def prepare(fetch):
-    return importlib.import_module("prepare")
+from dfzsl.prepare import __main__ as prepare
+from dfzsl.prepare import fetch
 
 
 class Server:
@@ -91,7 +77,7 @@ CONTENT = os.urandom(1000) * 300
 
 
 @pytest.mark.parametrize("kind", ["md5", "sha256"])
-def test_a_download_is_verified(fetch, server, tmp_path, kind):
+def test_a_download_is_verified(server, tmp_path, kind):
     server.files["/a.zip"] = CONTENT
     good = f"{kind}:{hashlib.new(kind, CONTENT).hexdigest()}"
     path = fetch.download(f"{server.url}/a.zip", tmp_path / "a.zip", good)
@@ -102,7 +88,7 @@ def test_a_download_is_verified(fetch, server, tmp_path, kind):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zip"]
 
 
-def test_an_interrupted_download_goes_on(fetch, server, tmp_path):
+def test_an_interrupted_download_goes_on(server, tmp_path):
     server.files["/a.zip"], server.cut = CONTENT, 100_000
     with pytest.raises(UserError, match="give the command again to go on"):
         fetch.download(f"{server.url}/a.zip", tmp_path / "a.zip")
@@ -112,7 +98,7 @@ def test_an_interrupted_download_goes_on(fetch, server, tmp_path):
     assert server.ranges == [None, "bytes=100000-"]
 
 
-def test_a_file_that_changed_meanwhile_is_fetched_anew(fetch, server, tmp_path):
+def test_a_file_that_changed_meanwhile_is_fetched_anew(server, tmp_path):
     server.files["/a.zip"], server.cut = CONTENT, 100_000
     with pytest.raises(UserError):
         fetch.download(f"{server.url}/a.zip", tmp_path / "a.zip")
@@ -120,14 +106,14 @@ def test_a_file_that_changed_meanwhile_is_fetched_anew(fetch, server, tmp_path):
     assert fetch.download(f"{server.url}/a.zip", tmp_path / "a.zip").read_bytes() == CONTENT[::-1]
 
 
-def test_a_complete_part_is_only_verified(fetch, server, tmp_path):
+def test_a_complete_part_is_only_verified(server, tmp_path):
     server.files["/a.zip"] = CONTENT
     (tmp_path / "a.zip.part").write_bytes(CONTENT)
     (tmp_path / "a.zip.etag").write_text(hashlib.md5(CONTENT).hexdigest())
     assert fetch.download(f"{server.url}/a.zip", tmp_path / "a.zip").read_bytes() == CONTENT
 
 
-def test_without_a_checksum_the_first_download_is_the_measure(fetch, server, tmp_path):
+def test_without_a_checksum_the_first_download_is_the_measure(server, tmp_path):
     server.files["/a.zip"] = CONTENT
     fetch.download(f"{server.url}/a.zip", tmp_path / "a.zip").unlink()
     server.files["/a.zip"] = CONTENT[1:]
@@ -135,7 +121,7 @@ def test_without_a_checksum_the_first_download_is_the_measure(fetch, server, tmp
         fetch.download(f"{server.url}/a.zip", tmp_path / "a.zip")
 
 
-def test_addresses_that_do_not_serve_the_file(fetch, server, tmp_path):
+def test_addresses_that_do_not_serve_the_file(server, tmp_path):
     with pytest.raises(UserError, match="answers 404"):
         fetch.download(f"{server.url}/a.zip", tmp_path / "a.zip")
     server.files["/a.zip"], server.kind = b"<html>Too many downloads</html>", "text/html"
@@ -170,7 +156,7 @@ def make_zip(path: Path, names: dict[str, bytes]) -> Path:
 
 
 @pytest.mark.parametrize("make", [make_tar, make_zip])
-def test_an_archive_is_unpacked(fetch, tmp_path, make):
+def test_an_archive_is_unpacked(tmp_path, make):
     archive = make(tmp_path / "archive", {"a/b.txt": b"1", "a/Ä #2.txt": b"2"})
     fetch.unpack(archive, tmp_path / "out")
     assert (tmp_path / "out/a/b.txt").read_bytes() == b"1" and (tmp_path / "out/a/Ä #2.txt").exists()
@@ -189,7 +175,7 @@ def test_an_archive_is_unpacked(fetch, tmp_path, make):
         (make_zip, ({"C:/evil": b"x"},)),
     ],
 )
-def test_a_hostile_archive_writes_nothing(fetch, tmp_path, make, arguments):
+def test_a_hostile_archive_writes_nothing(tmp_path, make, arguments):
     archive = make(tmp_path / "archive", *arguments)
     with pytest.raises(UserError, match="unsafe, not extracted"):
         fetch.unpack(archive, tmp_path / "deep/out")
@@ -198,7 +184,7 @@ def test_a_hostile_archive_writes_nothing(fetch, tmp_path, make, arguments):
 
 @pytest.mark.parametrize("make", [make_tar, make_zip])
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-def test_half_an_archive(fetch, tmp_path, make, share):
+def test_half_an_archive(tmp_path, make, share):
     archive = make(tmp_path / "archive", {f"{n}.bin": os.urandom(5000) for n in range(9)})
     whole = archive.read_bytes()
     archive.write_bytes(whole[: int(share * len(whole))])
@@ -207,14 +193,14 @@ def test_half_an_archive(fetch, tmp_path, make, share):
     assert [p.name for p in tmp_path.iterdir()] == ["archive"]
 
 
-def test_a_full_disk_is_foreseen(fetch, tmp_path, monkeypatch):
+def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
     archive = make_zip(tmp_path / "archive", {"a": b"12345"})
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: SimpleNamespace(free=3))
     with pytest.raises(UserError, match="GB left"):
         fetch.unpack(archive, tmp_path / "out")
 
 
-def test_moving_joins_folders(fetch, tmp_path):
+def test_moving_joins_folders(tmp_path):
     for name in ("from/a/1", "from/a/deep/2", "to/a/3", "to/a/1"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -230,7 +216,7 @@ def test_moving_joins_folders(fetch, tmp_path):
 # ---------------------------------------------------------------- recipes
 
 
-def test_every_data_set_on_the_web_has_a_recipe(prepare):
+def test_every_data_set_on_the_web_has_a_recipe():
     own = {"Folder", "Csv", "Features", "Shapes"}
     ours = {
         n
@@ -242,7 +228,7 @@ def test_every_data_set_on_the_web_has_a_recipe(prepare):
         assert recipe.steps or recipe.mirror
 
 
-def test_names_are_those_of_registry_and_configs(prepare):
+def test_names_are_those_of_registry_and_configs():
     assert prepare.names_of(["dtd", "OxfordPets", "oxford_pets", "awa2"]) == [
         "DescribableTextures",
         "OxfordPets",
@@ -263,7 +249,7 @@ def packed(tmp_path: Path, name: str, top: str) -> bytes:
     return path.read_bytes()
 
 
-def test_official_steps_make_a_data_set(prepare, server, tmp_path, monkeypatch):
+def test_official_steps_make_a_data_set(server, tmp_path, monkeypatch):
     content = packed(tmp_path, "DescribableTextures", "dtd")
     server.files |= {"/dtd-r1.0.1.tar.gz": content, "/split": b"not used"}
     split = (tmp_path / "packed/dtd/split_zhou_DescribableTextures.json").read_bytes()
@@ -280,7 +266,7 @@ def test_official_steps_make_a_data_set(prepare, server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("top", ["dtd", "whatever/deeper", "."])
-def test_the_mirrors_archive_may_have_any_top_folder(prepare, server, tmp_path, monkeypatch, top):
+def test_the_mirrors_archive_may_have_any_top_folder(server, tmp_path, monkeypatch, top):
     server.files["/dtd.zip"] = content = packed(tmp_path, "DescribableTextures", top)
     listed = {"dtd.zip": (f"{server.url}/dtd.zip", f"sha256:{hashlib.sha256(content).hexdigest()}")}
     monkeypatch.setattr(prepare, "listing", lambda repository: listed)
@@ -289,14 +275,14 @@ def test_the_mirrors_archive_may_have_any_top_folder(prepare, server, tmp_path, 
     assert report.counts == (5, 20, 10, 15) and not report.missing and not report.broken
 
 
-def test_the_hubs_listing_gives_checksums(fetch, monkeypatch):
+def test_the_hubs_listing_gives_checksums(monkeypatch):
     answer = b'[{"path": "README.md", "size": 3}, {"path": "dtd.zip", "lfs": {"oid": "abc", "size": 9}}]'
     monkeypatch.setattr(fetch.urllib.request, "urlopen", lambda *a, **k: io.BytesIO(answer))
     found = fetch.listing("somebody/data")
     assert found == {"dtd.zip": ("https://huggingface.co/somebody/data/resolve/main/dtd.zip", "sha256:abc")}
 
 
-def test_what_is_to_be_done_by_hand_is_said(prepare, tmp_path, monkeypatch):
+def test_what_is_to_be_done_by_hand_is_said(tmp_path, monkeypatch):
     def offline(url, path, checksum=""):
         raise UserError(f"{url} answers nothing")
 
@@ -312,19 +298,19 @@ def test_what_is_to_be_done_by_hand_is_said(prepare, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def pets(prepare, tmp_path, monkeypatch):
+def pets(tmp_path, monkeypatch):
     recipe = prepare.RECIPES["OxfordPets"]
     monkeypatch.setitem(prepare.RECIPES, "OxfordPets", prepare.Recipe((5, 20, 10, 15), recipe.steps))
     return fake_data.make("OxfordPets", tmp_path)
 
 
-def test_check_is_content_with_a_whole_data_set(prepare, pets, capsys):
+def test_check_is_content_with_a_whole_data_set(pets, capsys):
     prepare.main(["oxford_pets", "--root", str(pets), "--check", "--workers", "1"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("OxfordPets"))
     assert line.split() == ["OxfordPets", "5", "20", "10", "15", "0", "0", "fine"]
 
 
-def test_check_counts_missing_and_broken_images(prepare, pets, capsys):
+def test_check_counts_missing_and_broken_images(pets, capsys):
     images = sorted((pets / "oxford_pets/images").iterdir())
     images[0].unlink()
     images[1].write_bytes(images[1].read_bytes()[:300])
@@ -336,7 +322,7 @@ def test_check_counts_missing_and_broken_images(prepare, pets, capsys):
     assert f"{images[0]}: missing" in said and str(images[1]) in said and str(images[2]) in said
 
 
-def test_check_tells_other_counts_and_what_is_not_there(prepare, tmp_path, capsys):
+def test_check_tells_other_counts_and_what_is_not_there(tmp_path, capsys):
     root = fake_data.make("EuroSAT", tmp_path)
     with pytest.raises(UserError, match="not as published: EuroSAT, UCF101"):
         prepare.main(["eurosat", "ucf101", "--root", str(root), "--check", "--workers", "1"])
@@ -346,7 +332,7 @@ def test_check_tells_other_counts_and_what_is_not_there(prepare, tmp_path, capsy
 
 
 @pytest.mark.parametrize("name", sorted(set(fake_data.FAKES) - {"Folder", "Csv", "Features"}))
-def test_every_data_set_can_be_checked(prepare, name, tmp_path):
+def test_every_data_set_can_be_checked(name, tmp_path):
     report = prepare.check(name, fake_data.make(name, tmp_path), 1)
     assert report.counts[0] >= 4 and not report.missing and not report.broken
     assert all("the published data set has" in said for said in report.problems)

@@ -13,9 +13,10 @@ import pytest
 import torch
 from fake_data import picture
 
-from dfzsl import launch, train
+from dfzsl import train
 from dfzsl.errors import UserError
-from dfzsl.launch import CONFIGS, Data, Job, Method
+from dfzsl.launch import __main__ as launch
+from dfzsl.launch.__main__ import CONFIGS, Data, Job, Method
 from dfzsl.results import CHANGING, read_results
 
 # Three base classes on two ranks, and batches of three: neither is divisible.

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CLASSES, write_features
+from conftest import CLASSES, ROOT, write_features
 
 from dfzsl import train
 from dfzsl.errors import UserError
 from dfzsl.results import read_results
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfzsl.trainers.backbone import Backbone, _open_clip, load_backbone
+from dfzsl.trainers.clip.backbone import Backbone, _open_clip, load_backbone
 
 VISION = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3}

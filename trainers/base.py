@@ -27,10 +27,10 @@ from dfzsl.files import read_json, write_json
 from dfzsl.results import RESULTS, peak_memory, write_results
 from dfzsl.toolbox import add_keys, keys_of, settings_of
 
-from .backbone import FeatureBackbone, load_backbone
-from .oracles import is_address, open_oracle
-from .recovery import RecoverySettings, VirtualClasses, recover
-from .vmf import fit_classes
+from .clip.backbone import FeatureBackbone, load_backbone
+from .recovery.oracles import is_address, open_oracle
+from .recovery.recover import RecoverySettings, VirtualClasses, recover
+from .recovery.vmf import fit_classes
 
 add_keys("MODEL.BACKBONE", WEIGHTS="openai")
 add_keys("TEACHER", FILE="", ACCESS="logits")
@@ -45,7 +45,7 @@ class CLIPTrainer(TrainerX):
     """A Dassl trainer around a frozen CLIP.
 
     Set for subclasses before `build_model` runs:
-        backbone: the frozen model (trainers/backbone.py).
+        backbone: the frozen model (trainers/clip/backbone.py).
         classnames: names of this run's classes, in label order.
         template: the data set's prompt, such as "a photo of a {}."
 

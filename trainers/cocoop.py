@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from dfzsl.toolbox import add_keys, register
 
+from .clip.prompts import PromptLearner
 from .coop import CoOp, PromptedCLIP
-from .prompts import PromptLearner
 
 add_keys("TRAINER.COCOOP", N_CTX=16, CTX_INIT="", PREC="fp16")
 

@@ -16,9 +16,9 @@ from torch.nn import functional as F
 from dfzsl import ranks
 from dfzsl.toolbox import add_keys, register
 
-from .backbone import ROWS_AT_ONCE
 from .base import CLIPTrainer
-from .prompts import PromptLearner, require_text_encoder
+from .clip.backbone import ROWS_AT_ONCE
+from .clip.prompts import PromptLearner, require_text_encoder
 
 # torch.compile takes a minute before the first step: worth it on a GPU, for thousands of steps.
 add_keys("MODEL.BACKBONE", COMPILE=False, ROWS_AT_ONCE=ROWS_AT_ONCE)

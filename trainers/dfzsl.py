@@ -12,12 +12,12 @@ import torch
 from dassl.engine import TRAINER_REGISTRY
 
 from dfzsl.errors import UserError
+from dfzsl.stages import checked
 from dfzsl.toolbox import add_keys, keys_of, register
 
-from .classifier import Classifier
 from .flpt import FLPT
-from .pipeline import StageThreeSettings, build_classifier
-from .stages import checked
+from .generation.build import StageThreeSettings, build_classifier
+from .generation.classifier import Classifier
 
 add_keys("TRAINER.DFZSL", FLPT=True, NEW_CLASSES=())
 add_keys("GENERATOR", **keys_of(StageThreeSettings))

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from dfzsl.toolbox import add_keys, register
 
+from .clip.prompts import PromptLearner
 from .coop import CoOp, PromptedCLIP
-from .prompts import PromptLearner
 
 add_keys("TRAINER.FLPT", N_CTX=4, CTX_INIT="a photo of a", PREC="fp16", RESIDUAL_WEIGHT=0.005)
 

@@ -9,7 +9,7 @@ from dassl.engine import TRAINER_REGISTRY
 from dfzsl.toolbox import add_keys, register
 
 from .base import CLIPTrainer
-from .teacher import Teacher
+from .recovery.teacher import Teacher
 
 add_keys("TRAINER.TEXTTEACHERMIX", TEXT=0.7)
 

@@ -15,7 +15,7 @@ from dassl.engine import TRAINER_REGISTRY
 from dfzsl.toolbox import register
 
 from .base import CLIPTrainer
-from .teacher import Teacher, fit_teacher
+from .recovery.teacher import Teacher, fit_teacher
 
 TEACHER = "teacher.safetensors"
 

@@ -15,20 +15,20 @@ import torch
 import torch.nn.functional as F
 from conftest import write_features
 from dassl.engine import TRAINER_REGISTRY
-from test_extract import Backbone, pixels
+from fake_data import Backbone, pixels
 
 from dfzsl import train
 from dfzsl.datasets import extract
 from dfzsl.datasets.features import encode_datums
-from dfzsl.launch import CONFIGS
+from dfzsl.launch.__main__ import CONFIGS
 from dfzsl.results import CHANGING
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.coop import CoOp
-from dfzsl.trainers.generators import GENERATORS
-from dfzsl.trainers.oracles import LEVELS, open_oracle
-from dfzsl.trainers.pipeline import StageThreeSettings, build_classifier
-from dfzsl.trainers.recovery import METHODS, recover
-from dfzsl.trainers.teacher import Teacher, fit_teacher
+from dfzsl.trainers.generation.build import StageThreeSettings, build_classifier
+from dfzsl.trainers.generation.generators import GENERATORS
+from dfzsl.trainers.recovery.oracles import LEVELS, open_oracle
+from dfzsl.trainers.recovery.recover import METHODS, recover
+from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox"]
 Made = dict[str, torch.Tensor]

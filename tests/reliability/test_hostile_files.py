@@ -14,7 +14,6 @@ import os
 import pickle
 import re
 import struct
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -27,7 +26,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import needs_proc, peak_memory
+from conftest import ROOT, needs_proc, peak_memory
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.utils import load_checkpoint, read_image
@@ -42,24 +41,15 @@ from dfzsl.datasets import features as feature_files
 from dfzsl.datasets.base import read_fewshot, read_split, relocate
 from dfzsl.errors import UserError, unknown
 from dfzsl.files import checked_names, read_json, save_tensors
-from dfzsl.trainers.backbone import _read_state
-from dfzsl.trainers.classifier import Classifier
-from dfzsl.trainers.recovery import VirtualClasses
-from dfzsl.trainers.teacher import Teacher
+from dfzsl.prepare import fetch
+from dfzsl.trainers.clip.backbone import _read_state
+from dfzsl.trainers.generation.classifier import Classifier
+from dfzsl.trainers.recovery.recover import VirtualClasses
+from dfzsl.trainers.recovery.teacher import Teacher
 
-ROOT = Path(__file__).parents[2]
 NAMES = ["ant", "bee", "cat"]
 FEW, MANY = 10, 1500  # examples of each kind by default, and with -m slow
 MOST = 1 << 31  # bytes that any small file may cost
-
-
-@pytest.fixture(scope="module")
-def fetch():
-    sys.path.insert(0, str(ROOT / "scripts/data"))
-    import fetch
-
-    sys.path.pop(0)
-    return fetch
 
 
 # ---------------------------------------------------------------- one valid file of each kind, and its reader
@@ -222,8 +212,6 @@ def picture(kind: str) -> Callable[[Path], tuple[Path, Callable]]:
 
 def archive(kind: str) -> Callable[[Path], tuple[Path, Callable]]:
     def make(folder: Path) -> tuple[Path, Callable]:
-        import fetch
-
         (folder / "in").mkdir()
         (folder / "in/a.txt").write_text("text " * 50)
         if kind == "zip":
@@ -342,7 +330,7 @@ def amounts(few: int) -> pytest.MarkDecorator:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
 @amounts(FEW)
-def test_damaged_files(kind, examples, tmp_path, fetch, tried):
+def test_damaged_files(kind, examples, tmp_path, tried):
     path, load = KINDS[kind](tmp_path)
     whole = path.read_bytes()
     assert attempt(load, path) is None
@@ -763,7 +751,7 @@ def members(kind: str) -> list[tarfile.TarInfo]:
 
 
 @pytest.mark.parametrize("kind", ["symlink", "hard link", "device", "block device", "fifo"])
-def test_a_tar_holds_files_and_folders_only(kind, fetch, tmp_path, tried):
+def test_a_tar_holds_files_and_folders_only(kind, tmp_path, tried):
     with tarfile.open(tmp_path / "a.tar", "w") as file:
         inside = tarfile.TarInfo("inside")
         inside.size = 1
@@ -776,7 +764,7 @@ def test_a_tar_holds_files_and_folders_only(kind, fetch, tmp_path, tried):
     tried("hostile files", "links and devices in a tar", 1, "nothing written, one line")
 
 
-def test_a_link_in_a_zip_is_a_file_that_names_its_target(fetch, tmp_path):
+def test_a_link_in_a_zip_is_a_file_that_names_its_target(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         link = zipfile.ZipInfo("link")
         link.external_attr = 0o120777 << 16
@@ -854,7 +842,7 @@ def matrix(kind: int, shape: tuple[int, ...], name: bytes, body: bytes) -> bytes
     return struct.pack("<2I", 14, len(parts)) + parts
 
 
-def claims(folder: Path, fetch: Any) -> dict[str, tuple[Path, Callable]]:
+def claims(folder: Path) -> dict[str, tuple[Path, Callable]]:
     """Small files that claim gigabytes."""
     found: dict[str, tuple[Path, Callable]] = {}
 
@@ -941,8 +929,8 @@ def claims(folder: Path, fetch: Any) -> dict[str, tuple[Path, Callable]]:
 
 @needs_proc
 @pytest.mark.filterwarnings("ignore")
-def test_small_files_that_claim_to_be_huge(tmp_path, fetch, tried):
-    cases = claims(tmp_path, fetch)
+def test_small_files_that_claim_to_be_huge(tmp_path, tried):
+    cases = claims(tmp_path)
     for name, (path, load) in cases.items():
         said, size = grown(load, path)
         assert said and size < 1 << 28, (name, said, size)
@@ -952,7 +940,7 @@ def test_small_files_that_claim_to_be_huge(tmp_path, fetch, tried):
 
 @pytest.mark.slow
 @needs_proc
-def test_small_files_that_are_huge(tmp_path, fetch, tried):
+def test_small_files_that_are_huge(tmp_path, tried):
     """Zeros, deflated to a thousandth: 4 GB in 4 MB."""
     found: dict[str, tuple[Path, Callable]] = {}
     whole = zip_of(tmp_path / "bomb.npz", "classnames.npy", npy((1 << 30,)), 4095)

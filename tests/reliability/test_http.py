@@ -19,17 +19,17 @@ import fake_data
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 
 from dfzsl import train
 from dfzsl.errors import UserError
-from dfzsl.trainers import oracles
-from dfzsl.trainers.oracles import HTTPTeacher, Oracle
-from dfzsl.trainers.recovery import recover
-from dfzsl.trainers.teacher import Teacher
+from dfzsl.trainers.recovery import oracles
+from dfzsl.trainers.recovery.oracles import HTTPTeacher, Oracle
+from dfzsl.trainers.recovery.recover import recover
+from dfzsl.trainers.recovery.teacher import Teacher
 
 NAMES, DIM = ["ant", "bee", "cat"], 8
 SECRET = "s3cr3t-t0ken"
-ROOT = Path(__file__).parents[2]
 Handler = http.server.BaseHTTPRequestHandler
 
 

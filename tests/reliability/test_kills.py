@@ -22,15 +22,16 @@ import torch
 from conftest import unit, write_features
 from test_sweep import METHODS, files, finish, outcome, start
 
-from dfzsl import launch, train
+from dfzsl import train
 from dfzsl.errors import UserError
-from dfzsl.launch import CONFIGS
+from dfzsl.launch import __main__ as launch
+from dfzsl.launch.__main__ import CONFIGS
 from dfzsl.results import CHANGING
 from dfzsl.trainers import owner
-from dfzsl.trainers.backbone import load_backbone
+from dfzsl.trainers.clip.backbone import load_backbone
 from dfzsl.trainers.dfzsl import DFZSL
-from dfzsl.trainers.oracles import open_oracle
-from dfzsl.trainers.teacher import Teacher, fit_teacher
+from dfzsl.trainers.recovery.oracles import open_oracle
+from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 
 KILLS = 50
 NAMES = [f"{pattern} {shape}" for pattern in ("striped", "dotted", "plain") for shape in ("star", "circle")]

@@ -11,15 +11,15 @@ from conftest import needs_proc, peak_memory
 from torch import Tensor
 
 from dfzsl.errors import UserError
-from dfzsl.trainers.classifier import Classifier
-from dfzsl.trainers.generators import GENERATORS
-from dfzsl.trainers.geometry import paper_concentration
-from dfzsl.trainers.oracles import LEVELS, open_oracle
-from dfzsl.trainers.pipeline import StageThreeSettings, _margins, build_classifier
-from dfzsl.trainers.recovery import METHODS, VirtualClasses, recover
-from dfzsl.trainers.stages import checked, unit
-from dfzsl.trainers.teacher import Teacher, fit_teacher
-from dfzsl.trainers.vmf import VonMisesFisher
+from dfzsl.stages import checked, unit
+from dfzsl.trainers.generation.build import StageThreeSettings, _margins, build_classifier
+from dfzsl.trainers.generation.classifier import Classifier
+from dfzsl.trainers.generation.generators import GENERATORS
+from dfzsl.trainers.recovery.geometry import paper_concentration
+from dfzsl.trainers.recovery.oracles import LEVELS, open_oracle
+from dfzsl.trainers.recovery.recover import METHODS, VirtualClasses, recover
+from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
+from dfzsl.trainers.recovery.vmf import VonMisesFisher
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox"]
 NEW = ["gnu", "hen", "ibis"]

@@ -18,9 +18,9 @@ import torch
 from safetensors import safe_open
 
 from dfzsl import train
-from dfzsl.launch import CONFIGS
+from dfzsl.launch.__main__ import CONFIGS
 from dfzsl.results import CHANGING
-from dfzsl.trainers.teacher import Teacher
+from dfzsl.trainers.recovery.teacher import Teacher
 
 # One run in a process of its own; every open of a file, by whatever library, goes to the first argument.
 PROGRAM = """

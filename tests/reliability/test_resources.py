@@ -17,21 +17,21 @@ import killing
 import numpy as np
 import pytest
 import torch
-from conftest import write_features
+from conftest import ROOT, write_features
 from dassl.config import get_cfg_default
 from dassl.data.transforms import build_transform
 from dassl.utils import save_checkpoint
 
-from dfzsl import files, launch, train
+from dfzsl import files, train
 from dfzsl.datasets import extract, features
 from dfzsl.datasets.features import _Images
 from dfzsl.errors import UserError
 from dfzsl.files import atomic, load_tensors, save_tensors, write_json
-from dfzsl.launch import CONFIGS
+from dfzsl.launch import __main__ as launch
+from dfzsl.launch.__main__ import CONFIGS
 from dfzsl.results import CHANGING, peak_memory
-from dfzsl.trainers.backbone import load_backbone
+from dfzsl.trainers.clip.backbone import load_backbone
 
-ROOT = Path(__file__).parents[2]
 PRODUCT = [
     path
     for folder in ("dfzsl", "trainers", "datasets", "configs", "scripts", "benchmarks", "compat/dassl/dassl")
@@ -153,7 +153,7 @@ def test_folders_that_cannot_be_written(world, capfd, monkeypatch, tried):
     output = world / "pets.safetensors"
 
     def encode(cache: Path) -> None:
-        extract.extract(data, killing.test_extract.Backbone(), output, num_workers=0, cache_dir=cache)
+        extract.extract(data, fake_data.Backbone(), output, num_workers=0, cache_dir=cache)
 
     assert "set the environment variable DFZSL_CACHE" in one_line(lambda: encode(world / "file"), capfd)
     real = os.open
@@ -205,7 +205,7 @@ def test_a_loader_process_that_dies(tmp_path, capfd, tried):
     data = extract.open_dataset("oxford_pets", str(fake_data.make("OxfordPets", tmp_path)))
 
     def encode() -> None:
-        features.encode_datums(killing.test_extract.Backbone(), data.test, Deadly(), num_workers=2)
+        features.encode_datums(fake_data.Backbone(), data.test, Deadly(), num_workers=2)
 
     said = one_line(encode, capfd)
     assert "/dev/shm" in said and "DATALOADER.NUM_WORKERS 0" in said

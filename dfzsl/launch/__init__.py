@@ -1,0 +1,1 @@
+"""Whole protocols by one command: `python -m dfzsl.launch`."""

@@ -1,0 +1,133 @@
+"""Real beside virtual features of a finished run, in one picture.
+
+    python scripts/dfzsl/pictures.py output/.../seed1 dtd.safetensors
+    python scripts/dfzsl/pictures.py output/.../seed1 dtd.npz --classes 6 --output dtd.png
+
+The run's folder holds virtual.safetensors (stage 1); the feature file holds real test features of the same
+classes (python -m dfzsl.datasets.extract). Left: the plane in which the real class means differ most.
+Middle: angles to the class's own mean direction. Right: the recovered teacher's margin for the own class.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dfzsl.datasets.features import open_features, unit_rows
+from dfzsl.errors import UserError
+from dfzsl.trainers.recovery.recover import VirtualClasses
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+REAL, VIRTUAL = "#1b6ca8", "#e07b39"
+
+
+def read_real(path: str, classnames: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Test features (n, d) of the named classes and their labels in the order of `classnames`."""
+    arrays, about = open_features(path)
+    if "x_test" not in arrays or "y_test" not in arrays:
+        raise UserError(f"{path}: it has no test features (x_test, y_test)")
+    place = {str(name): label for label, name in enumerate(about.get("classnames") or [])}
+    if missing := [name for name in classnames if name not in place]:
+        raise UserError(f"{path}: it has no class '{missing[0]}', which the run has")
+    features, labels = unit_rows(arrays["x_test"](), f"{path}: x_test"), arrays["y_test"]().long()
+    theirs = torch.tensor([place[name] for name in classnames])
+    same = labels[:, None] == theirs
+    rows = same.any(1)
+    return features[rows], same[rows].int().argmax(1)
+
+
+def mean_directions(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    sums = torch.zeros(classes, features.shape[1]).index_add_(0, labels, features)
+    return F.normalize(sums, dim=1)
+
+
+def angles(features: Tensor, directions: Tensor) -> np.ndarray:
+    """Degrees between rows."""
+    return torch.rad2deg(torch.acos((features * directions).sum(1).clamp(-1, 1))).numpy()
+
+
+def margin(virtual: VirtualClasses, features: Tensor, labels: Tensor) -> np.ndarray:
+    """The teacher's score of the own class minus the best other one: positive where it is right."""
+    scores = features @ virtual.weight.T
+    own = scores.gather(1, labels[:, None]).squeeze(1)
+    return (own - scores.scatter(1, labels[:, None], -torch.inf).max(1).values).numpy()
+
+
+def draw(virtual: VirtualClasses, real: tuple[Tensor, Tensor], shown: int, title: str) -> plt.Figure:
+    """The three panels."""
+    x, y = real
+    classes = len(virtual.classnames)
+    v, u = virtual.sample(max(20, len(x) // classes), torch.Generator().manual_seed(0))
+    means = mean_directions(x, y, classes)
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+
+    # Each side is centred on its own class means: what all real features share is not known to the run.
+    basis = torch.linalg.svd((means - means.mean(0))[:shown], full_matrices=False).Vh[:2].T
+    colours = plt.get_cmap("tab10" if shown <= 10 else "tab20")
+    for c in range(shown):
+        for features, labels, centre, marker in ((x, y, means, "o"), (v, u, virtual.mu, "x")):
+            flat = ((features[labels == c] - centre.mean(0)) @ basis).numpy()[:60]
+            name = virtual.classnames[c] if marker == "o" else None
+            left.scatter(flat[:, 0], flat[:, 1], s=12, marker=marker, color=colours(c), alpha=0.6, label=name)
+    left.legend(fontsize=7)
+    left.set(title="class plane (o real, x virtual)", xlabel="", ylabel="")
+
+    for values, colour, label in (
+        (angles(x, means[y]), REAL, "real, to their own mean"),
+        (angles(v, virtual.mu[u]), VIRTUAL, "virtual, to their own mean"),
+        (angles(x, virtual.mu[y]), "#7a7a7a", "real, to the virtual mean"),
+    ):
+        middle.hist(values, bins=60, density=True, alpha=0.6, color=colour, label=label)
+    middle.legend(fontsize=7)
+    middle.set(title="angle to the mean direction", xlabel="degrees", yticks=[])
+
+    for values, colour, label in (
+        (margin(virtual, x, y), REAL, "real"),
+        (margin(virtual, v, u), VIRTUAL, "virtual"),
+    ):
+        share = f"{label}: {(values > 0).mean():.1%} right"
+        right.hist(values, bins=60, density=True, alpha=0.6, color=colour, label=share)
+    right.axvline(0, color="black", linewidth=0.8)
+    right.legend(fontsize=7)
+    right.set(title="teacher's margin for the own class", yticks=[])
+    figure.suptitle(title)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("run", type=Path, help="folder of a finished run, with virtual.safetensors")
+    flags.add_argument("features", help="feature file (.npz or .safetensors) with the real test features")
+    flags.add_argument("--classes", type=int, default=6, help="classes in the left panel")
+    flags.add_argument("--output", type=Path, help="picture to write (RUN/virtual.png)")
+    args = flags.parse_args(argv)
+    try:
+        virtual = VirtualClasses.load(args.run / "virtual.safetensors")
+        real = read_real(args.features, virtual.classnames)
+        if real[0].shape[1] != virtual.mu.shape[1]:
+            theirs, ours = real[0].shape[1], virtual.mu.shape[1]
+            raise UserError(f"{args.features}: features of {theirs} dimensions, the run's have {ours}")
+        if len(torch.unique(real[1])) < len(virtual.classnames):
+            raise UserError(f"{args.features}: a class of the run has no test feature")
+        shown = max(2, min(args.classes, len(virtual.classnames), 20))
+        output = args.output or args.run / "virtual.png"
+        draw(virtual, real, shown, f"{virtual.method}, {virtual.queries:,} queries").savefig(output, dpi=130)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"Saved to {output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

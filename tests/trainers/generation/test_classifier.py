@@ -1,0 +1,430 @@
+"""The final classifier: its file, its parts, and the whole of stage 3 on a small world shaped like CLIP's."""
+
+import math
+import runpy
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy.optimize import minimize
+
+from dfzsl.errors import UserError
+from dfzsl.files import save_tensors
+from dfzsl.trainers.clip.backbone import load_backbone
+from dfzsl.trainers.generation.build import StageThreeSettings, build_classifier, calibrate, choose_generator
+from dfzsl.trainers.generation.build import _curve as curve
+from dfzsl.trainers.generation.classifier import Classifier, fit_rows, minimise, shift_reliability, text_shift
+from dfzsl.trainers.generation.generators import GENERATORS
+from dfzsl.trainers.recovery.recover import VirtualClasses
+
+DIM, BASE, NEW = 32, 16, 8
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    return F.normalize(x, dim=-1)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Base and new classes in an image cone; texts in another cone that point only roughly at them."""
+    g = rng(4)
+    image_side, text_side = unit(torch.randn(2, DIM, generator=g))
+    deviation = 0.4 * unit(torch.randn(BASE + NEW, DIM, generator=g))
+    means = unit(image_side + deviation)
+    text = unit(text_side + deviation + 0.35 * unit(torch.randn(BASE + NEW, DIM, generator=g)))
+    kappa = torch.full((BASE + NEW,), 300.0)
+    names = [f"class {i}" for i in range(BASE + NEW)]
+    every = VirtualClasses(means, kappa, names, weight=means - means.mean(0))
+    virtual = VirtualClasses(means[:BASE], kappa[:BASE], names[:BASE], weight=deviation[:BASE])
+    return virtual, text[:BASE], text[BASE:], names, every
+
+
+def build(world, new=None, **settings) -> Classifier:
+    virtual, base_text, new_text, names, _ = world
+    new_names = names[BASE:]
+    if new is not None:
+        new_text, new_names = new
+    return build_classifier(
+        virtual,
+        base_text,
+        new_text,
+        new_classnames=new_names,
+        settings=StageThreeSettings(
+            **{"name": "none", "num_per_class": 40, "classifier_steps": 80} | settings
+        ),
+        generator=rng(1),
+        backbone="ViT-B-32",
+        weights="openai",
+    )
+
+
+@pytest.fixture(scope="module")
+def classifier(world):
+    return build(world)
+
+
+class TestClassifier:
+    def test_logits_follow_the_formula(self):
+        c = Classifier(
+            weight=unit(torch.randn(3, 5, generator=rng())),
+            classnames=["a", "b", "c"],
+            is_new=torch.tensor([False, False, True]),
+            bias=torch.tensor([0.0, 0.0, 0.02]),
+            temperature=0.05,
+            shift=0.3 * torch.ones(5),
+        )
+        x = torch.randn(4, 5, generator=rng(1))
+        moved = x / x.norm(dim=1, keepdim=True) + 0.3
+        cosine = torch.nn.functional.cosine_similarity(moved[:, None], c.weight[None], dim=2)
+        assert torch.allclose(c.logits(x), (cosine + c.bias) / 0.05, atol=1e-4)
+
+    def test_named_classes_in_the_order_asked_for(self, classifier):
+        x = torch.randn(3, DIM, generator=rng())
+        names = [classifier.classnames[i] for i in (9, 2)]
+        assert torch.allclose(classifier.logits(x, names), classifier.logits(x)[:, [9, 2]])
+        with pytest.raises(UserError, match="unknown class 'class 99'"):
+            classifier.logits(x, ["class 99"])
+
+    def test_file_round_trip(self, classifier, tmp_path):
+        path = tmp_path / "classifier.safetensors"
+        for original in (classifier, replace(classifier, shift=torch.ones(DIM), text_shift=None)):
+            original.save(path)
+            loaded = Classifier.load(path)
+            x = torch.randn(3, DIM, generator=rng())
+            assert torch.equal(loaded.logits(x), original.logits(x))
+            assert (loaded.classnames, loaded.new_bias) == (original.classnames, original.new_bias)
+            assert (loaded.backbone, loaded.weights) == ("ViT-B-32", "openai")
+            assert (loaded.shift is None, loaded.text_shift is None) == (
+                original.shift is None,
+                original.text_shift is None,
+            )
+
+    def test_broken_files_are_refused(self, classifier, tmp_path):
+        path = tmp_path / "classifier.safetensors"
+        with pytest.raises(UserError, match="no such classifier file"):
+            Classifier.load(path)
+        save_tensors(path, {"weight": torch.zeros(2, 3)}, {"kind": "classifier"})
+        with pytest.raises(UserError, match="incomplete classifier"):
+            Classifier.load(path)
+        save_tensors(path, {"weight": torch.zeros(2, 3)}, {"kind": "teacher"})
+        with pytest.raises(UserError, match="found teacher"):
+            Classifier.load(path)
+
+    def test_classes_added_later_are_those_trained_together(self, world, classifier):
+        """Without a generator a new class depends on base classes and its own text alone."""
+        _, _, new_text, names, _ = world
+        later = replace(
+            build(world, new=(new_text[:2], names[BASE : BASE + 2])), new_bias=classifier.new_bias
+        ).extend(names[BASE + 2 :], new_text[2:])
+        x = torch.randn(5, DIM, generator=rng())
+        assert later.classnames == classifier.classnames
+        assert torch.allclose(later.weight, classifier.weight, atol=1e-6)
+        assert torch.equal(later.is_new, classifier.is_new)
+        assert torch.allclose(later.logits(x, names[-2:]), classifier.logits(x, names[-2:]), atol=1e-3)
+
+    def test_extend_refuses_names_and_shapes_that_do_not_fit(self, classifier):
+        row = torch.zeros(1, DIM)
+        with pytest.raises(UserError, match="'class 3' is a base class already"):
+            classifier.extend(["class 3"], row)
+        with pytest.raises(UserError, match="'x' is named twice"):
+            classifier.extend(["x", "x"], row.repeat(2, 1))
+        with pytest.raises(UserError, match="2 new classes need text features"):
+            classifier.extend(["x", "y"], row)
+
+
+class TestFits:
+    def test_minimise_finds_the_minimum(self):
+        x, y = torch.randn(20, 3, generator=rng()), torch.zeros(20)
+        found = minimise(
+            lambda x, y, p: (x @ p - 1).square().mean(),
+            torch.zeros(3),
+            x,
+            y,
+            rng(),
+            steps=2000,
+            lr=0.02,
+            batch=100,
+        )
+        assert torch.allclose(found, torch.linalg.lstsq(x, torch.ones(20, 1)).solution[:, 0], atol=1e-3)
+
+    def test_rows_are_the_optimum_that_scipy_finds(self):
+        g = rng(2)
+        x, y = unit(torch.randn(60, 4, generator=g)), torch.arange(60) % 3
+        rows = unit(torch.randn(3, 4, generator=g))
+        found = fit_rows(x, y, rows, g, pull=5.0, steps=3000, lr=1e-2, temperature=0.1)
+
+        def objective(flat):
+            delta = torch.tensor(flat, dtype=torch.float64).view(3, 4).requires_grad_()
+            logits = x.double() @ (rows.double() + delta).T / 0.1
+            value = F.cross_entropy(logits, y) + 2.5 * delta.square().sum(1).mean()
+            value.backward()
+            return value.item(), delta.grad.numpy().ravel()
+
+        best = torch.tensor(minimize(objective, torch.zeros(12).numpy(), jac=True).x).view(3, 4)
+        assert torch.allclose(found.double(), unit(rows.double() + best), atol=1e-3)
+
+    def test_a_row_that_serves_its_class_stays(self, world):
+        """Features at the text rows themselves: nothing to learn, whatever the pull."""
+        rows = torch.eye(5)
+        x = rows.repeat_interleave(10, 0)
+        found = fit_rows(x, torch.arange(5).repeat_interleave(10), rows, rng(), pull=0.0)
+        assert torch.allclose(found, rows, atol=1e-6)
+
+    def test_log_prior_corrects_unequal_class_sizes(self):
+        """Two classes mirrored about a plane, one ten times the other: the boundary stays on the plane."""
+        g = rng(1)
+        counts, start = torch.tensor([2000, 200]), unit(torch.tensor([[1.0, 2.0], [-1.0, 2.0]]))
+        y = torch.arange(2).repeat_interleave(counts)
+        x = unit(start[y] + 0.5 * torch.randn(len(y), 2, generator=g))
+        head_start = {}
+        for prior in (True, False):
+            on_plane = fit_rows(x, y, start, g, pull=0.1, log_prior=prior, temperature=0.2) @ torch.eye(2)[1]
+            head_start[prior] = float(on_plane[0] - on_plane[1])
+        assert abs(head_start[True]) < 0.1 * head_start[False]
+
+    def test_text_shift_mends_a_common_error(self, world):
+        """Texts all displaced by one vector: the shift undoes what it did to the scores."""
+        virtual, *_ = world
+        x, y = virtual.sample(50, rng())
+        off = 0.5 * unit(torch.randn(DIM, generator=rng(5)))
+        text = unit(unit(virtual.mu - virtual.mu.mean(0)) + off)
+        moved = unit(text + text_shift(x, y, text, rng(), decay=0.01))
+        before, after = (F.cross_entropy(x @ rows.T / 0.01, y) for rows in (text, moved))
+        assert after < 0.7 * before
+
+    def test_a_shift_is_trusted_as_far_as_classes_agree_on_it(self):
+        """Texts that are right, texts displaced each by its own vector, and all by the same."""
+        g = rng(4)
+        cone = torch.eye(DIM)[0]
+        true, off = (unit((torch.randn(24, DIM, generator=g)) * (1 - cone)) for _ in range(2))
+        means = unit(cone + 0.4 * true)
+        virtual = VirtualClasses(means, torch.full((24,), 300.0), [str(i) for i in range(24)], weight=true)
+        x, y = virtual.sample(50, g)
+        trust = [shift_reliability(x, y, unit(true + o), g) for o in (0 * off, 2 * off, 2 * off[:1])]
+        assert 0 <= trust[0] < 0.2 and 0 <= trust[1] < 0.6 and 0.65 < trust[2] <= 1
+        assert shift_reliability(x[y < 3], y[y < 3], true[:3], g) == 0
+
+    def test_divergence_is_a_clear_error(self):
+        x = torch.full((4, 3), math.inf)
+        with pytest.raises(UserError, match="the classifier diverged"):
+            fit_rows(x, torch.zeros(4, dtype=torch.long), torch.eye(3), rng(), steps=2)
+
+
+class TestStageThree:
+    def test_beats_zero_shot_on_base_classes_and_balances(self, world, classifier):
+        _, base_text, new_text, names, every = world
+        x, y = every.sample(50, rng(9))
+        seen = y < BASE
+        text = torch.cat([base_text, new_text])
+
+        def accuracy(logits, rows):
+            return (logits.argmax(1) == y)[rows].float().mean()
+
+        def harmonic(logits):
+            s, u = accuracy(logits, seen), accuracy(logits, ~seen)
+            return 2 * s * u / (s + u)
+
+        ours, zero_shot = classifier.logits(x), x @ text.T
+        own = names[:BASE]
+        base = (classifier.logits(x[seen], own).argmax(1) == y[seen]).float().mean()
+        assert base > ((x[seen] @ base_text.T).argmax(1) == y[seen]).float().mean() + 0.1
+        assert harmonic(ours) > harmonic(zero_shot) + 0.1
+
+    @pytest.mark.parametrize("name", GENERATORS)
+    def test_every_generator(self, world, name):
+        c = build(world, name=name, epochs=0 if name == "vmf" else 1, hidden=0 if name == "vmf" else 16)
+        assert c.weight.shape == (BASE + NEW, DIM)
+        assert torch.allclose(c.weight.norm(dim=1), torch.ones(BASE + NEW), atol=1e-5)
+        assert not torch.allclose(c.weight[BASE:], unit(world[2]), atol=1e-3)
+
+    def test_new_classes_get_the_trusted_part_of_the_shift(self, world):
+        c = build(world, calibrate=False)
+        virtual, base_text, new_text, *_ = world
+        assert torch.allclose(c.weight[BASE:], unit(new_text + c.text_shift), atol=1e-6)
+        x, y = virtual.sample(40, rng(1))
+        assert 0 < c.text_shift.norm() < text_shift(x, y, base_text, rng(1)).norm()
+
+    def test_rehearsals_for_the_generator_use_the_untuned_text(self, world, monkeypatch):
+        virtual, base_text, new_text, names, _ = world
+        seen = []
+
+        def choose(x, y, text, *_):
+            seen.append((x, text))
+            return "none"
+
+        monkeypatch.setattr("dfzsl.trainers.generation.build.choose_generator", choose)
+        for shift in (None, torch.ones(DIM)):
+            build_classifier(
+                virtual,
+                base_text.flip(1),
+                new_text,
+                new_classnames=names[BASE:],
+                untuned_text=base_text,
+                shift=shift,
+                generator=rng(),
+            )
+        for x, text in seen:
+            assert torch.equal(text, base_text) and torch.equal(x, seen[0][0])
+
+    def test_same_seed_same_bytes(self, world):
+        a, b = (build(world, name="vmf") for _ in range(2))
+        assert torch.equal(a.weight, b.weight) and torch.equal(a.bias, b.bias)
+
+    def test_without_align_and_calibrate_new_rows_are_the_text(self, world):
+        c = build(world, align=False, calibrate=False)
+        assert torch.allclose(c.weight[BASE:], unit(world[2]), atol=1e-6)
+        assert c.text_shift is None and not c.bias.any()
+
+    def test_auto_takes_the_generator_where_features_are_a_linear_map_of_text(self):
+        g = rng(8)
+        text = unit(torch.randn(24, DIM, generator=g))
+        turn = torch.linalg.qr(torch.randn(DIM, DIM, generator=g)).Q
+        means = unit(turn[7] + 0.5 * unit(text[:, :6] @ turn[:6]))
+        names = [f"class {i}" for i in range(24)]
+        virtual = VirtualClasses(means[:16], torch.full((16,), 300.0), names[:16], weight=means[:16])
+        made = {
+            name: build_classifier(
+                virtual,
+                text[:16],
+                text[16:],
+                new_classnames=names[16:],
+                settings=StageThreeSettings(name=name, num_per_class=40),
+                generator=rng(1),
+            )
+            for name in ("auto", "vmf")
+        }
+        assert torch.equal(made["auto"].weight, made["vmf"].weight)
+
+    @pytest.mark.parametrize(("better", "classes"), [("vmf", BASE), ("none", BASE), ("none", 3)])
+    def test_auto_takes_what_does_better_in_rehearsal(self, world, monkeypatch, better, classes):
+        def plays(x, y, base_text, num_new, s, rng, rehearsals):
+            known = y < BASE // 2
+            for _ in range(4):
+                yield known, x[:, 0], torch.where(known, True, torch.full_like(known, s.name == better))
+
+        monkeypatch.setattr("dfzsl.trainers.generation.build.plays", plays)
+        virtual, base_text, *_ = world
+        x, y = virtual.sample(5, rng())
+        chosen = choose_generator(x, y, base_text[:classes], NEW, StageThreeSettings(), rng())
+        assert chosen == (better if classes >= 4 else "none")
+
+    def test_image_shift_is_kept_and_learned_behind(self, world):
+        virtual, base_text, new_text, names, _ = world
+        shift = 0.2 * unit(torch.randn(DIM, generator=rng(3)))
+        c = build_classifier(
+            virtual, base_text, new_text, new_classnames=names[BASE:], shift=shift, generator=rng(1)
+        )
+        assert torch.equal(c.shift, shift)
+        x, y = virtual.sample(30, rng(2))
+        assert (c.logits(x, names[:BASE]).argmax(1) == y).float().mean() > 0.9
+
+    @pytest.mark.parametrize("generator", ["none", "vmf", "cvae"])
+    @pytest.mark.parametrize("count", [0, 1])
+    def test_one_new_class_or_none(self, world, generator, count):
+        new = (world[2][:count], world[3][BASE : BASE + count])
+        quick = {"epochs": 1, "hidden": 8} if generator == "cvae" else {}
+        c = build(world, new=new, name=generator, **quick)
+        assert c.weight.shape == (BASE + count, DIM) and c.is_new.sum() == count
+        assert torch.isfinite(c.logits(torch.randn(2, DIM, generator=rng()))).all()
+
+    def test_names_that_clash(self, world):
+        text = world[2][:2]
+        with pytest.raises(UserError, match="'class 1' is a base class already"):
+            build(world, new=(text, ["class 1", "fresh"]))
+        with pytest.raises(UserError, match="'fresh' is named twice"):
+            build(world, new=(text, ["fresh", "fresh"]))
+        with pytest.raises(UserError, match="as many text features"):
+            build(world, new=(text, ["fresh"]))
+
+    def test_thousands_of_new_classes_in_bounded_memory(self, world, monkeypatch):
+        monkeypatch.setattr("dfzsl.trainers.generation.build.MAX_GENERATED", 6000)
+        text = unit(torch.randn(3000, DIM, generator=rng()))
+        made = []
+        sample = GENERATORS["vmf"].sample
+
+        def watched(self, conditions, n, generator):
+            made.append(len(conditions) * n)
+            return sample(self, conditions, n, generator)
+
+        monkeypatch.setattr(GENERATORS["vmf"], "sample", watched)
+        names = [f"new {i}" for i in range(3000)]
+        c = build(world, new=(text, names), name="vmf", classifier_steps=3, classifier_batch=256)
+        assert c.weight.shape == (BASE + 3000, DIM)
+        assert max(made) <= 6000
+
+    def test_unknown_generator(self, world):
+        with pytest.raises(UserError, match="unknown generator 'gan'"):
+            build(world, name="gan")
+
+
+class TestCalibration:
+    def test_curve_counts(self):
+        margin = torch.tensor([-0.2, -0.1, 0.1, 0.2])
+        correct = torch.tensor([True, False, True, True])
+        grid = torch.tensor([-0.3, 0.0, 0.15, 0.3])
+        above = [((margin > g) & correct).float().mean().item() for g in grid]
+        below = [((margin < g) & correct).float().mean().item() for g in grid]
+        assert curve(margin, correct, grid, above=True).tolist() == above
+        assert curve(margin, correct, grid, above=False).tolist() == below
+
+    def test_undoes_a_head_start_of_base_classes(self, world, monkeypatch):
+        """Base rows get a part along the cone's axis, 0.05 more for every image: the bias gives it back."""
+        virtual, base_text, *_ = world
+        x, y = virtual.sample(40, rng())
+        axis = unit(virtual.mu.mean(0))
+        found = {}
+        for start in (0.0, 0.05):
+            lift = start / float((x @ axis).mean()) * axis
+            monkeypatch.setattr(
+                "dfzsl.trainers.generation.build._train",
+                lambda x, y, base, new, s, rng, trust, lift=lift: (base + lift, new, None),
+            )
+            found[start] = calibrate(x, y, base_text, NEW, StageThreeSettings(), rng())
+        assert found[0.0] == pytest.approx(0.0, abs=0.02)
+        assert found[0.05] - found[0.0] == pytest.approx(0.05, abs=0.01)
+
+
+class TestPredict:
+    """scripts/dfzsl/predict.py with the built-in model."""
+
+    @pytest.fixture
+    def predict(self, monkeypatch, capfd):
+        def run(*words: object) -> str:
+            monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words)])
+            runpy.run_path(str(Path(__file__).parents[1] / "scripts/dfzsl/predict.py"), run_name="__main__")
+            return capfd.readouterr().out
+
+        return run
+
+    def test_names_the_class_of_an_image(self, predict, tmp_path):
+        backbone = load_backbone("shapes")
+        for name, colour in (("red", (230, 20, 20)), ("blue", (20, 20, 230))):
+            Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+        images = [backbone.transform(Image.open(tmp_path / f"{name}.png")) for name in ("red", "blue")]
+        rows = backbone.encode_image(torch.stack(images)).detach()
+        path = tmp_path / "classifier.safetensors"
+        c = Classifier(
+            weight=rows,
+            classnames=["red", "blue"],
+            is_new=torch.tensor([False, True]),
+            bias=torch.zeros(2),
+            backbone="shapes",
+            weights=backbone.weights_id,
+        )
+        c.save(path)
+        out = predict(tmp_path / "blue.png", tmp_path / "red.png", "--classifier", path)
+        assert [line.split(": ")[1].split()[0] for line in out.splitlines()] == ["blue", "red"]
+
+    def test_mistakes_are_one_line(self, predict, tmp_path, capfd):
+        with pytest.raises(SystemExit) as stopped:
+            predict("x.png", "--classifier", tmp_path / "none.safetensors")
+        assert stopped.value.code == 2
+        assert capfd.readouterr().err.count("\n") == 1

@@ -1,0 +1,394 @@
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from conftest import ROOT
+
+from dfzsl.errors import UserError
+from dfzsl.trainers.recovery.extraction import extract_rows
+from dfzsl.trainers.recovery.geometry import (
+    class_directions,
+    common_direction,
+    geometry_concentration,
+    paper_concentration,
+)
+from dfzsl.trainers.recovery.oracles import Oracle, open_oracle
+from dfzsl.trainers.recovery.recover import METHODS, RecoverySettings, VirtualClasses, recover
+from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
+from dfzsl.trainers.recovery.vmf import VonMisesFisher, fit_classes, mean_resultant_length
+
+C, D = 5, 24
+NAMES = ["ant", "bee", "cat", "dog", "elk"]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def rows(n, seed):
+    return F.normalize(torch.randn(n, D, generator=generator(seed)), dim=1)
+
+
+@pytest.fixture
+def text():
+    return rows(C, 1)
+
+
+@pytest.fixture(params=[True, False], ids=["cosine", "linear"])
+def teacher(request, text):
+    """Rows that sum to zero, of different lengths, half way between noise and the text features."""
+    weight = (rows(C, 2) + 0.5 * text) * torch.linspace(1, 3, C)[:, None]
+    return Teacher(weight - weight.mean(0), NAMES, "backbone", normalized=request.param)
+
+
+def cosines(found, true):
+    return F.cosine_similarity(found, true, dim=1)
+
+
+def decisive(teacher):
+    """The rows whose dot products are the teacher's logits."""
+    return F.normalize(teacher.weight, dim=1) if teacher.normalized else teacher.weight
+
+
+@pytest.mark.parametrize("level", ("weights", "logits"))
+def test_rows_are_exact_from_logits(teacher, text, level):
+    oracle = open_oracle(teacher, level)
+    virtual = recover(oracle, text)
+    assert torch.allclose(virtual.weight, decisive(teacher), atol=1e-6)
+    assert virtual.queries == oracle.queries == (D + 1 if level == "logits" else 0)
+
+
+def test_rows_from_probabilities_up_to_the_common_row(teacher, text):
+    oracle = open_oracle(teacher, "probabilities")
+    true = decisive(teacher)
+    virtual = recover(oracle, text)
+    assert torch.allclose(virtual.weight, true - true.mean(0), atol=1e-5)
+    assert oracle.queries == D + 1
+
+
+def test_rows_from_labels_up_to_scale(teacher, text):
+    oracle = open_oracle(teacher, "labels")
+    virtual = recover(oracle, text, rays=2.0, generator=generator())
+    true = decisive(teacher)
+    true = true - true.mean(0)
+    assert cosines(virtual.weight, true).min() > 0.9999
+    # Not only the directions: the rows' lengths relative to each other as well.
+    assert torch.allclose(virtual.weight / virtual.weight.norm(), true / true.norm(), atol=2e-3)
+    assert virtual.queries == oracle.queries < 1.05 * C * 2 * D * 12 + 200 * C
+
+
+def test_more_bisections_come_nearer(text):
+    teacher = Teacher(rows(C, 2), NAMES)
+    oracle = open_oracle(teacher, "labels")
+    true = rows(C, 2) - rows(C, 2).mean(0)
+    gaps = [
+        1
+        - cosines(
+            extract_rows(oracle, "labels", NAMES, text, bisections=n, generator=generator()), true
+        ).min()
+        for n in (5, 8, 11)
+    ]
+    assert gaps[0] > 4 * gaps[1] > 16 * gaps[2]
+
+
+@pytest.mark.parametrize("level", ("logits", "probabilities"))
+def test_a_teacher_that_is_not_linear_is_told_apart(text, level):
+    weight, bias = rows(C, 2), torch.tensor([2.0, 0, 0, 0, 0])
+
+    def answer(x):
+        logits = x.double() @ weight.double().T + bias
+        return logits.softmax(1) if level == "probabilities" else logits
+
+    with pytest.raises(UserError, match="not linear in the features"):
+        recover(Oracle(answer, level, NAMES, D), text)
+
+
+def test_probabilities_rounded_to_zero_are_refused(text):
+    oracle = Oracle(lambda x: (1000 * x @ rows(C, 2).T).softmax(1), "probabilities", NAMES, D)
+    with pytest.raises(UserError, match="rounded to zero"):
+        recover(oracle, text)
+
+
+def test_a_class_that_is_never_answered_is_named(text):
+    inside = rows(C, 2)[:4]
+    teacher = Teacher(torch.cat([inside, inside.mean(0, keepdim=True)]), NAMES, normalized=False)
+    with pytest.raises(UserError, match="never answered 'elk'"):
+        recover(open_oracle(teacher, "labels"), text, generator=generator())
+    constant = Oracle(lambda x: torch.arange(len(x)) % C, "labels", NAMES, D)
+    with pytest.raises(UserError, match="antipode"):
+        recover(constant, text, generator=generator())
+
+
+@pytest.mark.parametrize("level", ("weights", "logits", "probabilities", "labels"))
+def test_classes_are_matched_by_name(text, level):
+    teacher = Teacher(rows(C, 2), NAMES)
+    order = [3, 0, 4, 1, 2]
+    names = [NAMES[i] for i in order]
+    straight = recover(open_oracle(teacher, level), text, rays=2.0, generator=generator())
+    turned = recover(open_oracle(teacher, level), text[order], names, rays=2.0, generator=generator())
+    assert turned.classnames == names
+    assert cosines(turned.weight, straight.weight[order]).min() > 0.999
+    assert cosines(turned.ordered_as(NAMES).mu, straight.mu).min() > 0.999
+    with pytest.raises(UserError, match="differ in elk, emu"):
+        recover(open_oracle(teacher, level), text, [*NAMES[:4], "emu"])
+    with pytest.raises(UserError, match=r"text features have shape \(4, 24\), expected \(5, 24\)"):
+        recover(open_oracle(teacher, level), text[:4])
+
+
+def test_the_simulator_learns_the_teacher_from_its_logits(text):
+    teacher = Teacher(rows(C, 2), NAMES)
+    oracle = open_oracle(teacher, "logits")
+    settings = {"method": "simulator", "directions": "teacher", "concentration": "paper"}
+    virtual = recover(oracle, text, generator=generator(), epochs=300, draws=12, lr=0.01, **settings)
+    assert virtual.queries == 300 * 12 * C
+    assert cosines(virtual.mu, teacher.weight).min() > 0.98
+    short = [recover(oracle, text, generator=generator(), epochs=5, **settings).mu for _ in range(2)]
+    assert torch.equal(*short)
+
+
+def test_the_simulator_in_the_white_box_moves_towards_confidence(text):
+    teacher = Teacher(rows(C, 2), NAMES)
+    oracle = open_oracle(teacher, "weights")
+    virtual = recover(
+        oracle, text, generator=generator(), method="simulator", directions="teacher", epochs=100, lr=0.01
+    )
+    labels = torch.arange(C)
+    before = F.cross_entropy(teacher.logits(text), labels)
+    assert F.cross_entropy(teacher.logits(virtual.mu), labels) < before - 0.3
+    assert oracle.queries == 0
+
+
+@pytest.mark.parametrize("level", ("probabilities", "labels"))
+def test_the_simulator_needs_cosines(text, level):
+    with pytest.raises(UserError, match="needs a cosine teacher that answers logits"):
+        recover(open_oracle(Teacher(rows(C, 2), NAMES), level), text, method="simulator")
+    with pytest.raises(UserError, match="needs a cosine teacher"):
+        recover(open_oracle(Teacher(rows(C, 2), NAMES, normalized=False), "logits"), text, method="simulator")
+
+
+def test_the_second_moment_gives_the_simulators_expected_loss(text, monkeypatch):
+    """The first loss that `moments` minimises against the mean over many draws."""
+    weight, seen = rows(C, 2), []
+
+    def descend(parameters, loss, options):
+        seen.append(loss().item())
+
+    monkeypatch.setattr("dfzsl.trainers.recovery.recover._descend", descend)
+    recover(open_oracle(Teacher(weight, NAMES), "weights"), text, method="moments", coherence=0.6)
+    kappa = geometry_concentration(D, 0.6)
+    x = VonMisesFisher(text, kappa).sample((20_000,), generator(3)).flatten(0, 1)
+    assert seen[0] == pytest.approx(float(F.mse_loss(x @ text.T, x @ weight.T)), rel=0.01)
+
+
+def test_moments_learn_with_d_queries(text):
+    teacher = Teacher(rows(C, 2), NAMES)
+    virtual = recover(
+        open_oracle(teacher, "logits"), text, method="moments", directions="teacher", epochs=400, lr=0.01
+    )
+    assert virtual.queries == D + 1
+    assert cosines(virtual.mu, teacher.weight).min() > 0.99
+
+
+def test_gmm_learns_nothing_and_looks_at_all_names(text):
+    oracle = open_oracle(Teacher(rows(C, 2), NAMES), "logits")
+    new = F.normalize(text[:1] + 0.1 * rows(1, 8), dim=1)
+    virtual = recover(oracle, text, new_text=new, method="gmm", concentration="paper")
+    assert torch.allclose(virtual.mu, text)
+    assert virtual.kappa[0] == pytest.approx(paper_concentration(torch.cat([text, new])), rel=1e-4)
+    plain = recover(oracle, text, new_text=new, concentration="paper")
+    assert plain.kappa[0] == pytest.approx(paper_concentration(text), rel=1e-5)
+
+
+def test_the_generator_makes_features_of_their_class(text, tmp_path):
+    oracle = open_oracle(Teacher(rows(C, 2), NAMES), "logits")
+    virtual = recover(oracle, text, method="generator", epochs=30, lr=1e-3, draws=8, generator=generator())
+    features, labels = virtual.sample(20, generator(1))
+    assert torch.allclose(features.norm(dim=1), torch.ones(C * 20), atol=1e-5)
+    assert virtual.kept(features, labels).float().mean() > 0.9
+    assert features[labels == 0].var(0).sum() > 1e-3
+    virtual.save(tmp_path / "v.safetensors")
+    loaded = VirtualClasses.load(tmp_path / "v.safetensors").ordered_as(NAMES[::-1])
+    turned, turned_labels = loaded.sample(20, generator(1))
+    assert loaded.kept(turned, turned_labels).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_virtual_classes_that_survive_a_file(text, method, tmp_path):
+    oracle = open_oracle(Teacher(rows(C, 2), NAMES, "some/encoder"), "logits")
+    virtual = recover(oracle, text, method=method, epochs=2, draws=2, generator=generator(), theta=2.0)
+    assert virtual.mu.shape == virtual.weight.shape == (C, D)
+    assert torch.allclose(virtual.mu.norm(dim=1), torch.ones(C), atol=1e-5)
+    assert virtual.kappa.tolist() == pytest.approx([2 * geometry_concentration(D)] * C, rel=1e-5)
+    virtual.save(tmp_path / "v.safetensors")
+    loaded = VirtualClasses.load(tmp_path / "v.safetensors")
+    assert torch.equal(loaded.sample(3, generator())[0], virtual.sample(3, generator())[0])
+    about = ("classnames", "queries", "method", "level", "backbone")
+    assert [getattr(loaded, key) for key in about] == [getattr(virtual, key) for key in about]
+    virtual.mu = virtual.mu[:3]
+    virtual.save(tmp_path / "v.safetensors")
+    with pytest.raises(UserError, match="incomplete file of virtual classes"):
+        VirtualClasses.load(tmp_path / "v.safetensors")
+
+
+def test_draws_are_class_after_class_and_follow_their_vmf(text):
+    virtual = recover(open_oracle(Teacher(rows(C, 2), NAMES), "logits"), text)
+    features, labels = virtual.sample(2000, generator())
+    assert labels.tolist() == sorted(labels.tolist())
+    mu, kappa = fit_classes(features, labels, C)
+    assert cosines(mu, virtual.mu).min() > 0.999
+    assert torch.allclose(kappa, virtual.kappa, rtol=0.05)
+
+
+def test_a_teacher_that_dies_midway_is_resumed_to_the_same_result(text, tmp_path):
+    teacher, paid = Teacher(rows(C, 2), NAMES), []
+
+    def oracle(limit, journal):
+        def answer(x):
+            if len(paid) >= limit:
+                raise TimeoutError("no reply")
+            paid.append(len(x))
+            return teacher.logits(x).argmax(1)
+
+        return Oracle(answer, "labels", NAMES, D, batch_size=50, journal=journal)
+
+    def run(limit, journal=tmp_path / "journal"):
+        return recover(oracle(limit, journal), text, generator=generator())
+
+    with pytest.raises(UserError, match="run again"):
+        run(limit=20)
+    resumed = run(limit=10_000)
+    paid_in_two_runs = sum(paid)
+    paid.clear()
+    straight = run(limit=10_000, journal=None)
+    assert torch.equal(resumed.weight, straight.weight)
+    assert paid_in_two_runs == sum(paid) == straight.queries == resumed.queries
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "simulater"}, "unknown RECOVERY.METHOD 'simulater'; known: simulator"),
+        ({"concentration": "rule"}, "unknown RECOVERY.CONCENTRATION"),
+        ({"directions": "text"}, "unknown RECOVERY.DIRECTIONS"),
+        ({"theta": 0.0}, "RECOVERY.THETA must be greater than 0"),
+        ({"rays": 1.0}, "RECOVERY.RAYS must be greater than 1"),
+        ({"coherence": 1.0}, "RECOVERY.COHERENCE must lie between 0 and 1"),
+        ({"cone": 1.0}, "RECOVERY.CONE"),
+    ],
+)
+def test_settings_are_checked(text, settings, message):
+    with pytest.raises(UserError, match=message):
+        recover(open_oracle(Teacher(rows(C, 2), NAMES), "logits"), text, **settings)
+
+
+def test_the_papers_concentration():
+    angle = math.radians(24.01)
+    text = torch.eye(3)
+    text[1] = torch.tensor([math.cos(angle), math.sin(angle), 0])
+    assert paper_concentration(text) == pytest.approx(36 / angle**2, rel=1e-4)
+    with pytest.raises(UserError, match="the same text features"):
+        paper_concentration(torch.eye(3)[[0, 0, 1]])
+    with pytest.raises(UserError, match="at least two"):
+        paper_concentration(torch.eye(3)[:1])
+
+
+def test_the_concentration_of_a_coherence():
+    assert mean_resultant_length(geometry_concentration(512), 512) == pytest.approx(0.88, rel=1e-9)
+
+
+def test_the_common_direction_favours_no_text():
+    text = F.normalize(rows(8, 4) + 2 * rows(1, 5), dim=1)
+    scores = text @ common_direction(text)
+    assert scores.std() < 1e-4 < (text @ F.normalize(text.mean(0), dim=0)).std()
+    assert scores.mean() > 0.5
+
+
+class TestClassDirections:
+    common = rows(1, 6)[0]
+
+    def across(self, x):
+        return F.normalize(x - (x @ self.common)[:, None] * self.common, dim=1)
+
+    def deviations(self, mu):
+        return F.normalize(mu - 0.9 * self.common, dim=1)
+
+    def test_of_balanced_rows(self):
+        weight = F.normalize(torch.cat([rows(2, 2), -rows(2, 2)]), dim=1)  # their mean is zero
+        mu = class_directions(weight, self.common, cone=0.9)
+        assert torch.allclose(mu @ self.common, torch.full((4,), 0.9), atol=1e-6)
+        assert torch.allclose(self.deviations(mu), self.across(weight), atol=1e-5)
+
+    def test_what_all_rows_share_is_taken_out(self):
+        true = F.normalize(torch.eye(C, D) - 1 / C * torch.eye(C, D).sum(0), dim=1)
+        shared = F.normalize(true + 1.5 * rows(1, 3), dim=1)
+        mu = class_directions(shared, self.common, cone=0.9)
+        left = 1 - cosines(self.deviations(mu), self.across(true))
+        assert (left < 0.5 * (1 - cosines(self.across(shared), self.across(true)))).all()
+
+
+@pytest.fixture(params=["dtd", "oxford_pets23", "caltech56"])
+def real(request, real_features: Path):
+    file = np.load(real_features / f"{request.param}_vitb32.npz")
+    base = (len(file["classnames"]) + 1) // 2
+    arrays = {key: torch.from_numpy(file[key].astype("float32")) for key in ("x_val", "x_test", "text")}
+    arrays |= {key: torch.from_numpy(file[key].astype("int64")) for key in ("y_val", "y_test")}
+    for split in ("val", "test"):
+        rows = arrays[f"y_{split}"] < base
+        arrays[f"x_{split}"] = F.normalize(arrays[f"x_{split}"][rows], dim=1)
+        arrays[f"y_{split}"] = arrays[f"y_{split}"][rows]
+    return arrays | {"text": F.normalize(arrays["text"], dim=1), "names": [str(c) for c in range(base)]}
+
+
+def test_on_real_features_the_geometry_comes_near_the_truth(real):
+    names = real["names"]
+    base, new = real["text"][: len(names)], real["text"][len(names) :]
+    oracle = open_oracle(fit_teacher(real["x_val"], real["y_val"], names), "logits")
+    virtual = recover(oracle, base, new_text=new)
+    truth, kappa = fit_classes(real["x_test"], real["y_test"], len(names))
+    assert 0.7 < virtual.kappa[0] / kappa.median() < 1.4
+    assert kappa.median() / paper_concentration(base) > 4
+    # The directions that tell classes apart are known well, the common one is not.
+    assert cosines(virtual.mu - virtual.mu.mean(0), truth - truth.mean(0)).mean() > 0.8
+    text_only = cosines(base - base.mean(0), truth - truth.mean(0)).mean()
+    assert cosines(virtual.mu - virtual.mu.mean(0), truth - truth.mean(0)).mean() > text_only + 0.2
+    assert cosines(virtual.mu, truth).mean() > cosines(virtual.weight, truth).mean() - 0.05
+
+
+def test_defaults_are_scalars_for_the_configuration():
+    for value in vars(RecoverySettings()).values():
+        assert isinstance(value, (bool, int, float, str))
+
+
+def test_the_papers_presets_are_its_settings():
+    folder = ROOT / "configs/trainers/DFZSL/paper"
+    presets = {path.stem: yaml.safe_load(path.read_text()) for path in folder.glob("*.yaml")}
+    assert len(presets) == 16
+    for preset in presets.values():
+        assert preset["TEACHER"] == {"ACCESS": "logits"}
+        settings = RecoverySettings(**{key.lower(): value for key, value in preset["RECOVERY"].items()})
+        assert (settings.method, settings.concentration, settings.draws) == ("simulator", "paper", 50)
+        assert (settings.directions, settings.filter, settings.fresh) == ("teacher", True, False)
+    unusual = {name: p["RECOVERY"]["THETA"] for name, p in presets.items() if p["RECOVERY"]["THETA"] != 1}
+    assert unusual == {"oxford_pets": 5.0, "fgvc_aircraft": 0.02}
+    assert (
+        presets["sun"]["RECOVERY"]["EPOCHS"] == 1500
+        and presets["eurosat"]["RECOVERY"]["NUM_PER_CLASS"] == 2000
+    )
+
+
+@pytest.mark.slow
+def test_on_real_features_labels_give_the_rows(real_features):
+    """Its least-squares problem is less well conditioned than that of random rows."""
+    file = np.load(real_features / "oxford_pets23_vitb32.npz")
+    labels = torch.from_numpy(file["y_val"].astype("int64"))
+    base = labels < 12
+    x = F.normalize(torch.from_numpy(file["x_val"].astype("float32")), dim=1)[base]
+    text = F.normalize(torch.from_numpy(file["text"].astype("float32")), dim=1)[:12]
+    teacher = fit_teacher(x, labels[base], [str(name) for name in file["classnames"][:12]])
+    found = recover(open_oracle(teacher, "labels"), text, generator=torch.Generator().manual_seed(0))
+    rows = F.normalize(teacher.weight, dim=1)
+    assert F.cosine_similarity(found.weight, rows - rows.mean(0), dim=1).min() > 0.999

@@ -1,0 +1,1 @@
+"""Stage 1: from the owner's teacher to virtual base classes."""

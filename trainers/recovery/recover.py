@@ -1,0 +1,368 @@
+"""Stage 1: a von Mises-Fisher distribution for each base class, from the teacher and the class names.
+
+`recover` first learns what it can of the teacher's rows (its method), then places the classes on the sphere
+(directions) and says how tightly their features lie around them (concentration).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import trange
+
+from dfzsl.errors import UserError, unknown
+from dfzsl.files import checked_names, load_tensors, save_tensors
+from dfzsl.stages import checked, portions, unit
+
+from .extraction import Ask, extract_rows
+from .geometry import (
+    COHERENCE,
+    CONE,
+    class_directions,
+    common_direction,
+    geometry_concentration,
+    paper_concentration,
+)
+from .oracles import Oracle
+from .vmf import VonMisesFisher
+
+STAGE = "stage 1 (recovery)"
+METHODS = ("closed_form", "moments", "simulator", "gmm", "generator")
+
+
+@dataclass
+class RecoverySettings:
+    """Config keys RECOVERY.*, in upper case. The paper's own values: configs/trainers/DFZSL/paper/.
+
+    method: how the teacher is learned.
+        closed_form  its rows, exactly where the access level shows them (extraction.py)
+        simulator    the paper: prototypes learned on vMF draws, epochs x draws x classes queries
+        moments      the simulator's expected loss from the vMF's second moment: no draws, d queries
+        gmm          the paper's: nothing is learned, prototypes are the text features
+        generator    the paper's: an MLP from text and noise instead of a vMF
+    directions: mean directions of the classes: "geometry" (geometry.py), or "teacher": the learned rows. gmm
+        and generator start from the text features instead.
+    concentration: "geometry" (one value from `coherence`) or "paper" (angles between text features).
+    theta: factor on the concentration.
+    epochs, lr, draws: of simulator, moments and generator; draws per class and epoch.
+    coherence: mean cosine of a class's features to their mean; cone: of class means to their common mean.
+    rays, bisections: the price of a teacher that answers labels alone.
+    num_per_class, filter, fresh: the virtual-feature loader's (datasets/virtual.py).
+    """
+
+    method: str = "closed_form"
+    directions: str = "geometry"
+    concentration: str = "geometry"
+    theta: float = 1.0
+    epochs: int = 1000
+    lr: float = 3e-3
+    draws: int = 50
+    coherence: float = COHERENCE
+    cone: float = CONE
+    rays: float = 1.25
+    bisections: int = 12
+    num_per_class: int = 100
+    filter: bool = True
+    fresh: bool = True
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("method", METHODS),
+            ("directions", ("geometry", "teacher")),
+            ("concentration", ("geometry", "paper")),
+        ):
+            if (value := getattr(self, name)) not in known:
+                raise unknown(f"RECOVERY.{name.upper()}", value, known)
+        for name in ("theta", "lr", "epochs", "draws", "bisections", "num_per_class"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"RECOVERY.{name.upper()} must be greater than 0, got {getattr(self, name)}")
+        if not self.rays > 1:
+            raise UserError(f"RECOVERY.RAYS must be greater than 1, got {self.rays}")
+
+
+class FeatureMLP(nn.Module):
+    """The paper's `generator` mode: unit features from a text feature and 20 normal numbers."""
+
+    noise, hidden = 20, 1024
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.hidden_layer = nn.Linear(d + self.noise, self.hidden)
+        self.output_layer = nn.Linear(self.hidden, d)
+
+    def forward(self, text: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """(n, C, d) unit rows for text (C, d)."""
+        noise = torch.randn(n, len(text), self.noise, generator=generator)
+        hidden = F.leaky_relu(self.hidden_layer(torch.cat([text.expand(n, -1, -1), noise], dim=2)), 0.2)
+        return F.normalize(self.output_layer(hidden), dim=2)
+
+
+@dataclass
+class VirtualClasses:
+    """What recovery knows of the base classes.
+
+    Attributes:
+        mu: (C, d) unit mean directions; kappa: (C,) concentrations; classnames: C names.
+        weight: (C, d) the teacher's rows as recovered: x.weight_c decides as the teacher does (unit rows of a
+            cosine teacher; at levels probabilities and labels rows that sum to zero).
+        queries: what they cost. method, level: how they were got. backbone: whose features they model.
+        network: the trained MLP of `generator` mode, which is then sampled in place of the vMF.
+    """
+
+    mu: Tensor
+    kappa: Tensor
+    classnames: list[str]
+    weight: Tensor
+    queries: int = 0
+    method: str = "closed_form"
+    level: str = "weights"
+    backbone: str = ""
+    network: FeatureMLP | None = None
+
+    def sample(self, n_per_class: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Unit rows (C * n_per_class, d), class after class, and their labels."""
+        parts = []
+        width = n_per_class * self.mu.shape[1]
+        for mu, kappa in zip(portions(self.mu, width), portions(self.kappa, width), strict=True):
+            if self.network is None:
+                draws = VonMisesFisher(mu, kappa).sample((n_per_class,), generator)
+            else:
+                with torch.no_grad():
+                    draws = self.network(mu, n_per_class, generator)
+            parts.append(draws.transpose(0, 1).reshape(-1, self.mu.shape[1]))
+        features = parts[0] if len(parts) == 1 else torch.cat(parts)
+        labels = torch.arange(len(self.mu)).repeat_interleave(n_per_class)
+        return checked(features, STAGE, "virtual feature", self.classnames, labels), labels
+
+    def kept(self, features: Tensor, labels: Tensor) -> Tensor:
+        """(n,) bool: the recovered teacher assigns the draw to its own class (the paper's filter)."""
+        parts = portions(features, len(self.weight))
+        return torch.cat([(part @ self.weight.T).argmax(1) for part in parts]) == labels
+
+    def ordered_as(self, classnames: Sequence[str]) -> VirtualClasses:
+        """The same classes in the order of `classnames`. Raises UserError unless the names are the same."""
+        order = matching_order(self.classnames, classnames)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("mu", "kappa", "weight"):
+            values[name] = values[name][order]
+        return VirtualClasses(**values | {"classnames": list(classnames)})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        # The file format refuses tensors that share memory, as they may where mu is the weight.
+        tensors = {"mu": self.mu, "kappa": self.kappa, "weight": self.weight.clone()}
+        if self.network is not None:
+            tensors |= {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        about = {
+            name: getattr(self, name) for name in ("classnames", "queries", "method", "level", "backbone")
+        }
+        save_tensors(path, tensors, {"kind": "virtual", **about})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> VirtualClasses:
+        """Read `save`'s file. Raises UserError when it is missing, broken or of another kind."""
+        tensors, about = load_tensors(path, "virtual")
+        names = checked_names(about.get("classnames"), path)
+        try:
+            queries = int(about["queries"])  # type: ignore[call-overload]
+            method, level, backbone = (str(about[name]) for name in ("method", "level", "backbone"))
+            mu, kappa, weight = (tensors.pop(name).float() for name in ("mu", "kappa", "weight"))
+            if (
+                mu.dim() != 2
+                or mu.shape != weight.shape
+                or kappa.shape != mu.shape[:1]
+                or len(names) != len(mu)
+            ):
+                raise ValueError("its shapes do not fit")
+            if not ((mu.norm(dim=1) - 1).abs() < 1e-3).all() or not (kappa > 0).all():
+                raise ValueError("directions are unit rows and concentrations greater than 0")
+            network = None
+            if tensors:
+                with torch.device("meta"):  # no memory before the file is known to have it
+                    network = FeatureMLP(mu.shape[1])
+                state = {name.removeprefix("network."): value.float() for name, value in tensors.items()}
+                network.load_state_dict(state, assign=True)
+                network.requires_grad_(False).eval()
+        except (KeyError, TypeError, RuntimeError, ValueError, OverflowError) as error:
+            raise UserError(
+                f"{path}: an incomplete file of virtual classes ({error}); recover again"
+            ) from None
+        return cls(mu, kappa, names, weight, queries, method, level, backbone, network)
+
+
+def matching_order(theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
+    """Indices that put `theirs` into the order of `ours`. Raises UserError unless the names are the same."""
+    if sorted(theirs) != sorted(ours):
+        odd = sorted(set(theirs) ^ set(ours))[:5]
+        raise UserError(
+            f"the teacher's class names are not the base classes: they differ in {', '.join(odd)}"
+        )
+    place = {name: index for index, name in enumerate(theirs)}
+    return torch.tensor([place[name] for name in ours])
+
+
+def recover(
+    oracle: Oracle,
+    text: Tensor,
+    classnames: Sequence[str] | None = None,
+    new_text: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    **settings,
+) -> VirtualClasses:
+    """Model every base class of the teacher as a vMF distribution.
+
+    Args:
+        oracle: the teacher at some access level (oracles.py).
+        text: (C, d) unit text features of `classnames`, which defaults to the oracle's own order; another
+            order is matched by name.
+        new_text: (K, d) text features of the new classes, if they are known already.
+        settings: fields of `RecoverySettings`.
+
+    Raises UserError for names or shapes that do not match, an access level that the method cannot use, and a
+    teacher whose answers are faulty or stop.
+    """
+    options = RecoverySettings(**settings)
+    names = list(oracle.classnames if classnames is None else classnames)
+    order = matching_order(oracle.classnames, names)
+    if text.shape != (len(names), oracle.dim):
+        raise UserError(f"text features have shape {tuple(text.shape)}, expected {(len(names), oracle.dim)}")
+    text = checked(unit(text.float()), STAGE, "text feature", names)
+    all_text = text
+    if new_text is not None:
+        all_text = torch.cat([text, checked(unit(new_text.float()), f"{STAGE}, new classes", "text feature")])
+    place = torch.argsort(order)
+
+    def ask(x: Tensor) -> Tensor:
+        answers = oracle(x)
+        return place[answers] if oracle.level == "labels" else answers[:, order]
+
+    def rows() -> Tensor:
+        if oracle.weight is not None:
+            weight = oracle.weight[order].float()
+            return unit(weight) if oracle.normalized else weight
+        return extract_rows(
+            ask,
+            oracle.level,
+            names,
+            text,
+            rays=options.rays,
+            bisections=options.bisections,
+            generator=generator,
+        )
+
+    if options.concentration == "paper":
+        # The released gmm mode looks at the new names as well.
+        rule = paper_concentration(all_text if options.method == "gmm" else text)
+    else:
+        rule = geometry_concentration(oracle.dim, options.coherence)
+    if not options.theta * rule < torch.finfo(torch.float32).max:
+        raise UserError(f"RECOVERY.THETA {options.theta} makes the concentration infinite; lower it")
+    kappa = torch.full((len(names),), options.theta * rule)
+
+    network = None
+    if options.method == "simulator":
+        weight = simulate(ask, oracle, text, kappa, options, generator)
+    elif options.method == "moments":
+        weight = simulate_moments(rows(), text, kappa, options)
+    else:
+        weight = rows()
+    if options.method == "generator":
+        network = train_generator(weight, text, options, generator)
+        mu = text
+    elif options.method == "gmm":
+        mu = text
+    elif options.directions == "teacher":
+        mu = unit(weight)
+    else:
+        mu = class_directions(weight, common_direction(all_text), options.cone)
+    checked(mu, STAGE, "mean direction", names)
+    return VirtualClasses(
+        mu, kappa, names, weight, oracle.queries, options.method, oracle.level, oracle.backbone, network
+    )
+
+
+def simulate(
+    ask: Ask,
+    oracle: Oracle,
+    text: Tensor,
+    kappa: Tensor,
+    options: RecoverySettings,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """The paper's simulator: prototypes (C, d) that start at the text features and learn on their own draws.
+
+    Each epoch draws x ~ vMF(mu_c, kappa), `draws` per class, and takes one step on: with logits, the mean
+    squared error between cos(x, mu) and the teacher's cosines; with the weights, the cross-entropy of the
+    teacher's own logits of x.
+    """
+    white_box = oracle.level == "weights"
+    if not white_box and (oracle.level != "logits" or not oracle.normalized):
+        raise UserError(
+            "the simulator compares cosines: it needs a cosine teacher that answers logits, or its weights; "
+            "set RECOVERY.METHOD to closed_form"
+        )
+    mu = nn.Parameter(text.clone())
+    labels = torch.arange(len(text)).repeat(options.draws)
+
+    def loss() -> Tensor:
+        x = VonMisesFisher(mu, kappa).rsample((options.draws,), generator).flatten(0, 1)
+        if white_box:
+            return F.cross_entropy(ask(x), labels)
+        return F.mse_loss(x @ F.normalize(mu, dim=1).T, ask(x).to(x))
+
+    _descend([mu], loss, options)
+    return F.normalize(mu.detach(), dim=1)
+
+
+def simulate_moments(weight: Tensor, text: Tensor, kappa: Tensor, options: RecoverySettings) -> Tensor:
+    """`simulate` with its expected loss: for rows D = mu - w and E[x x^T] = a I + b mu_c mu_c^T,
+
+    E (cos(x, mu_k) - cos(x, w_k))^2 = a |D_k|^2 + b (D_k.mu_c)^2, averaged over drawn class c and row k.
+    """
+    a, b = (t.float() for t in VonMisesFisher(text, kappa).second_moment)
+    weight = unit(weight)
+    mu = nn.Parameter(text.clone())
+
+    def loss() -> Tensor:
+        unit = F.normalize(mu, dim=1)
+        difference = unit - weight
+        return a.mean() * difference.square().sum(1).mean() + (b[:, None] * (unit @ difference.T) ** 2).mean()
+
+    _descend([mu], loss, options)
+    return F.normalize(mu.detach(), dim=1)
+
+
+def _descend(
+    parameters: Iterable[nn.Parameter], loss: Callable[[], Tensor], options: RecoverySettings
+) -> None:
+    """The paper's optimiser: Adam with weight decay 5e-4 and lr falling as (1 + 0.001 epoch)^-0.75."""
+    optimizer = torch.optim.Adam(parameters, lr=options.lr, weight_decay=5e-4)
+    with torch.enable_grad():
+        for epoch in trange(options.epochs, desc="recover", unit="epoch", leave=False):
+            optimizer.param_groups[0]["lr"] = options.lr * (1 + 0.001 * epoch) ** -0.75
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+
+
+def train_generator(
+    weight: Tensor, text: Tensor, options: RecoverySettings, generator: torch.Generator | None = None
+) -> FeatureMLP:
+    """Train `FeatureMLP` until the teacher's rows `weight` assign its features to their text's class."""
+    network = FeatureMLP(text.shape[1])
+    with torch.no_grad():
+        for parameter in network.parameters():
+            bound = parameter.shape[-1] ** -0.5
+            parameter.uniform_(-bound, bound, generator=generator)
+    labels = torch.arange(len(text)).repeat(options.draws)
+
+    def loss() -> Tensor:
+        x = network(text, options.draws, generator).flatten(0, 1)
+        return F.cross_entropy(x @ weight.T, labels)
+
+    _descend(network.parameters(), loss, options)
+    return network.requires_grad_(False).eval()

@@ -1,0 +1,131 @@
+"""The owner's base classifier: fit it on features, save it, load it. How a client reaches it: oracles.py."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dfzsl.errors import UserError
+from dfzsl.files import checked_names, load_tensors, save_tensors
+from dfzsl.stages import checked, unit
+
+
+@dataclass
+class Teacher:
+    """A linear or cosine classifier on image features.
+
+    Attributes:
+        weight: (C, d) float32 rows, row c of class `classnames[c]`.
+        classnames: C different names.
+        backbone: id of the image encoder whose features it reads.
+        normalized: True for the cosine classifier (logits cos(x, w_c)), False for the linear one (x.w_c).
+    """
+
+    weight: Tensor
+    classnames: list[str]
+    backbone: str = ""
+    normalized: bool = True
+
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 2 or len(self.weight) != len(self.classnames):
+            shape, names = tuple(self.weight.shape), len(self.classnames)
+            raise UserError(f"a teacher needs one weight row per class; got shape {shape} and {names} names")
+        if len(set(self.classnames)) < len(self.classnames):
+            raise UserError("a teacher's class names must differ from each other")
+        checked(unit(self.weight), "the teacher", "row", self.classnames)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(n, C) logits of features x (n, d)."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        weight = self.weight.to(x)
+        if self.normalized:
+            x, weight = unit(x), unit(weight)
+        return x @ weight.T
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        about = {
+            "kind": "teacher",
+            "classnames": list(self.classnames),
+            "backbone": self.backbone,
+            "normalized": self.normalized,
+        }
+        save_tensors(path, {"weight": self.weight.float()}, about)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Teacher:
+        """Read `save`'s file. Raises UserError when it is missing, broken or not a teacher."""
+        tensors, about = load_tensors(path, "teacher")
+        weight = tensors.get("weight")
+        backbone, normalized = about.get("backbone", ""), about.get("normalized")
+        if weight is None or not isinstance(backbone, str) or not isinstance(normalized, bool):
+            raise UserError(f"{path}: an incomplete teacher file; write it again with TeacherZeroshot")
+        names = checked_names(about.get("classnames"), path)
+        try:
+            return cls(weight.float(), names, backbone, normalized)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+
+
+def fit_teacher(
+    features: Tensor,
+    labels: Tensor,
+    classnames: Sequence[str],
+    backbone: str = "",
+    *,
+    C: float = 0.316,
+    max_iter: int = 1000,
+    normalized: bool = True,
+    balanced: bool = False,
+    shots: int = 0,
+    generator: torch.Generator | None = None,
+) -> Teacher:
+    """Multinomial logistic regression without intercept: the paper's teacher.
+
+    Args:
+        features: (n, d) unit rows; labels: (n,) integers below len(classnames).
+        C: inverse L2 strength (scikit-learn's).
+        normalized: serve the rows as a cosine classifier, as the paper does, else as the fitted linear one.
+        balanced: weigh the classes equally whatever their sizes.
+        shots: fit on this many rows per class, drawn with `generator`; 0 for all rows.
+
+    At the optimum the rows sum to zero and w_c is proportional to sum_i (1[y_i = c] - p_ic) x_i: they show
+    how class means differ from each other, not where all of them lie.
+    Raises UserError for fewer than two classes, a class without enough rows, or features that are not finite.
+    """
+    from sklearn.linear_model import LogisticRegression  # slow to import, and only owners need it
+
+    if len(classnames) < 2:
+        raise UserError("a teacher needs at least two classes")
+    if features.dim() != 2 or labels.shape != (len(features),):
+        raise UserError("features must have shape (n, d) and labels (n,)")
+    if not torch.isfinite(features).all():
+        raise UserError("features have values that are not finite")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classnames):
+        raise UserError(f"labels must lie in 0 ... {len(classnames) - 1}, one for each class name")
+    counts = torch.bincount(labels, minlength=len(classnames))
+    needed = max(shots, 1)
+    if (counts < needed).any():
+        short = int((counts < needed).nonzero()[0])
+        raise UserError(f"class '{classnames[short]}' has {int(counts[short])} features, {needed} are needed")
+    if shots:
+        kept = [
+            rows[torch.randperm(len(rows), generator=generator)[:shots]]
+            for rows in ((labels == c).nonzero().flatten() for c in range(len(classnames)))
+        ]
+        features, labels = features[torch.cat(kept)], labels[torch.cat(kept)]
+    regression = LogisticRegression(
+        C=C,
+        max_iter=max_iter,
+        fit_intercept=False,
+        class_weight="balanced" if balanced else None,
+        random_state=0,
+    ).fit(features.double().cpu().numpy(), labels.cpu().numpy())
+    weight = torch.from_numpy(regression.coef_).float()
+    if len(classnames) == 2:
+        # scikit-learn keeps the difference of the two rows only.
+        weight = torch.cat([-weight / 2, weight / 2])
+    return Teacher(weight, list(classnames), backbone, normalized)
