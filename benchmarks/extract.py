@@ -23,8 +23,8 @@ from dassl.data.datasets import Datum
 from PIL import Image
 from tabulate import tabulate
 
-from dfzsl.datasets.features import encode_datums
-from dfzsl.trainers.clip.backbone import load_backbone
+from dfzsl.datasets.encoding import encode_datums
+from dfzsl.trainers.clip.loading import load_backbone
 
 
 def pictures(folder: Path, count: int, side: int) -> list[Datum]:

@@ -24,7 +24,8 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfzsl.trainers.clip.backbone import ROWS_AT_ONCE, Backbone, load_backbone
+from dfzsl.trainers.clip.backbone import ROWS_AT_ONCE, Backbone
+from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.clip.prompts import Prompts
 
 N_CTX = 4

@@ -28,8 +28,9 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from dfzsl.trainers.generation.build import StageThreeSettings, build_classifier
+from dfzsl.trainers.generation.build import build_classifier
 from dfzsl.trainers.generation.classifier import Classifier
+from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.oracles import open_oracle
 from dfzsl.trainers.recovery.recover import RecoverySettings, recover
 from dfzsl.trainers.recovery.teacher import fit_teacher

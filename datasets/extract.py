@@ -28,7 +28,8 @@ from dfzsl.files import save_tensors
 from dfzsl.toolbox import add_keys
 
 from .base import ClassDataset
-from .features import FeatureDatum, default_cache_dir, encode_datums
+from .encoding import default_cache_dir, encode_datums
+from .features import FeatureDatum
 
 CONFIGS = Path(dfzsl.configs.__file__).parent / "datasets"
 
@@ -107,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     if not args.output.endswith(".safetensors"):
         raise UserError(f"--output {args.output}: a feature file ends in .safetensors")
-    from dfzsl.trainers.clip.backbone import load_backbone  # the trainers import this package
+    from dfzsl.trainers.clip.loading import load_backbone
 
     add_keys("MODEL.BACKBONE", WEIGHTS="openai")
     dataset = open_dataset(args.data, args.root)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from dfzsl.errors import UserError
 
-from .features import FeatureLoader
+from .loader import FeatureLoader
 
 
 class Virtual(Protocol):
-    """What the loader draws from: `VirtualClasses` of trainers/recovery/recover.py."""
+    """What the loader draws from: `VirtualClasses` of trainers/recovery/virtual.py."""
 
     classnames: list[str]
 

@@ -1,7 +1,7 @@
 """Real beside virtual features of a finished run, in one picture.
 
-    python scripts/dfzsl/pictures.py output/.../seed1 dtd.safetensors
-    python scripts/dfzsl/pictures.py output/.../seed1 dtd.npz --classes 6 --output dtd.png
+    python -m dfzsl.pictures output/.../seed1 dtd.safetensors
+    python -m dfzsl.pictures output/.../seed1 dtd.npz --classes 6 --output dtd.png
 
 The run's folder holds virtual.safetensors (stage 1); the feature file holds real test features of the same
 classes (python -m dfzsl.datasets.extract). Left: the plane in which the real class means differ most.
@@ -11,7 +11,6 @@ Middle: angles to the class's own mean direction. Right: the recovered teacher's
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from dfzsl.datasets.features import open_features, unit_rows
 from dfzsl.errors import UserError
-from dfzsl.trainers.recovery.recover import VirtualClasses
+from dfzsl.train import cli
+from dfzsl.trainers.recovery.virtual import VirtualClasses
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -104,30 +104,26 @@ def draw(virtual: VirtualClasses, real: tuple[Tensor, Tensor], shown: int, title
     return figure
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command. Raises UserError for files that are missing or do not fit together."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("run", type=Path, help="folder of a finished run, with virtual.safetensors")
     flags.add_argument("features", help="feature file (.npz or .safetensors) with the real test features")
     flags.add_argument("--classes", type=int, default=6, help="classes in the left panel")
     flags.add_argument("--output", type=Path, help="picture to write (RUN/virtual.png)")
     args = flags.parse_args(argv)
-    try:
-        virtual = VirtualClasses.load(args.run / "virtual.safetensors")
-        real = read_real(args.features, virtual.classnames)
-        if real[0].shape[1] != virtual.mu.shape[1]:
-            theirs, ours = real[0].shape[1], virtual.mu.shape[1]
-            raise UserError(f"{args.features}: features of {theirs} dimensions, the run's have {ours}")
-        if len(torch.unique(real[1])) < len(virtual.classnames):
-            raise UserError(f"{args.features}: a class of the run has no test feature")
-        shown = max(2, min(args.classes, len(virtual.classnames), 20))
-        output = args.output or args.run / "virtual.png"
-        draw(virtual, real, shown, f"{virtual.method}, {virtual.queries:,} queries").savefig(output, dpi=130)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    virtual = VirtualClasses.load(args.run / "virtual.safetensors")
+    real = read_real(args.features, virtual.classnames)
+    if real[0].shape[1] != virtual.mu.shape[1]:
+        theirs, ours = real[0].shape[1], virtual.mu.shape[1]
+        raise UserError(f"{args.features}: features of {theirs} dimensions, the run's have {ours}")
+    if len(torch.unique(real[1])) < len(virtual.classnames):
+        raise UserError(f"{args.features}: a class of the run has no test feature")
+    shown = max(2, min(args.classes, len(virtual.classnames), 20))
+    output = args.output or args.run / "virtual.png"
+    draw(virtual, real, shown, f"{virtual.method}, {virtual.queries:,} queries").savefig(output, dpi=130)
     print(f"Saved to {output}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli(main)

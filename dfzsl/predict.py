@@ -1,14 +1,14 @@
-"""Classify images: python scripts/dfzsl/predict.py IMAGE... --classifier output/.../classifier.safetensors"""
+"""Classify images: python -m dfzsl.predict IMAGE... --classifier output/.../classifier.safetensors"""
 
 import argparse
 import os
 
 import torch
 
-from dfzsl.datasets.features import read_image
+from dfzsl.datasets.encoding import read_image
 from dfzsl.errors import UserError
 from dfzsl.train import cli
-from dfzsl.trainers.clip.backbone import BUILT_IN, load_backbone
+from dfzsl.trainers.clip.loading import BUILT_IN, load_backbone
 from dfzsl.trainers.generation.classifier import Classifier
 
 

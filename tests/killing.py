@@ -25,10 +25,11 @@ from dassl.utils import load_checkpoint
 from scipy.sparse import linalg  # noqa: F401
 
 from dfzsl import train
-from dfzsl.datasets import extract, features
+from dfzsl.datasets import encoding, extract
 from dfzsl.launch import __main__ as launch
+from dfzsl.launch import workers
 from dfzsl.trainers import base, owner
-from dfzsl.trainers.clip.backbone import load_backbone
+from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.dfzsl import CLASSIFIER, DFZSL
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -170,7 +171,7 @@ def run(words: list[str], output: str, log: Path) -> None:
 
 def encode(root: Path, output: Path, cache: Path, log: Path) -> None:
     """Extraction of the fake pets, four pictures a part."""
-    features.PART = 4
+    encoding.PART = 4
     backbone = fake_data.Backbone()
     backbone.encode_image = noted(log, "encode", lambda *_: False, backbone.encode_image)  # type: ignore[method-assign]
     data = extract.open_dataset("oxford_pets", str(root))
@@ -180,4 +181,4 @@ def encode(root: Path, output: Path, cache: Path, log: Path) -> None:
 def work(folder: Path, words: list[str]) -> None:
     """One worker of a sweep."""
     os.chdir(folder)
-    launch.work(launch.plan(launch.parser().parse_intermixed_args(words)), threads=1)
+    workers.work(launch.plan(launch.parser().parse_intermixed_args(words)), threads=1)

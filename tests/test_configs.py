@@ -8,7 +8,7 @@ from dassl.engine import TRAINER_REGISTRY
 import dfzsl.configs
 from dfzsl import train
 from dfzsl.trainers.base import CLIPTrainer
-from dfzsl.trainers.generation.build import StageThreeSettings
+from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.recover import RecoverySettings
 
 FOLDER = Path(dfzsl.configs.__file__).parent / "trainers"

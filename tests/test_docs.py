@@ -21,6 +21,7 @@ from dassl.engine import TRAINER_REGISTRY
 from dfzsl import train
 from dfzsl.datasets import extract
 from dfzsl.launch import __main__ as launch
+from dfzsl.prepare import __main__ as prepare
 from dfzsl.report import __main__ as report
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
@@ -35,7 +36,11 @@ FILES = [path.relative_to(ROOT).as_posix() for f in FOLDERS for path in (ROOT / 
 FILES += [path.name for path in ROOT.iterdir()]
 # Named, but not ours: written by the reader or part of CoOp.
 ELSEWHERE = {"trainers/feature_adapter.py", "parse_test_res.py"}
-PARSERS = {"dfzsl.report": report.parser, "dfzsl.datasets.extract": extract.parser}
+PARSERS = {
+    "dfzsl.report": report.parser,
+    "dfzsl.datasets.extract": extract.parser,
+    "dfzsl.prepare": prepare.parser,
+}
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 SPAN = re.compile(r"`([^`]+)`")
@@ -220,9 +225,9 @@ def test_files_and_what_they_define_exist(page):
         elif match := re.match(r"((?:dfzsl|dassl|torch)(?:\.\w+)+)\b", span):
             pkgutil.resolve_name(match[1])
         elif (match := re.match(r"(\w+)\.(?!py|safetensors)([\w.]+)$", span)) and (
-            f"trainers/{match[1]}.py" in FILES
+            files := [file for file in FILES if re.fullmatch(rf"trainers/(\w+/)*{match[1]}\.py", file)]
         ):
-            pkgutil.resolve_name(f"dfzsl.trainers.{match[1]}:{match[2]}")
+            pkgutil.resolve_name(f"dfzsl.{files[0].removesuffix('.py').replace('/', '.')}:{match[2]}")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -239,9 +244,7 @@ def test_config_keys_exist_and_take_the_values_shown(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_flags_exist(page, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts/data")
+def test_flags_exist(page):
     parsers = [train.parser(), launch.parser(), *(make() for make in PARSERS.values())]
-    parsers.append(runpy.run_path(str(ROOT / "scripts/data/prepare.py"))["parser"]())
     known = {flag for parser in parsers for flag in parser._option_string_actions}
     assert {span.split()[0] for span in spans(page) if span.startswith("--")} <= known

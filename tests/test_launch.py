@@ -9,9 +9,12 @@ from dassl.engine import TRAINER_REGISTRY
 from dfzsl import train
 from dfzsl.errors import UserError
 from dfzsl.files import write_json
-from dfzsl.launch.__main__ import Data, Job, Method, forecast, parser, plan
+from dfzsl.launch.__main__ import parser, plan
+from dfzsl.launch.forecast import forecast
+from dfzsl.launch.runs import Data, Job, Method
+from dfzsl.launch.workers import locked
 from dfzsl.trainers.base import CLIPTrainer
-from dfzsl.trainers.generation.build import StageThreeSettings
+from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.recover import RecoverySettings
 
 
@@ -157,12 +160,13 @@ def test_results_of_another_schema_are_told_before_anything_runs(tmp_path):
 
 def test_a_job_is_locked_against_others(tmp_path):
     job = Job("base2new", Method("ZeroshotCLIP"), Data("shapes", "data"), 1, 16, -1, tmp_path)
-    with job.locked() as mine:
+    with locked(job) as mine:
         assert mine
         code = (
-            "from pathlib import Path; from dfzsl.launch.__main__ import Data, Job, Method; import sys\n"
+            "import sys; from pathlib import Path; from dfzsl.launch.runs import Data, Job, Method\n"
+            "from dfzsl.launch.workers import locked\n"
             f"root = Path({str(tmp_path)!r})\n"
             f"job = Job('base2new', Method('ZeroshotCLIP'), Data('shapes', ''), 1, 16, -1, root)\n"
-            "with job.locked() as free: sys.exit(7 if free else 0)"
+            "with locked(job) as free: sys.exit(7 if free else 0)"
         )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

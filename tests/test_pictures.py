@@ -3,7 +3,8 @@ import pytest
 import torch
 from conftest import CLASSES, write_features
 
-from dfzsl.trainers.recovery.recover import VirtualClasses
+from dfzsl.errors import UserError
+from dfzsl.trainers.recovery.virtual import VirtualClasses
 
 pytest.importorskip("matplotlib")
 from dfzsl import pictures
@@ -19,7 +20,7 @@ def write_run(folder, dim=32, names=BASE):
 
 def test_a_run_is_drawn(feature_file, tmp_path, capsys):
     run = write_run(tmp_path)
-    assert pictures.main([str(run), str(feature_file)]) == 0
+    pictures.main([str(run), str(feature_file)])
     assert (run / "virtual.png").read_bytes().startswith(b"\x89PNG")
     assert "Saved to" in capsys.readouterr().out
 
@@ -44,16 +45,16 @@ def test_margins_and_angles():
     ("dim", "names", "message"),
     [(32, ["ant", "emu"], "no class 'emu'"), (16, BASE, "features of 32 dimensions, the run's have 16")],
 )
-def test_what_does_not_fit_is_one_line(feature_file, tmp_path, capsys, dim, names, message):
-    assert pictures.main([str(write_run(tmp_path, dim, names)), str(feature_file)]) == 2
-    assert message in capsys.readouterr().err
-    assert pictures.main([str(tmp_path / "nowhere"), str(feature_file)]) == 2
-    assert "no such virtual file" in capsys.readouterr().err
+def test_what_does_not_fit_is_one_line(feature_file, tmp_path, dim, names, message):
+    with pytest.raises(UserError, match=message):
+        pictures.main([str(write_run(tmp_path, dim, names)), str(feature_file)])
+    with pytest.raises(UserError, match="no such virtual file"):
+        pictures.main([str(tmp_path / "nowhere"), str(feature_file)])
 
 
-def test_a_class_without_test_features_is_reported(tmp_path, capsys):
+def test_a_class_without_test_features_is_reported(tmp_path):
     file = write_features(tmp_path / "f.npz")
     labels = np.load(file)["y_test"]
     write_features(tmp_path / "f.npz", y_test=np.where(labels == 3, 2, labels))
-    assert pictures.main([str(write_run(tmp_path)), str(file)]) == 2
-    assert "a class of the run has no test feature" in capsys.readouterr().err
+    with pytest.raises(UserError, match="a class of the run has no test feature"):
+        pictures.main([str(write_run(tmp_path)), str(file)])

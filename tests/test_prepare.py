@@ -18,7 +18,7 @@ from dassl.data.datasets import DATASET_REGISTRY
 
 from dfzsl.errors import UserError
 from dfzsl.prepare import __main__ as prepare
-from dfzsl.prepare import fetch
+from dfzsl.prepare import fetch, recipes
 
 
 class Server:
@@ -223,8 +223,8 @@ def test_every_data_set_on_the_web_has_a_recipe():
         for n in DATASET_REGISTRY.registered_names()
         if DATASET_REGISTRY.get(n).__module__.startswith("dfzsl.")
     }
-    assert set(prepare.RECIPES) == ours - own
-    for recipe in prepare.RECIPES.values():
+    assert set(recipes.RECIPES) == ours - own
+    for recipe in recipes.RECIPES.values():
         assert recipe.steps or recipe.mirror
 
 
@@ -234,7 +234,7 @@ def test_names_are_those_of_registry_and_configs():
         "OxfordPets",
         "AWA2",
     ]
-    assert prepare.names_of(["all"]) == list(prepare.RECIPES)
+    assert prepare.names_of(["all"]) == list(recipes.RECIPES)
     with pytest.raises(UserError, match="unknown data set 'oxfordpet'"):
         prepare.names_of(["oxfordpet"])
 
@@ -255,9 +255,9 @@ def test_official_steps_make_a_data_set(server, tmp_path, monkeypatch):
     split = (tmp_path / "packed/dtd/split_zhou_DescribableTextures.json").read_bytes()
     server.files["/split"] = split
     md5 = f"md5:{hashlib.md5(content).hexdigest()}"
-    archive = prepare.Archive(f"{server.url}/dtd-r1.0.1.tar.gz", "images", md5, take="dtd")
-    steps = (archive, prepare.File(f"{server.url}/split", "split_zhou_DescribableTextures.json"))
-    monkeypatch.setitem(prepare.RECIPES, "DescribableTextures", prepare.Recipe((5, 20, 10, 15), steps))
+    archive = recipes.Archive(f"{server.url}/dtd-r1.0.1.tar.gz", "images", md5, take="dtd")
+    steps = (archive, recipes.File(f"{server.url}/split", "split_zhou_DescribableTextures.json"))
+    monkeypatch.setitem(recipes.RECIPES, "DescribableTextures", recipes.Recipe((5, 20, 10, 15), steps))
     prepare.main(["dtd", "--root", str(tmp_path / "data")])
     prepare.main(["dtd", "--root", str(tmp_path / "data"), "--check", "--workers", "1"])
     asked = len(server.ranges)
@@ -269,8 +269,8 @@ def test_official_steps_make_a_data_set(server, tmp_path, monkeypatch):
 def test_the_mirrors_archive_may_have_any_top_folder(server, tmp_path, monkeypatch, top):
     server.files["/dtd.zip"] = content = packed(tmp_path, "DescribableTextures", top)
     listed = {"dtd.zip": (f"{server.url}/dtd.zip", f"sha256:{hashlib.sha256(content).hexdigest()}")}
-    monkeypatch.setattr(prepare, "listing", lambda repository: listed)
-    prepare.prepare("DescribableTextures", tmp_path / "data", "mirror")
+    monkeypatch.setattr(recipes, "listing", lambda repository: listed)
+    recipes.prepare("DescribableTextures", tmp_path / "data", "mirror")
     report = prepare.check("DescribableTextures", tmp_path / "data", 1)
     assert report.counts == (5, 20, 10, 15) and not report.missing and not report.broken
 
@@ -286,7 +286,7 @@ def test_what_is_to_be_done_by_hand_is_said(tmp_path, monkeypatch):
     def offline(url, path, checksum=""):
         raise UserError(f"{url} answers nothing")
 
-    monkeypatch.setattr(prepare, "download", offline)
+    monkeypatch.setattr(recipes, "download", offline)
     with pytest.raises(UserError) as error:
         prepare.main(["imagenet", "flo", "--root", str(tmp_path)])
     said = str(error.value)
@@ -299,8 +299,8 @@ def test_what_is_to_be_done_by_hand_is_said(tmp_path, monkeypatch):
 
 @pytest.fixture
 def pets(tmp_path, monkeypatch):
-    recipe = prepare.RECIPES["OxfordPets"]
-    monkeypatch.setitem(prepare.RECIPES, "OxfordPets", prepare.Recipe((5, 20, 10, 15), recipe.steps))
+    recipe = recipes.RECIPES["OxfordPets"]
+    monkeypatch.setitem(recipes.RECIPES, "OxfordPets", recipes.Recipe((5, 20, 10, 15), recipe.steps))
     return fake_data.make("OxfordPets", tmp_path)
 
 

@@ -15,8 +15,8 @@ from fake_data import picture
 
 from dfzsl import train
 from dfzsl.errors import UserError
-from dfzsl.launch import __main__ as launch
-from dfzsl.launch.__main__ import CONFIGS, Data, Job, Method
+from dfzsl.launch import workers
+from dfzsl.launch.runs import CONFIGS, Data, Job, Method
 from dfzsl.results import CHANGING, read_results
 
 # Three base classes on two ranks, and batches of three: neither is divisible.
@@ -182,7 +182,7 @@ def test_the_launcher_runs_a_sweep_on_several_processes(pictures, tmp_path):
     found = []
     for gpus in (1, 2):
         jobs = [Job("base2new", m, data, 1, 16, -1, tmp_path / str(gpus), opts) for m in methods]
-        jobs[1].run(gpus)
+        workers.run(jobs[1], gpus)
         found.append([read_results(folder / "results.json") for job in jobs for folder, _ in job.parts()])
     for one, two in zip(*found, strict=True):
         assert two["queries"] == one["queries"]
@@ -193,15 +193,15 @@ def test_the_launcher_runs_a_sweep_on_several_processes(pictures, tmp_path):
 @pytest.mark.slow
 def test_one_line_tells_why_torchrun_failed(tmp_path):
     with pytest.raises(UserError, match=r"^unknown trainer 'CoOpp'; known: CoOp"):
-        launch._torchrun(2, ["--trainer", "CoOpp"])
+        workers._torchrun(2, ["--trainer", "CoOpp"])
 
 
 def test_workers_on_one_machine_share_out_its_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert launch.gpu_shares(1) == ["0", "1", "2", "3"]
-    assert launch.gpu_shares(2) == ["0,1", "2,3"]
-    assert launch.gpu_shares(3) == ["0,1,2"]
-    assert launch.gpu_shares(8) == []
+    assert workers.gpu_shares(1) == ["0", "1", "2", "3"]
+    assert workers.gpu_shares(2) == ["0,1", "2,3"]
+    assert workers.gpu_shares(3) == ["0,1,2"]
+    assert workers.gpu_shares(8) == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-5a,1,0")
-    assert launch.gpu_shares(2) == ["3,GPU-5a", "1,0"]
+    assert workers.gpu_shares(2) == ["3,GPU-5a", "1,0"]

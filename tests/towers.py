@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfzsl.trainers.clip.backbone import Backbone, _open_clip, load_backbone
+from dfzsl.trainers.clip.backbone import Backbone, import_open_clip
+from dfzsl.trainers.clip.loading import load_backbone
 
 VISION = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3}
@@ -47,12 +48,12 @@ def register_towers() -> None:
         for name, config in CONFIGS.items():
             path = Path(folder) / f"{name}.json"
             path.write_text(json.dumps({"embed_dim": 48, **config}))
-            _open_clip().add_model_config(path)
+            import_open_clip().add_model_config(path)
 
 
 @functools.cache
 def tiny(name: str) -> Backbone:
-    if name not in _open_clip().list_models():
+    if name not in import_open_clip().list_models():
         register_towers()
     return load_backbone(name, "random")
 

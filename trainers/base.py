@@ -20,16 +20,20 @@ from dassl.utils import load_checkpoint
 from tqdm import tqdm
 
 from dfzsl import ranks
-from dfzsl.datasets.features import FeatureDatum, FeatureLoader, encode_datums
+from dfzsl.datasets.encoding import encode_datums
+from dfzsl.datasets.features import FeatureDatum
+from dfzsl.datasets.loader import FeatureLoader
 from dfzsl.datasets.virtual import DataFreeManager, VirtualLoader
 from dfzsl.errors import UserError
 from dfzsl.files import read_json, write_json
 from dfzsl.results import RESULTS, peak_memory, write_results
 from dfzsl.toolbox import add_keys, keys_of, settings_of
 
-from .clip.backbone import FeatureBackbone, load_backbone
+from .clip.backbone import FeatureBackbone
+from .clip.loading import load_backbone
 from .recovery.oracles import is_address, open_oracle
-from .recovery.recover import RecoverySettings, VirtualClasses, recover
+from .recovery.recover import RecoverySettings, recover
+from .recovery.virtual import VirtualClasses
 from .recovery.vmf import fit_classes
 
 add_keys("MODEL.BACKBONE", WEIGHTS="openai")

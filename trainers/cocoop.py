@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dfzsl.toolbox import add_keys, register
 
-from .clip.prompts import PromptLearner
+from .clip.learner import PromptLearner
 from .coop import CoOp, PromptedCLIP
 
 add_keys("TRAINER.COCOOP", N_CTX=16, CTX_INIT="", PREC="fp16")

@@ -18,7 +18,7 @@ from dfzsl.toolbox import add_keys, register
 
 from .base import CLIPTrainer
 from .clip.backbone import ROWS_AT_ONCE
-from .clip.prompts import PromptLearner, require_text_encoder
+from .clip.learner import PromptLearner, require_text_encoder
 
 # torch.compile takes a minute before the first step: worth it on a GPU, for thousands of steps.
 add_keys("MODEL.BACKBONE", COMPILE=False, ROWS_AT_ONCE=ROWS_AT_ONCE)

@@ -16,8 +16,9 @@ from dfzsl.stages import checked
 from dfzsl.toolbox import add_keys, keys_of, register
 
 from .flpt import FLPT
-from .generation.build import StageThreeSettings, build_classifier
+from .generation.build import build_classifier
 from .generation.classifier import Classifier
+from .generation.training import StageThreeSettings
 
 add_keys("TRAINER.DFZSL", FLPT=True, NEW_CLASSES=())
 add_keys("GENERATOR", **keys_of(StageThreeSettings))

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from dfzsl.toolbox import add_keys, register
 
-from .clip.prompts import PromptLearner
+from .clip.learner import PromptLearner
 from .coop import CoOp, PromptedCLIP
 
 add_keys("TRAINER.FLPT", N_CTX=4, CTX_INIT="a photo of a", PREC="fp16", RESIDUAL_WEIGHT=0.005)

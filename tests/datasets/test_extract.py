@@ -16,7 +16,7 @@ from dassl.data.datasets import DATASET_REGISTRY
 from fake_data import Backbone, pixels
 
 from dfzsl.datasets import extract, features
-from dfzsl.datasets.features import encode_datums
+from dfzsl.datasets.encoding import encode_datums
 from dfzsl.errors import UserError
 from dfzsl.files import load_tensors
 from dfzsl.train import cli
@@ -103,9 +103,9 @@ RANK = """
 import sys
 import torch
 import fake_data
-from dfzsl.datasets import extract, features
+from dfzsl.datasets import encoding, extract
 
-features.PART = 4
+encoding.PART = 4
 torch.distributed.init_process_group("gloo")
 backbone = fake_data.Backbone()
 data = extract.open_dataset("oxford_pets", sys.argv[1])

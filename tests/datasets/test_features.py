@@ -1,10 +1,8 @@
-"""Feature files, batches of features, and images encoded once."""
+"""Feature files."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections import Counter
 from pathlib import Path
 
 import fake_data
@@ -12,14 +10,9 @@ import numpy as np
 import pytest
 import torch
 from dassl.config import get_cfg_default
-from dassl.data.datasets import DATASET_REGISTRY, Datum
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
+from dassl.data.datasets import DATASET_REGISTRY
 from safetensors.torch import save_file
 
-from dfzsl.datasets import features
-from dfzsl.datasets.features import FeatureDatum, FeatureLoader, encode_datums
 from dfzsl.errors import UserError
 
 
@@ -32,9 +25,6 @@ def build(path: Path, subsample: str = "all", teacher: str = ""):
 
 def matrix(datums) -> torch.Tensor:
     return torch.stack([datum.feature for datum in datums])
-
-
-# ---------------------------------------------------------------- the file
 
 
 def test_npz_and_safetensors_say_the_same(tmp_path):
@@ -146,175 +136,3 @@ def test_real_features(real_features):
     found = (matrix(dataset.test) @ text.T).argmax(1)
     accuracy = (found == torch.tensor([d.label for d in dataset.test])).float().mean()
     assert abs(100 * accuracy - 55.3) < 0.1  # the measured zero-shot accuracy of these features
-
-
-# ---------------------------------------------------------------- batches
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    n=st.integers(1, 30),
-    size=st.integers(1, 12),
-    shuffle=st.booleans(),
-    drop=st.booleans(),
-    seed=st.integers(0, 9),
-)
-def test_loader_serves_each_row_once(n, size, shuffle, drop, seed):
-    x, y = torch.randn(n, 3), torch.arange(n)
-    loader = FeatureLoader(x, y, size, shuffle, torch.Generator().manual_seed(seed), drop)
-    batches = list(loader)
-    assert len(batches) == len(loader) == (n // size if drop else -(-n // size))
-    for batch in batches:
-        assert set(batch) == {"img", "label", "domain", "impath", "index"}
-        assert torch.equal(batch["img"], x[batch["index"]]) and torch.equal(batch["label"], batch["index"])
-        assert len(batch["impath"]) == len(batch["img"]) == len(batch["domain"])
-    served = Counter(i for batch in batches for i in batch["index"].tolist())
-    assert sum(served.values()) == (n // size * size if drop else n) and set(served.values()) <= {1}
-
-
-def test_loader_shuffles_anew_and_repeats_by_seed():
-    x, y = torch.randn(50, 2), torch.arange(50)
-
-    def passes(seed: int) -> list[list[int]]:
-        loader = FeatureLoader(x, y, 50, True, torch.Generator().manual_seed(seed))
-        return [next(iter(loader))["index"].tolist() for _ in range(2)]
-
-    assert passes(1) == passes(1) != passes(2)
-    assert passes(1)[0] != passes(1)[1]
-
-
-@pytest.mark.parametrize(("x", "y", "size"), [(0, 0, 1), (2, 3, 1), (2, 2, 0)])
-def test_loader_refuses_nonsense(x, y, size):
-    with pytest.raises(ValueError, match=r"nothing to serve|at least 1"):
-        FeatureLoader(torch.zeros(x, 2), torch.zeros(y, dtype=torch.long), size)
-
-
-# ---------------------------------------------------------------- encoding
-
-
-class Encoder:
-    """Mean colours: an encoder whose features can be worked out by hand. Counts the images it has seen."""
-
-    name, weights_id, precision, dim = "mean", "none", "fp32", 3
-
-    def __init__(self) -> None:
-        self.seen = 0
-
-    def encode_image(self, images: torch.Tensor) -> torch.Tensor:
-        self.seen += len(images)
-        return torch.nn.functional.normalize(images.mean((2, 3)), dim=1)
-
-
-class Pixels:
-    """A transform with a repr that says what it does."""
-
-    def __init__(self, size: int = 8) -> None:
-        self.size = size
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        pixels = np.asarray(image.resize((self.size, self.size)), dtype="float32").transpose(2, 0, 1)
-        return torch.from_numpy(pixels / 255)
-
-    def __repr__(self) -> str:
-        return f"Pixels({self.size})"
-
-
-@pytest.fixture
-def datums(tmp_path) -> list[Datum]:
-    for number in range(23):
-        fake_data.picture(tmp_path / f"{number}.jpg", number, number)
-    return [Datum(impath=str(tmp_path / f"{number}.jpg"), label=number) for number in range(23)]
-
-
-@pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setattr(features, "PART", 5)
-
-
-def by_hand(datums) -> torch.Tensor:
-    return Encoder().encode_image(torch.stack([Pixels()(Image.open(d.impath)) for d in datums]))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("batch_size", [1, 3, 5, 100])
-def test_features_equal_a_plain_loop(datums, small_parts, tmp_path, workers, batch_size):
-    x = encode_datums(Encoder(), datums, Pixels(), tmp_path / "cache", batch_size, workers)
-    assert x.dtype == torch.float32 and torch.allclose(x, by_hand(datums), atol=1e-6)
-
-
-def test_an_image_is_encoded_once(datums, small_parts, tmp_path):
-    encoder = Encoder()
-    state = torch.get_rng_state()
-    first = encode_datums(encoder, datums, Pixels(), tmp_path / "cache", num_workers=0)
-    assert torch.equal(torch.get_rng_state(), state), "a run with a filled cache would go on otherwise"
-    again = encode_datums(encoder, datums, Pixels(), tmp_path / "cache", num_workers=0)
-    assert encoder.seen == len(datums) and torch.equal(first, again)
-    assert len(list((tmp_path / "cache").iterdir())) == 1, "the parts are gone"
-
-
-def test_the_default_cache_is_outside_the_data_folder(datums, tmp_path):
-    encode_datums(Encoder(), datums, Pixels(), num_workers=0)
-    assert len(list(Path(os.environ["DFZSL_CACHE"]).glob("*.safetensors"))) == 1
-    assert not list(tmp_path.glob("*.safetensors"))
-
-
-def test_whatever_decides_the_features_is_in_the_key(datums, tmp_path):
-    def run(encoder=None, transform=None, of=datums) -> int:
-        encoder = encoder or Encoder()
-        encode_datums(encoder, of, transform or Pixels(), tmp_path / "cache", num_workers=0)
-        return encoder.seen
-
-    assert run() == 23 and run() == 0
-    for attribute in ("name", "weights_id", "precision"):
-        other = Encoder()
-        setattr(other, attribute, "other")
-        assert run(other) == 23
-    assert run(transform=Pixels(9)) == 23
-    assert run(of=datums[::-1]) == 23
-    fake_data.picture(Path(datums[0].impath), 77, 77)
-    os.utime(datums[0].impath, ns=(1, 1))
-    assert run() == 23
-
-
-def test_an_interrupted_encoding_goes_on(datums, small_parts, tmp_path):
-    class Stops(Encoder):
-        def encode_image(self, images):
-            if self.seen >= 12:
-                raise KeyboardInterrupt
-            return super().encode_image(images)
-
-    with pytest.raises(KeyboardInterrupt):
-        encode_datums(Stops(), datums, Pixels(), tmp_path / "cache", 2, 0)
-    encoder = Encoder()
-    x = encode_datums(encoder, datums, Pixels(), tmp_path / "cache", 4, 0)
-    assert encoder.seen == 23 - 10, "two parts of five were kept"
-    assert torch.allclose(x, by_hand(datums), atol=1e-6)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("content", ["truncated", "text", "empty"])
-def test_a_broken_image_is_named_in_one_line(datums, tmp_path, workers, content):
-    path = Path(datums[7].impath)
-    whole = path.read_bytes()
-    path.write_bytes({"truncated": whole[: len(whole) // 2], "text": b"no picture", "empty": b""}[content])
-    with pytest.raises(UserError, match="not a readable image") as error:
-        encode_datums(Encoder(), datums, Pixels(), tmp_path / "cache", 4, workers)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_an_image_that_has_gone(datums, tmp_path):
-    os.unlink(datums[3].impath)
-    with pytest.raises(UserError, match="cannot read the image"):
-        encode_datums(Encoder(), datums, Pixels(), tmp_path / "cache", num_workers=0)
-
-
-def test_features_bring_themselves(feature_file, tmp_path):
-    test = build(feature_file).test
-    encoder = Encoder()
-    assert torch.equal(encode_datums(encoder, test, Pixels(), tmp_path / "cache"), matrix(test))
-    assert encoder.seen == 0 and not (tmp_path / "cache").exists()
-    assert isinstance(test[0], FeatureDatum)
-
-
-def test_no_images(tmp_path):
-    assert encode_datums(Encoder(), [], Pixels(), tmp_path).shape == (0, 3)

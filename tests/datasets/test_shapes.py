@@ -33,7 +33,7 @@ from dfzsl.datasets.shapes.world import (
 )
 from dfzsl.errors import UserError
 from dfzsl.files import load_tensors
-from dfzsl.trainers.clip.backbone import load_backbone
+from dfzsl.trainers.clip.loading import load_backbone
 
 FOLDER = ROOT / "datasets" / "shapes"
 HALVES = classes()[:60], classes()[60:]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import dfzsl.datasets  # noqa: F401  (registers the data sets)
 from dfzsl.datasets.virtual import DataFreeManager, VirtualLoader
 from dfzsl.errors import UserError
-from dfzsl.trainers.recovery.recover import VirtualClasses
+from dfzsl.trainers.recovery.virtual import VirtualClasses
 
 NAMES = ["ant", "bee", "cat"]
 

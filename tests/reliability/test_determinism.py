@@ -19,13 +19,14 @@ from fake_data import Backbone, pixels
 
 from dfzsl import train
 from dfzsl.datasets import extract
-from dfzsl.datasets.features import encode_datums
-from dfzsl.launch.__main__ import CONFIGS
+from dfzsl.datasets.encoding import encode_datums
+from dfzsl.launch.runs import CONFIGS
 from dfzsl.results import CHANGING
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.coop import CoOp
-from dfzsl.trainers.generation.build import StageThreeSettings, build_classifier
+from dfzsl.trainers.generation.build import build_classifier
 from dfzsl.trainers.generation.generators import GENERATORS
+from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.oracles import LEVELS, open_oracle
 from dfzsl.trainers.recovery.recover import METHODS, recover
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher

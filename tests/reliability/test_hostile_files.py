@@ -42,10 +42,10 @@ from dfzsl.datasets.base import read_fewshot, read_split, relocate
 from dfzsl.errors import UserError, unknown
 from dfzsl.files import checked_names, read_json, save_tensors
 from dfzsl.prepare import fetch
-from dfzsl.trainers.clip.backbone import _read_state
+from dfzsl.trainers.clip.loading import _read_state
 from dfzsl.trainers.generation.classifier import Classifier
-from dfzsl.trainers.recovery.recover import VirtualClasses
 from dfzsl.trainers.recovery.teacher import Teacher
+from dfzsl.trainers.recovery.virtual import VirtualClasses
 
 NAMES = ["ant", "bee", "cat"]
 FEW, MANY = 10, 1500  # examples of each kind by default, and with -m slow

@@ -25,10 +25,11 @@ from test_sweep import METHODS, files, finish, outcome, start
 from dfzsl import train
 from dfzsl.errors import UserError
 from dfzsl.launch import __main__ as launch
-from dfzsl.launch.__main__ import CONFIGS
+from dfzsl.launch import workers
+from dfzsl.launch.runs import CONFIGS, Job
 from dfzsl.results import CHANGING
 from dfzsl.trainers import owner
-from dfzsl.trainers.clip.backbone import load_backbone
+from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.dfzsl import DFZSL
 from dfzsl.trainers.recovery.oracles import open_oracle
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
@@ -176,22 +177,22 @@ def test_a_killed_sweep_knows_its_settings(tmp_path, monkeypatch):
     given = ["base2new", "--methods", "ZeroshotCLIP", f"features:{tmp_path / 'animals.npz'}", "1"]
     given += ["--output", str(tmp_path / "output")]
 
-    def jobs(*opts: str) -> list[launch.Job]:
+    def jobs(*opts: str) -> list[Job]:
         return launch.plan(launch.parser().parse_intermixed_args([*given, *opts]))
 
     def killed(words: list[str]) -> None:
         main(words)
         raise KeyboardInterrupt
 
-    main = launch.train.main
+    main = train.main
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(launch.train, "main", killed)
-        launch.work(jobs("DATALOADER.TEST.BATCH_SIZE", "7"), threads=1)
+        patch.setattr(train, "main", killed)
+        workers.work(jobs("DATALOADER.TEST.BATCH_SIZE", "7"), threads=1)
     with pytest.raises(UserError, match=r"was run with settings 'DATALOADER\.TEST\.BATCH_SIZE 7'"):
         jobs()
     shutil.rmtree(tmp_path / "output")
-    launch.work(jobs("TEACHER.FILE", "nowhere"), threads=1)  # a slip leaves no mark
-    launch.work(jobs(), threads=1)
+    workers.work(jobs("TEACHER.FILE", "nowhere"), threads=1)  # a slip leaves no mark
+    workers.work(jobs(), threads=1)
     assert jobs()[0].finished
 
 

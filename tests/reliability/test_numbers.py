@@ -12,13 +12,16 @@ from torch import Tensor
 
 from dfzsl.errors import UserError
 from dfzsl.stages import checked, unit
-from dfzsl.trainers.generation.build import StageThreeSettings, _margins, build_classifier
+from dfzsl.trainers.generation.build import build_classifier
 from dfzsl.trainers.generation.classifier import Classifier
 from dfzsl.trainers.generation.generators import GENERATORS
+from dfzsl.trainers.generation.rehearsal import _margins
+from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.geometry import paper_concentration
 from dfzsl.trainers.recovery.oracles import LEVELS, open_oracle
-from dfzsl.trainers.recovery.recover import METHODS, VirtualClasses, recover
+from dfzsl.trainers.recovery.recover import METHODS, recover
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
+from dfzsl.trainers.recovery.virtual import VirtualClasses
 from dfzsl.trainers.recovery.vmf import VonMisesFisher
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox"]

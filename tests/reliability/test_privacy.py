@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 
 from dfzsl import train
-from dfzsl.launch.__main__ import CONFIGS
+from dfzsl.launch.runs import CONFIGS
 from dfzsl.results import CHANGING
 from dfzsl.trainers.recovery.teacher import Teacher
 

@@ -20,17 +20,19 @@ import torch
 from conftest import ROOT, write_features
 from dassl.config import get_cfg_default
 from dassl.data.transforms import build_transform
+from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import save_checkpoint
 
 from dfzsl import files, train
-from dfzsl.datasets import extract, features
-from dfzsl.datasets.features import _Images
+from dfzsl.datasets import encoding, extract
+from dfzsl.datasets.encoding import _Images
 from dfzsl.errors import UserError
 from dfzsl.files import atomic, load_tensors, save_tensors, write_json
 from dfzsl.launch import __main__ as launch
-from dfzsl.launch.__main__ import CONFIGS
+from dfzsl.launch import workers
+from dfzsl.launch.runs import CONFIGS
 from dfzsl.results import CHANGING, peak_memory
-from dfzsl.trainers.clip.backbone import load_backbone
+from dfzsl.trainers.clip.loading import load_backbone
 
 PRODUCT = [
     path
@@ -186,7 +188,7 @@ def test_out_of_memory_names_the_knobs(who, world, monkeypatch, capfd, tried):
             raise error
         error()
 
-    monkeypatch.setattr(launch.TRAINER_REGISTRY.get("TeacherZeroshot"), "train", exhausted)
+    monkeypatch.setattr(TRAINER_REGISTRY.get("TeacherZeroshot"), "train", exhausted)
     said = one_line(lambda: train.main(words(world, "TeacherZeroshot", "output")), capfd)
     for knob in ("DATALOADER.TRAIN_X.BATCH_SIZE", "DATALOADER.TEST.BATCH_SIZE", "RECOVERY.NUM_PER_CLASS"):
         assert knob in said
@@ -205,7 +207,7 @@ def test_a_loader_process_that_dies(tmp_path, capfd, tried):
     data = extract.open_dataset("oxford_pets", str(fake_data.make("OxfordPets", tmp_path)))
 
     def encode() -> None:
-        features.encode_datums(fake_data.Backbone(), data.test, Deadly(), num_workers=2)
+        encoding.encode_datums(fake_data.Backbone(), data.test, Deadly(), num_workers=2)
 
     said = one_line(encode, capfd)
     assert "/dev/shm" in said and "DATALOADER.NUM_WORKERS 0" in said
@@ -274,10 +276,10 @@ def test_memory_is_not_measured_where_it_cannot_be(monkeypatch):
 def test_a_sweep_without_submitit(world, monkeypatch):
     """On Windows the command itself is the worker."""
     monkeypatch.setitem(sys.modules, "submitit", None)
-    monkeypatch.setattr(launch.sys, "platform", "win32")
+    monkeypatch.setattr(sys, "platform", "win32")
     given = ["base2new", "--methods", "ZeroshotCLIP", f"features:{world / 'animals.npz'}", "1"]
     jobs = launch.plan(launch.parser().parse_intermixed_args([*given, "--output", str(world / "out")]))
-    launch.launch(jobs, "local", 2, 0, world / "out")
+    workers.launch(jobs, "local", 2, 0, world / "out")
     assert jobs[0].finished
     windows = [str(path.relative_to(world)) for path in (world / "out").rglob("*")]
     assert not [name for name in windows if set(name) & set('<>:"|?*')]

@@ -10,9 +10,9 @@ import torch
 from conftest import unit
 
 from dfzsl import train
-from dfzsl.launch.__main__ import CONFIGS
+from dfzsl.launch.runs import CONFIGS
 from dfzsl.results import read_results
-from dfzsl.trainers.clip.backbone import load_backbone
+from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.dfzsl import DFZSL
 from dfzsl.trainers.generation.classifier import Classifier
 

@@ -20,7 +20,7 @@ from towers import plain_text_features, tiny
 from dfzsl import train
 from dfzsl.errors import UserError
 from dfzsl.results import read_results
-from dfzsl.trainers.clip.prompts import PromptLearner
+from dfzsl.trainers.clip.learner import PromptLearner
 from dfzsl.trainers.cocoop import ConditionalCLIP, ConditionalPromptLearner
 from dfzsl.trainers.coop import CoOp, PromptedCLIP
 from dfzsl.trainers.flpt import FLPT, FeatureLanguagePromptLearner, ShiftedCLIP

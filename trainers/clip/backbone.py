@@ -1,41 +1,27 @@
-"""The frozen vision-language model of a run. The only file that knows open_clip."""
+"""The frozen vision-language model of a run."""
 
 from __future__ import annotations
 
 import contextlib
-import difflib
-import hashlib
 import logging
-import os
-import socket
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfzsl.errors import UserError
-from dfzsl.files import bounded
 
-BUILT_IN = "shapes"
-BUILT_IN_FOLDER = Path(__file__).resolve().parents[2] / "datasets" / "shapes"
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "amp": torch.float16, "bf16": torch.bfloat16}
-# What OpenAI's archives hold beside the weights; nobody else's do.
-OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
 TEXTS_AT_ONCE = 256
 ROWS_AT_ONCE = 8192
 
 log = logging.getLogger(__name__)
 
 
-def _open_clip() -> Any:
+def import_open_clip() -> Any:
     """open_clip, imported at first use: it takes seconds."""
     from dfzsl.torchvision_guard import import_torchvision
 
@@ -43,6 +29,10 @@ def _open_clip() -> Any:
     import open_clip
 
     return open_clip
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 class TextTower:
@@ -149,7 +139,7 @@ class Backbone(nn.Module):
         self.context_length: int = model.context_length
         self.logit_scale = float(model.logit_scale.exp())
         self._make_tokenizer = tokenizer
-        cfg = _open_clip().get_model_preprocess_cfg(model)
+        cfg = import_open_clip().get_model_preprocess_cfg(model)
         size = cfg["size"]
         self.preprocess_cfg = {**cfg, "size": (size, size) if isinstance(size, int) else tuple(size)}
 
@@ -180,7 +170,7 @@ class Backbone(nn.Module):
         try:
             return self._make_tokenizer()
         except (ImportError, OSError) as error:
-            raise UserError(f"the tokenizer of {self.name} cannot be loaded: {_first_line(error)}") from None
+            raise UserError(f"the tokenizer of {self.name} cannot be loaded: {first_line(error)}") from None
 
     def tokenize(self, texts: Sequence[str], room: int = 0, kind: str = "text") -> Tensor:
         """Token ids (n, L - room) of n texts in a tower of L positions, `room` of which stay free.
@@ -303,235 +293,3 @@ class FeatureBackbone(nn.Module):
                 f"the features hold no text row for class '{missing[0]}', and there is no text encoder"
             )
         return F.normalize(torch.stack([self._text[name].float() for name in classnames]), dim=-1)
-
-
-def load_backbone(
-    name: str, weights: str = "openai", device: str | torch.device = "cpu", precision: str = "fp32"
-) -> Backbone:
-    """Load a frozen model.
-
-    Args:
-        name: open_clip's name, CoOp's spelling ("ViT-B/16") included, or "shapes", the built-in small model.
-        weights: open_clip's pretrained tag ("openai", ...), the path of a file (safetensors, a state dict,
-            OpenAI's own archive), or "random": the same random weights every time. The built-in model
-            brings its own and knows no tags.
-        device, precision: where and how the encoders run; see `Backbone`.
-
-    Raises UserError for an unknown name or tag, weights that cannot be fetched, and files that are broken
-    or belong to another model.
-    """
-    backbone = _load_built_in(weights or "openai") if name == BUILT_IN else _load_open_clip(name, weights)
-    backbone = backbone.to(device)
-    backbone.use_precision(precision)
-    return backbone
-
-
-def _load_built_in(weights: str) -> Backbone:
-    open_clip = _open_clip()
-    open_clip.add_model_config(BUILT_IN_FOLDER / "clip.json")
-    model, dim = _random_model("clip")
-    if weights == "random":
-        weights_id = weights
-    else:
-        # It has one set of weights: the configured default tag means that.
-        path = BUILT_IN_FOLDER / "clip.safetensors" if weights == "openai" else Path(weights)
-        _load_state(model, _read_state(path), path)
-        weights_id = _file_id(path)
-    length = model.context_length
-    return Backbone(
-        model, BUILT_IN, weights_id, dim, lambda: open_clip.SimpleTokenizer(context_length=length)
-    )
-
-
-def _load_open_clip(name: str, weights: str) -> Backbone:
-    open_clip = _open_clip()
-    name = name.replace("/", "-")
-    known = open_clip.list_models()
-    if name not in known:
-        lowered = {n.lower(): n for n in (*known, BUILT_IN)}
-        near = [lowered[n] for n in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.4)]
-        raise UserError(
-            f"unknown backbone '{name}'; nearest: {', '.join(near) or BUILT_IN}; all: open_clip.list_models()"
-        )
-
-    def tokenizer() -> Any:
-        return open_clip.get_tokenizer(name)
-
-    tag = open_clip.pretrained.get_pretrained_cfg(name, weights)
-    path: Path | None = None
-    if os.path.isfile(weights):
-        path, weights_id = Path(weights), _file_id(Path(weights))
-    elif tag:
-        path, weights_id = _download(name, weights, tag), weights
-    elif weights == "random":
-        weights_id = weights
-    else:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise UserError(
-            f"no weights '{weights}' for {name}: neither a file nor a tag; known tags: {tags}; "
-            "set MODEL.BACKBONE.WEIGHTS to one of them or to the path of a file"
-        )
-    state = _read_state(path) if path and path.suffix != ".npz" else {}
-    # OpenAI trained with QuickGELU; a state dict does not tell, so ask its tag or its marks.
-    quick_gelu = bool(tag and tag.get("quick_gelu")) or any(mark in state for mark in OPENAI_MARKS)
-    model, dim = _random_model(name, quick_gelu)
-    if path and state:
-        _load_state(model, {k: v for k, v in state.items() if k not in OPENAI_MARKS}, path)
-    elif path:
-        with _broken(path):  # the NumPy archives of big_vision (SigLIP)
-            open_clip.load_checkpoint(model, str(path))
-    if tag:
-        fields = ("mean", "std", "interpolation", "resize_mode")
-        preprocess = {**open_clip.get_model_preprocess_cfg(model), **{k: tag[k] for k in fields if k in tag}}
-        open_clip.set_model_preprocess_cfg(model, preprocess)
-    return Backbone(model, name, weights_id, dim, lambda: open_clip.get_tokenizer(name))
-
-
-def _random_model(name: str, quick_gelu: bool = False) -> tuple[Any, int]:
-    """The model and its d; its random weights neither depend on nor disturb the run's random stream."""
-    open_clip = _open_clip()
-    with torch.random.fork_rng(devices=[]), _quiet():
-        torch.manual_seed(0)
-        # Some configs ask for QuickGELU themselves, so a False must not overrule them.
-        model = open_clip.create_model(name, pretrained=None, force_quick_gelu=quick_gelu)
-    return model, open_clip.get_model_config(name)["embed_dim"]
-
-
-def _download(name: str, tag: str, cfg: Mapping[str, Any]) -> Path:
-    """The file of a pretrained tag: from the cache, else from the network.
-
-    A direct address goes before the hub, because it ends up where CoOp keeps the file: ~/.cache/clip.
-    """
-    open_clip = _open_clip()
-    import huggingface_hub.constants as hub
-
-    with contextlib.ExitStack() as stack:
-        if not _resolves(hub.ENDPOINT):
-            # Without this the hub's client tries again and again, for most of a minute.
-            was, hub.HF_HUB_OFFLINE = hub.HF_HUB_OFFLINE, True
-            stack.callback(setattr, hub, "HF_HUB_OFFLINE", was)
-        try:
-            return Path(open_clip.download_pretrained(dict(cfg), prefer_hf_hub=False))
-        except Exception as error:
-            source = cfg.get("url") or cfg.get("hf_hub", "").rstrip("/")
-            raise UserError(
-                f"cannot fetch the weights '{tag}' of {name} ({_first_line(error)}); download {source} where "
-                "there is a network and give the file's path: MODEL.BACKBONE.WEIGHTS /path/to/file"
-            ) from None
-
-
-def _resolves(url: str) -> bool:
-    try:
-        socket.getaddrinfo(urlparse(url).hostname, None)
-    except OSError:
-        return False
-    return True
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, float32. No pickled code runs: safetensors, `weights_only` or TorchScript."""
-    state: Any
-    try:
-        with bounded(path):
-            if path.suffix == ".safetensors":
-                state = load_file(path)
-            elif _is_torchscript(path):
-                state = torch.jit.load(path, map_location="cpu").state_dict()
-            else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such weights file") from None
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: not a readable weights file ({_first_line(error)})") from None
-    except Exception as error:  # pickle.UnpicklingError and whatever a broken pickle raises besides
-        raise UserError(f"{path}: not a plain weights file ({_first_line(error)})") from None
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"{path}: not a state dict of tensors")
-    state = {
-        key.removeprefix("module."): v.float() if v.is_floating_point() else v for key, v in state.items()
-    }
-    bad = next((k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()), None)
-    if bad is not None:
-        raise UserError(f"{path}: tensor '{bad}' has values that are not finite")
-    return state
-
-
-def _is_torchscript(path: Path) -> bool:
-    """OpenAI's own files are TorchScript archives. Raises UserError for one that would run when loaded."""
-    if not zipfile.is_zipfile(path):
-        return False
-    # The reader that torch.jit.load has: another one might find other records under the same names.
-    reader = torch._C.PyTorchFileReader(str(path))
-    records = reader.get_all_records()
-    if "constants.pkl" not in records:
-        return False
-    for name in records:
-        if name.startswith("code/") and b"__setstate__" in reader.get_record(name):
-            raise UserError(f"{path}: a program that runs when it is loaded, not plain weights")
-    # Objects of C++ classes, which unpack themselves.
-    if b"__torch__.torch.classes" in reader.get_record("data.pkl") + reader.get_record("constants.pkl"):
-        raise UserError(f"{path}: it holds objects that are no plain weights")
-    return True
-
-
-def _load_state(model: Any, state: dict[str, Tensor], path: Path) -> None:
-    """Load a state dict of open_clip or OpenAI into a model, the token embedding sparse or whole."""
-    from open_clip.convert import convert_state_dict
-    from open_clip.model import convert_to_custom_text_state_dict
-
-    if "token_embedding.ids" in state:
-        # Rows of the tokens that training met; the others never matter and are zero.
-        ids, rows = state.pop("token_embedding.ids").long(), state.pop("token_embedding.rows")
-        table = torch.zeros_like(model.get_parameter("token_embedding.weight"))
-        if rows.shape != (len(ids), table.shape[1]) or ids.min() < 0 or ids.max() >= len(table):
-            raise UserError(f"{path}: its sparse token embedding does not fit the model")
-        table[ids] = rows
-        state["token_embedding.weight"] = table
-    with _broken(path):
-        state = convert_state_dict(model, state)
-        if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
-            state = convert_to_custom_text_state_dict(state)
-        if "logit_scale" in state:
-            state["logit_scale"] = state["logit_scale"].reshape(model.logit_scale.shape)
-        model.load_state_dict(state)
-
-
-@contextlib.contextmanager
-def _broken(path: Path):
-    """Turn whatever a wrong file makes open_clip raise into one line."""
-    try:
-        yield
-    except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        detail = lines[min(1, len(lines) - 1)][:200] if lines else type(error).__name__
-        raise UserError(f"{path}: these weights do not belong to this model ({detail})") from None
-
-
-@contextlib.contextmanager
-def _quiet():
-    """Keep open_clip's account of what it builds out of the run's log."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
-
-
-def _file_id(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such weights file") from None
-    return digest.hexdigest()[:16]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dfzsl import ranks
 from dfzsl.errors import UserError
 
-from .backbone import Backbone, FeatureBackbone, TextTower
+from .backbone import Backbone, TextTower
 
 POSITIONS = ("end", "middle", "front")
 # Padding tolerated where classes of different lengths share one attention call: a GPU would rather compute
@@ -88,7 +88,7 @@ class Prompts:
         self.rows_at_once = backbone.rows_at_once
         self.compiled = backbone.compiled
         length = tower.context_length
-        start, word = _start_and_word(backbone)
+        start, word = start_and_word(backbone)
         # Start token, a word, full stop, end token.
         if not 0 < n_ctx <= length - start - 3:
             raise UserError(
@@ -326,7 +326,7 @@ def _checked_names(classnames: Sequence[str]) -> list[str]:
     return names
 
 
-def _start_and_word(backbone: Backbone) -> tuple[int, int]:
+def start_and_word(backbone: Backbone) -> tuple[int, int]:
     """How many tokens the tokenizer puts before a text (1 for CLIP, 0 for SigLIP), and some word's id."""
     one, other = backbone.tokenize(["a", "b"])
     start = int((one != other).int().argmax())
@@ -349,88 +349,3 @@ def _lay_out(
     source = column - ahead * (column >= start + ahead) - (n_ctx - ahead) * (column >= resume + n_ctx - ahead)
     ids = words.gather(1, source.clamp(0, words.shape[1] - 1))
     return torch.where(slots < 0, ids, word), slots
-
-
-def require_text_encoder(backbone: Backbone | FeatureBackbone) -> None:
-    """Raise UserError where there are features only."""
-    if not backbone.has_text_encoder:
-        raise UserError(
-            "prompts are learned through a text encoder, and there are features only: "
-            "name the backbone they come from with MODEL.BACKBONE.NAME"
-        )
-
-
-class PromptLearner(nn.Module):
-    """CoOp's context: M vectors, shared by all classes or one set a class.
-
-    Args:
-        ctx_init: words the context starts from; it then has as many tokens as they have, whatever `n_ctx`.
-            Empty: N(0, 0.02^2).
-        others: see `Prompts`.
-
-    Its state dict has CoOp's names: ctx, and token_prefix and token_suffix, the frozen embeddings around it,
-    which are computed when asked for and ignored when loaded.
-    """
-
-    backbone: Backbone
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        classnames: Sequence[str],
-        n_ctx: int = 16,
-        ctx_init: str = "",
-        position: str = "end",
-        class_specific: bool = False,
-    ) -> None:
-        super().__init__()
-        require_text_encoder(backbone)
-        # Not a submodule: the frozen model is neither trained nor saved with the context.
-        object.__setattr__(self, "backbone", backbone)
-        words = ctx_init.replace("_", " ").strip()
-        if words:
-            first, none = backbone.tokenize([words]), backbone.tokenize([""])
-            n_ctx = int((first != backbone.pad_id).sum() - (none != backbone.pad_id).sum())
-        self.position = position
-        self.prompts = Prompts(backbone, classnames, n_ctx, position, class_specific)
-        if words:
-            start = _start_and_word(backbone)[0]
-            ctx = backbone.text_tower.embed(first[0, start : start + n_ctx]).detach().clone()
-            if class_specific:
-                ctx = ctx.repeat(len(classnames), 1, 1)
-        else:
-            shape = (n_ctx, backbone.text_tower.width)
-            ctx = torch.empty((len(classnames), *shape) if class_specific else shape).normal_(std=0.02)
-        self.ctx = nn.Parameter(ctx.float().to(backbone.device))
-        self._kept: Tensor | None = None
-
-    def train(self, mode: bool = True) -> PromptLearner:
-        self._kept = None
-        return super().train(mode)
-
-    def forward(self) -> Tensor:
-        """Unit text features (C, d) of the classes. In evaluation they are computed once."""
-        if self.training or torch.is_grad_enabled():
-            return self.prompts.encode(self.ctx[None])[0]
-        if self._kept is None:
-            self._kept = self.prompts.encode(self.ctx[None])[0]
-        return self._kept
-
-    def text_features(self, classnames: Sequence[str]) -> Tensor:
-        """Unit text features (n, d) of any classes in the shared context."""
-        if self.prompts.class_specific:
-            raise UserError("class-specific contexts know no other classes: set CSC False")
-        return Prompts(self.backbone, classnames, self.prompts.n_ctx, self.position).encode(self.ctx[None])[0]
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        start = _start_and_word(self.backbone)[0]
-        kept = self.prompts.ids[self.prompts.slots < 0].view(len(self.prompts.ids), -1)
-        rows = self.prompts.tower.embed(kept).detach()
-        destination[prefix + "token_prefix"] = rows[:, :start]
-        destination[prefix + "token_suffix"] = rows[:, start:]
-
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        for name in ("token_prefix", "token_suffix"):
-            state_dict.pop(prefix + name, None)
-        super()._load_from_state_dict(state_dict, prefix, *rest)

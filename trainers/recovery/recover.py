@@ -6,9 +6,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from dfzsl.errors import UserError, unknown
-from dfzsl.files import checked_names, load_tensors, save_tensors
-from dfzsl.stages import checked, portions, unit
+from dfzsl.stages import checked, unit
 
 from .extraction import Ask, extract_rows
 from .geometry import (
@@ -29,9 +27,9 @@ from .geometry import (
     paper_concentration,
 )
 from .oracles import Oracle
+from .virtual import STAGE, FeatureMLP, VirtualClasses, matching_order
 from .vmf import VonMisesFisher
 
-STAGE = "stage 1 (recovery)"
 METHODS = ("closed_form", "moments", "simulator", "gmm", "generator")
 
 
@@ -83,126 +81,6 @@ class RecoverySettings:
                 raise UserError(f"RECOVERY.{name.upper()} must be greater than 0, got {getattr(self, name)}")
         if not self.rays > 1:
             raise UserError(f"RECOVERY.RAYS must be greater than 1, got {self.rays}")
-
-
-class FeatureMLP(nn.Module):
-    """The paper's `generator` mode: unit features from a text feature and 20 normal numbers."""
-
-    noise, hidden = 20, 1024
-
-    def __init__(self, d: int) -> None:
-        super().__init__()
-        self.hidden_layer = nn.Linear(d + self.noise, self.hidden)
-        self.output_layer = nn.Linear(self.hidden, d)
-
-    def forward(self, text: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """(n, C, d) unit rows for text (C, d)."""
-        noise = torch.randn(n, len(text), self.noise, generator=generator)
-        hidden = F.leaky_relu(self.hidden_layer(torch.cat([text.expand(n, -1, -1), noise], dim=2)), 0.2)
-        return F.normalize(self.output_layer(hidden), dim=2)
-
-
-@dataclass
-class VirtualClasses:
-    """What recovery knows of the base classes.
-
-    Attributes:
-        mu: (C, d) unit mean directions; kappa: (C,) concentrations; classnames: C names.
-        weight: (C, d) the teacher's rows as recovered: x.weight_c decides as the teacher does (unit rows of a
-            cosine teacher; at levels probabilities and labels rows that sum to zero).
-        queries: what they cost. method, level: how they were got. backbone: whose features they model.
-        network: the trained MLP of `generator` mode, which is then sampled in place of the vMF.
-    """
-
-    mu: Tensor
-    kappa: Tensor
-    classnames: list[str]
-    weight: Tensor
-    queries: int = 0
-    method: str = "closed_form"
-    level: str = "weights"
-    backbone: str = ""
-    network: FeatureMLP | None = None
-
-    def sample(self, n_per_class: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Unit rows (C * n_per_class, d), class after class, and their labels."""
-        parts = []
-        width = n_per_class * self.mu.shape[1]
-        for mu, kappa in zip(portions(self.mu, width), portions(self.kappa, width), strict=True):
-            if self.network is None:
-                draws = VonMisesFisher(mu, kappa).sample((n_per_class,), generator)
-            else:
-                with torch.no_grad():
-                    draws = self.network(mu, n_per_class, generator)
-            parts.append(draws.transpose(0, 1).reshape(-1, self.mu.shape[1]))
-        features = parts[0] if len(parts) == 1 else torch.cat(parts)
-        labels = torch.arange(len(self.mu)).repeat_interleave(n_per_class)
-        return checked(features, STAGE, "virtual feature", self.classnames, labels), labels
-
-    def kept(self, features: Tensor, labels: Tensor) -> Tensor:
-        """(n,) bool: the recovered teacher assigns the draw to its own class (the paper's filter)."""
-        parts = portions(features, len(self.weight))
-        return torch.cat([(part @ self.weight.T).argmax(1) for part in parts]) == labels
-
-    def ordered_as(self, classnames: Sequence[str]) -> VirtualClasses:
-        """The same classes in the order of `classnames`. Raises UserError unless the names are the same."""
-        order = matching_order(self.classnames, classnames)
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("mu", "kappa", "weight"):
-            values[name] = values[name][order]
-        return VirtualClasses(**values | {"classnames": list(classnames)})
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        # The file format refuses tensors that share memory, as they may where mu is the weight.
-        tensors = {"mu": self.mu, "kappa": self.kappa, "weight": self.weight.clone()}
-        if self.network is not None:
-            tensors |= {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        about = {
-            name: getattr(self, name) for name in ("classnames", "queries", "method", "level", "backbone")
-        }
-        save_tensors(path, tensors, {"kind": "virtual", **about})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> VirtualClasses:
-        """Read `save`'s file. Raises UserError when it is missing, broken or of another kind."""
-        tensors, about = load_tensors(path, "virtual")
-        names = checked_names(about.get("classnames"), path)
-        try:
-            queries = int(about["queries"])  # type: ignore[call-overload]
-            method, level, backbone = (str(about[name]) for name in ("method", "level", "backbone"))
-            mu, kappa, weight = (tensors.pop(name).float() for name in ("mu", "kappa", "weight"))
-            if (
-                mu.dim() != 2
-                or mu.shape != weight.shape
-                or kappa.shape != mu.shape[:1]
-                or len(names) != len(mu)
-            ):
-                raise ValueError("its shapes do not fit")
-            if not ((mu.norm(dim=1) - 1).abs() < 1e-3).all() or not (kappa > 0).all():
-                raise ValueError("directions are unit rows and concentrations greater than 0")
-            network = None
-            if tensors:
-                with torch.device("meta"):  # no memory before the file is known to have it
-                    network = FeatureMLP(mu.shape[1])
-                state = {name.removeprefix("network."): value.float() for name, value in tensors.items()}
-                network.load_state_dict(state, assign=True)
-                network.requires_grad_(False).eval()
-        except (KeyError, TypeError, RuntimeError, ValueError, OverflowError) as error:
-            raise UserError(
-                f"{path}: an incomplete file of virtual classes ({error}); recover again"
-            ) from None
-        return cls(mu, kappa, names, weight, queries, method, level, backbone, network)
-
-
-def matching_order(theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
-    """Indices that put `theirs` into the order of `ours`. Raises UserError unless the names are the same."""
-    if sorted(theirs) != sorted(ours):
-        odd = sorted(set(theirs) ^ set(ours))[:5]
-        raise UserError(
-            f"the teacher's class names are not the base classes: they differ in {', '.join(odd)}"
-        )
-    place = {name: index for index, name in enumerate(theirs)}
-    return torch.tensor([place[name] for name in ours])
 
 
 def recover(

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 from towers import CONFIGS, tiny
 
 import dfzsl.torchvision_guard as guard
-import dfzsl.trainers.clip.backbone as backbones
 from dfzsl.errors import UserError
-from dfzsl.trainers.clip.backbone import FeatureBackbone, load_backbone
+from dfzsl.trainers.clip.backbone import FeatureBackbone, import_open_clip
+from dfzsl.trainers.clip.loading import load_backbone
 
 TEXTS = ["a photo of a cat.", "an itap of the golden retriever in the snow, blurred", ""]
 
@@ -51,7 +51,7 @@ def test_text_features_are_those_of_open_clip(name):
 def test_many_texts_are_encoded_in_portions(monkeypatch):
     backbone = tiny("tiny-vit")
     expected = backbone.encode_text(TEXTS)
-    monkeypatch.setattr(backbones, "TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr("dfzsl.trainers.clip.backbone.TEXTS_AT_ONCE", 2)
     torch.testing.assert_close(backbone.encode_text(TEXTS), expected)
 
 
@@ -188,7 +188,7 @@ def test_weights_of_open_clip_load_into_either_kind_of_tower(tmp_path):
     save_file(state, path)
     config = {**CONFIGS["tiny-openai"], "custom_text": True, "embed_dim": 48}
     (tmp_path / "tiny-apart.json").write_text(json.dumps(config))
-    backbones._open_clip().add_model_config(tmp_path / "tiny-apart.json")
+    import_open_clip().add_model_config(tmp_path / "tiny-apart.json")
     apart, whole = load_backbone("tiny-apart", str(path)), load_backbone("tiny-openai", str(path))
     torch.testing.assert_close(apart.encode_text(TEXTS), whole.encode_text(TEXTS))
     assert apart.weights_id == whole.weights_id
@@ -296,10 +296,10 @@ def built_in(tmp_path, monkeypatch):
     state["token_embedding.rows"] = state.pop("token_embedding.weight")[ids].contiguous()
     state["token_embedding.ids"] = ids.int()
     save_file(state, tmp_path / "clip.safetensors")
-    monkeypatch.setattr(backbones, "BUILT_IN_FOLDER", tmp_path)
+    monkeypatch.setattr("dfzsl.trainers.clip.loading.BUILT_IN_FOLDER", tmp_path)
     yield tmp_path, state
     with contextlib.suppress(OSError):
-        backbones._open_clip().add_model_config(ROOT / "datasets/shapes/clip.json")
+        import_open_clip().add_model_config(ROOT / "datasets/shapes/clip.json")
 
 
 def test_the_sparse_token_embedding_is_expanded(built_in):

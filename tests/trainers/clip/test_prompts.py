@@ -11,8 +11,10 @@ from towers import CONFIGS, FAST, SentencePieces, plain_text_features, tiny
 
 import dfzsl.trainers.clip.prompts as prompts
 from dfzsl.errors import UserError
-from dfzsl.trainers.clip.backbone import FeatureBackbone, load_backbone
-from dfzsl.trainers.clip.prompts import POSITIONS, PromptLearner, Prompts
+from dfzsl.trainers.clip.backbone import FeatureBackbone
+from dfzsl.trainers.clip.learner import PromptLearner
+from dfzsl.trainers.clip.loading import load_backbone
+from dfzsl.trainers.clip.prompts import POSITIONS, Prompts
 
 NAMES = [
     "cat",

@@ -4,22 +4,24 @@ import math
 import runpy
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
 from scipy.optimize import minimize
 
 from dfzsl.errors import UserError
 from dfzsl.files import save_tensors
-from dfzsl.trainers.clip.backbone import load_backbone
-from dfzsl.trainers.generation.build import StageThreeSettings, build_classifier, calibrate, choose_generator
-from dfzsl.trainers.generation.build import _curve as curve
+from dfzsl.trainers.clip.loading import load_backbone
+from dfzsl.trainers.generation.build import build_classifier
 from dfzsl.trainers.generation.classifier import Classifier, fit_rows, minimise, shift_reliability, text_shift
 from dfzsl.trainers.generation.generators import GENERATORS
-from dfzsl.trainers.recovery.recover import VirtualClasses
+from dfzsl.trainers.generation.rehearsal import _curve as curve
+from dfzsl.trainers.generation.rehearsal import calibrate, choose_generator
+from dfzsl.trainers.generation.training import StageThreeSettings
+from dfzsl.trainers.recovery.virtual import VirtualClasses
 
 DIM, BASE, NEW = 32, 16, 8
 
@@ -310,7 +312,7 @@ class TestStageThree:
             for _ in range(4):
                 yield known, x[:, 0], torch.where(known, True, torch.full_like(known, s.name == better))
 
-        monkeypatch.setattr("dfzsl.trainers.generation.build.plays", plays)
+        monkeypatch.setattr("dfzsl.trainers.generation.rehearsal.plays", plays)
         virtual, base_text, *_ = world
         x, y = virtual.sample(5, rng())
         chosen = choose_generator(x, y, base_text[:classes], NEW, StageThreeSettings(), rng())
@@ -345,7 +347,7 @@ class TestStageThree:
             build(world, new=(text, ["fresh"]))
 
     def test_thousands_of_new_classes_in_bounded_memory(self, world, monkeypatch):
-        monkeypatch.setattr("dfzsl.trainers.generation.build.MAX_GENERATED", 6000)
+        monkeypatch.setattr("dfzsl.trainers.generation.training.MAX_GENERATED", 6000)
         text = unit(torch.randn(3000, DIM, generator=rng()))
         made = []
         sample = GENERATORS["vmf"].sample
@@ -384,7 +386,7 @@ class TestCalibration:
         for start in (0.0, 0.05):
             lift = start / float((x @ axis).mean()) * axis
             monkeypatch.setattr(
-                "dfzsl.trainers.generation.build._train",
+                "dfzsl.trainers.generation.rehearsal.train",
                 lambda x, y, base, new, s, rng, trust, lift=lift: (base + lift, new, None),
             )
             found[start] = calibrate(x, y, base_text, NEW, StageThreeSettings(), rng())
@@ -399,7 +401,7 @@ class TestPredict:
     def predict(self, monkeypatch, capfd):
         def run(*words: object) -> str:
             monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words)])
-            runpy.run_path(str(Path(__file__).parents[1] / "scripts/dfzsl/predict.py"), run_name="__main__")
+            runpy.run_path(str(ROOT / "scripts/dfzsl/predict.py"), run_name="__main__")
             return capfd.readouterr().out
 
         return run

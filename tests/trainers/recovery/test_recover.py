@@ -17,8 +17,9 @@ from dfzsl.trainers.recovery.geometry import (
     paper_concentration,
 )
 from dfzsl.trainers.recovery.oracles import Oracle, open_oracle
-from dfzsl.trainers.recovery.recover import METHODS, RecoverySettings, VirtualClasses, recover
+from dfzsl.trainers.recovery.recover import METHODS, RecoverySettings, recover
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
+from dfzsl.trainers.recovery.virtual import VirtualClasses
 from dfzsl.trainers.recovery.vmf import VonMisesFisher, fit_classes, mean_resultant_length
 
 C, D = 5, 24

@@ -1,0 +1,239 @@
+"""What a run is called: its data, its method, its folders and its command lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+from dassl.engine import TRAINER_REGISTRY
+
+import dfzsl.configs
+from dfzsl.trainers.base import CLIPTrainer
+
+from ..errors import UserError, unknown
+from ..results import RESULTS, read_results
+
+CONFIGS = Path(dfzsl.configs.__file__).parent
+OWNER = "TeacherZeroshot"
+FREE = ("ZeroshotCLIP", OWNER, "TextTeacherMix")
+METHODS = (*FREE, "CoOp", "CoCoOp", "DFZSL")
+DEFAULT_SEEDS = ("1", "2", "3")
+TARGETS = ["caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101"]
+TARGETS += ["fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"]
+XD_TARGETS = (*TARGETS, "imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set as the command line names it: a config's name, or KIND:PATH for your own."""
+
+    given: str
+    root: str
+
+    @property
+    def name(self) -> str:
+        """The folder name of its results."""
+        kind, _, path = self.given.partition(":")
+        return Path(path).stem if path else kind
+
+    @property
+    def config(self) -> Path:
+        kind = self.given.partition(":")[0]
+        path = CONFIGS / "datasets" / f"{kind}.yaml"
+        if not path.exists():
+            raise unknown("data set", kind, (p.stem for p in path.parent.glob("*.yaml")))
+        return path
+
+    def arguments(self) -> list[str]:
+        path = self.given.partition(":")[2]
+        if path and not Path(path).exists():
+            raise UserError(f"{self.given}: {path} does not exist")
+        return ["--dataset-config-file", str(self.config), "--root", path or self.root]
+
+    def overrides(self) -> list[str]:
+        """The backbone of a data set that brings its own stands above the trainer's."""
+        model = (yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}).get("MODEL", {})
+        backbone = model.get("BACKBONE", {})
+        return [word for key, value in backbone.items() for word in (f"MODEL.BACKBONE.{key}", value)]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What to train on and what to test on; no `tests`: on the other data sets, as `xd` does."""
+
+    train: str
+    tests: tuple[str, ...]
+    default: str
+
+
+PROTOCOLS = {
+    "base2new": Protocol(train="base", tests=("new",), default="shapes"),
+    "gzsl": Protocol(train="base", tests=("all",), default="shapes"),
+    "xd": Protocol(train="all", tests=(), default="imagenet"),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A trainer, its source of features and its config: `TRAINER[@virtual][:CONFIG][+VARIANT]`.
+
+    Variants are changes to the config, listed in configs/ablations.yaml.
+    """
+
+    trainer: str
+    virtual: bool = False
+    config: str = ""
+    variant: str = ""
+
+    @classmethod
+    def parse(cls, given: str) -> Method:
+        """Raises UserError for an unknown trainer or variant, listing the known ones."""
+        name, _, variant = given.partition("+")
+        name, _, config = name.partition(":")
+        name, _, source = name.partition("@")
+        known = {known.lower(): known for known in TRAINER_REGISTRY.registered_names()}
+        if name.lower() not in known or source not in ("", "virtual"):
+            raise unknown("method", given, [*known.values(), "CoOp@virtual"])
+        method = cls(known[name.lower()], bool(source), config, variant)
+        if variant and variant not in method.variants:
+            raise unknown(f"variant of {method.trainer}", variant, method.variants)
+        return method
+
+    @property
+    def variants(self) -> dict[str, list]:
+        return yaml.safe_load((CONFIGS / "ablations.yaml").read_text(encoding="utf-8")).get(self.trainer, {})
+
+    @property
+    def name(self) -> str:
+        """The folder name of its results."""
+        return f"{self.trainer}@virtual" if self.virtual else self.trainer
+
+    @property
+    def type(self) -> type[CLIPTrainer]:
+        return TRAINER_REGISTRY.get(self.trainer)
+
+    @property
+    def data_free(self) -> bool:
+        return self.virtual or self.type.needs_teacher
+
+
+@dataclass(frozen=True)
+class Job:
+    """One method on one data set with one seed: train and test, then test on the other classes."""
+
+    protocol: str
+    method: Method
+    data: Data
+    seed: int
+    shots: int
+    teacher_shots: int
+    output: Path
+    opts: tuple[str, ...] = ()
+
+    @property
+    def config_file(self) -> Path | None:
+        """The method's config: the one it names, else the data set's own, else the trainer's recipe.
+
+        A config that is a folder holds one file for each data set.
+        """
+        folder, kind = CONFIGS / "trainers" / self.method.trainer, self.data.given.partition(":")[0]
+        named = self.method.config
+        wanted = [f"{named}/{kind}", named] if named else [kind, self.method.type.recipe]
+        for name in wanted:
+            if (path := folder / f"{name}.yaml").is_file():
+                return path
+        if named:
+            known = {p.relative_to(folder).parts[0].removesuffix(".yaml") for p in folder.rglob("*.yaml")}
+            raise unknown(f"config of {self.method.trainer} for {kind}", named, known)
+        return None
+
+    def folder(self, part: str, data: Data | None = None) -> Path:
+        """The output folder of one part (`train_base`, `test_new`), laid out as CoOp lays it out."""
+        config = self.method.config or (self.config_file.stem if self.config_file else "default")
+        if self.method.variant:
+            config += f"+{self.method.variant}"
+        name = (data or self.data).name
+        return (
+            self.output
+            / self.protocol
+            / part
+            / name
+            / f"shots_{'all' if self.shots_seen < 0 else self.shots_seen}"
+            / self.method.name
+            / config
+            / f"seed{self.seed}"
+        )
+
+    @property
+    def shots_seen(self) -> int:
+        """Images a class behind this job: the teacher's where it learns from the teacher. -1: all."""
+        if self.method.trainer == OWNER or self.method.data_free:
+            return self.teacher_shots
+        return self.shots if self.method.type.trains else 0
+
+    @property
+    def teacher(self) -> Job:
+        """The owner's job that writes the teacher this one reads."""
+        return replace(self, method=Method(OWNER))
+
+    def arguments(self, part: str, classes: str, data: Data | None = None) -> list[str]:
+        """The train.py command line of one part."""
+        data = data or self.data
+        words = ["--trainer", self.method.trainer, "--seed", str(self.seed), *data.arguments()]
+        words += ["--output-dir", str(self.folder(part, data))]
+        if self.config_file:
+            words += ["--config-file", str(self.config_file)]
+        trained = self.folder(f"train_{PROTOCOLS[self.protocol].train}")
+        if part.startswith("test") or not self.method.type.trains:
+            words += ["--eval-only"]
+            if self.method.type.trains:
+                words += ["--model-dir", str(trained)]
+        words += [
+            "DATASET.SUBSAMPLE_CLASSES",
+            classes,
+            "DATASET.NUM_SHOTS",
+            str(self.shots_seen),
+            *data.overrides(),
+        ]
+        if self.method.data_free:
+            owner = self.teacher.folder(f"train_{PROTOCOLS[self.protocol].train}")
+            words += ["TEACHER.FILE", str(owner / "teacher.safetensors")]
+        words += map(str, self.method.variants.get(self.method.variant, []))
+        return words + list(self.opts)
+
+    def parts(self) -> list[tuple[Path, list[str]]]:
+        """(output folder, train.py arguments) of every part, in order."""
+        protocol = PROTOCOLS[self.protocol]
+        wanted = [(f"train_{protocol.train}", protocol.train, self.data)]
+        wanted += [(f"test_{classes}", classes, self.data) for classes in protocol.tests]
+        if not protocol.tests:
+            wanted += [("test_all", "all", Data(name, self.data.root)) for name in XD_TARGETS]
+        return [
+            (self.folder(part, data), self.arguments(part, classes, data)) for part, classes, data in wanted
+        ]
+
+    @property
+    def finished(self) -> bool:
+        return all((folder / RESULTS).exists() for folder, _ in self.parts())
+
+    @property
+    def settings(self) -> Path:
+        """The KEY VALUE pairs of what has been run here: no folder's name tells them."""
+        return self.parts()[0][0] / "settings.txt"
+
+    def check(self) -> None:
+        """Raises UserError for what is unknown, where the folder holds this job with other settings, and for
+        results that cannot be read."""
+        for folder, _ in self.parts():
+            if (folder / RESULTS).exists():
+                read_results(folder / RESULTS)
+        if self.settings.exists():
+            was, now = self.settings.read_text(encoding="utf-8"), " ".join(self.opts)
+            if was != now:
+                was, now = (f"with settings '{opts}'" if opts else "without settings" for opts in (was, now))
+                raise UserError(f"{self.settings.parent} was run {was}, not {now}; choose another --output")
+
+    @property
+    def failure(self) -> Path:
+        return self.parts()[0][0] / "failed.txt"

@@ -1,0 +1,7 @@
+"""Real beside virtual features of a finished run, in one picture: python -m dfzsl.pictures"""
+
+from dfzsl.pictures import main
+from dfzsl.train import cli
+
+if __name__ == "__main__":
+    cli(main)
