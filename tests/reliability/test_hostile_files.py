@@ -37,7 +37,7 @@ from safetensors.torch import save_file
 from scipy.io import loadmat, savemat
 
 from dfzsl import report, train
-from dfzsl.datasets import features as feature_files
+from dfzsl.datasets import encoding
 from dfzsl.datasets.base import read_fewshot, read_split, relocate
 from dfzsl.errors import UserError, unknown
 from dfzsl.files import checked_names, read_json, save_tensors
@@ -89,7 +89,7 @@ def classifier(folder: Path) -> tuple[Path, Callable]:
 def cached_features(folder: Path) -> tuple[Path, Callable]:
     path = folder / "f.safetensors"
     save_tensors(path, {"features": torch.randn(4, 8)}, {"kind": "image features"})
-    return path, lambda path: feature_files._part(path, "image features", (4, 8))
+    return path, lambda path: encoding._part(path, "image features", (4, 8))
 
 
 def checkpoint(folder: Path) -> tuple[Path, Callable]:
@@ -205,7 +205,7 @@ def picture(kind: str) -> Callable[[Path], tuple[Path, Callable]]:
     def make(folder: Path) -> tuple[Path, Callable]:
         pixels = np.random.default_rng(0).integers(0, 255, (9, 7, 3)).astype("uint8")
         Image.fromarray(pixels).save(folder / "a.jpg", format=kind)
-        return folder / "a.jpg", feature_files.read_image
+        return folder / "a.jpg", encoding.read_image
 
     return make
 
@@ -566,7 +566,7 @@ def test_a_picture_is_handed_to_no_program(tmp_path, monkeypatch):
     )
     monkeypatch.setattr("subprocess.Popen.__init__", lambda *args, **_: pytest.fail(f"ran {args[1]}"))
     monkeypatch.setattr("subprocess.check_call", lambda *args, **_: pytest.fail(f"ran {args}"))
-    assert "not a readable image" in str(attempt(feature_files.read_image, tmp_path / "a.jpg"))
+    assert "not a readable image" in str(attempt(encoding.read_image, tmp_path / "a.jpg"))
     with pytest.raises(OSError, match="Cannot read the image"):
         read_image(str(tmp_path / "a.jpg"))
 
@@ -903,7 +903,7 @@ def claims(folder: Path) -> dict[str, tuple[Path, Callable]]:
     case(
         "60000.png",
         wide + struct.pack(">I", zlib.crc32(wide[12:29])) + png.getvalue()[33:],
-        feature_files.read_image,
+        encoding.read_image,
     )
     save_tensors(
         folder / "wide.safetensors",

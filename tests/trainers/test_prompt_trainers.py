@@ -304,7 +304,9 @@ def test_the_example_trainer_runs_where_it_is_dropped(installed, tmp_path):
     results = [read_results(tmp_path / name / "results.json") for name in ("run", "new")]
     assert results[0]["trained_parameters"] > 0
     assert results[0]["accuracy"] > 50 and results[1]["accuracy"] > 20
-    shown = in_copy(installed, "launch", "base2new", "--methods", "all", "--dry-run", "--", "shapes", "1")
+    shown = in_copy(
+        installed, "launch.__main__", "base2new", "--methods", "all", "--dry-run", "--", "shapes", "1"
+    )
     assert "--trainer FeatureAdapter" in shown
 
 
