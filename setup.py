@@ -54,8 +54,10 @@ setup(
     ],
     extras_require={
         "report": ["matplotlib"],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": [
             *["pytest", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy"],
+            *["mkdocs-material", "mkdocstrings[python]"],
             *["playwright", "axe-playwright-python", "colorspacious"],  # of the HTML page, in a Chromium
         ],
     },
