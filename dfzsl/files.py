@@ -8,14 +8,17 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import UNPRINTABLE, UserError
 
 ROOM, EXPANSION = 1 << 30, 100  # memory that reading a file may take: bytes, and times its size
+YAML_LONGEST, YAML_TEXT, YAML_NUMBER, YAML_DEEPEST = 1 << 18, 4096, 40, 20  # characters of each, and levels
 NUMBERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 NUMBERS |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
@@ -93,6 +96,55 @@ def read_json(path: str | os.PathLike[str]) -> object:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not a JSON file ({error})") from None
+
+
+class _Yaml(yaml.SafeLoader):
+    """YAML of plain values. Aliases can make a billion values of ten lines; a long number takes minutes."""
+
+    LONGEST = {  # noqa: RUF012
+        **{f"tag:yaml.org,2002:{name}": YAML_NUMBER for name in ("null", "bool", "int", "float")},
+        **{f"tag:yaml.org,2002:{name}": YAML_TEXT for name in ("str", "seq", "map")},
+    }
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        start = self.peek_event()
+        self._refuse(isinstance(start, yaml.AliasEvent), start, "an alias (*name); write the value out")
+        self._refuse(self.depth > YAML_DEEPEST, start, f"more than {YAML_DEEPEST} levels")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if node is not None:
+            tag, longest = node.tag.replace("tag:yaml.org,2002:", "!!"), self.LONGEST.get(node.tag)
+            self._refuse(
+                longest is None, node, f"the tag {tag}; only numbers, texts, lists and keys are read"
+            )
+            long = longest is not None and isinstance(node, yaml.ScalarNode) and len(node.value) > longest
+            self._refuse(long, node, f"a value ({tag}) of more than {longest} characters")
+        return node
+
+    def _refuse(self, wrong: bool, at: yaml.Event | yaml.Node, what: str) -> None:
+        if wrong:
+            raise yaml.MarkedYAMLError(problem=f"it has {what}", problem_mark=at.start_mark)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> object:
+    """Read a YAML file of plain values, none of them long. Raises UserError when it is missing or wrong."""
+    text = read_text(path)
+    if len(text) > YAML_LONGEST:
+        raise UserError(f"{path}: {len(text):,} characters; a YAML file here has at most {YAML_LONGEST:,}")
+    try:
+        return _Yaml(text).get_single_data()
+    # Beside yaml's own errors: values that are none of the type that their tag claims.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        said = getattr(error, "problem", None) or error
+        raise UserError(
+            f"{path}: not a YAML file: {said}{f' (line {mark.line + 1})' if mark else ''}"
+        ) from None
 
 
 def checked_names(names: object, where: object) -> list[str]:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import yaml
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
@@ -21,10 +20,8 @@ from dfzsl.trainers.recovery.oracles import check_address, is_address
 
 from . import ranks
 from .errors import UserError, unknown
-from .files import atomic, read_text
+from .files import atomic, read_yaml
 from .toolbox import settings_of
-
-DEEPEST = 20  # levels of a config file
 
 
 def parser() -> argparse.ArgumentParser:
@@ -78,16 +75,8 @@ def setup_cfg(args: argparse.Namespace):
 
 
 def read_config(path: str) -> CfgNode:
-    """A config file: YAML without aliases, of which ten lines can make a billion values; never Python."""
-    text = read_text(path)
-    depth = 0
-    for event in yaml.parse(text, yaml.SafeLoader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
-            raise UserError(
-                f"{path}: a config has no YAML aliases (*name) and at most {DEEPEST} levels; write it out"
-            )
-    keys = yaml.safe_load(text)
+    """A config file: YAML of plain values, never Python."""
+    keys = read_yaml(path)
     if not isinstance(keys, dict | None):
         raise UserError(f"{path}: not a config: it must consist of lines KEY: value")
     return CfgNode(keys)
