@@ -13,6 +13,7 @@ FOLDERS = {
     "dfzsl.trainers": "trainers",
     "dfzsl.datasets": "datasets",
     "dfzsl.configs": "configs",
+    "dfzsl.safe_pickle": "compat/dassl/dassl/utils/safe_pickle",  # also where Dassl is the original
 }
 
 setup(

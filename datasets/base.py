@@ -5,10 +5,10 @@ A data set is a class with a `read` method that returns a `Split`; everything el
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
-import pickle
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ from dassl.data.datasets import DatasetBase, Datum
 
 from dfzsl.errors import UserError
 from dfzsl.files import bounded, read_json, refuse_unprintable
+from dfzsl.safe_pickle import PLAIN, Inert, Unpickler
 from dfzsl.toolbox import add_keys
 
 from .templates import SELECTED
@@ -199,10 +200,9 @@ def read_split(path: str, image_dir: str, how: str) -> Split:
         for entry in content[part]:
             try:
                 image, label, name = entry
-                label = int(label)
-                if not (isinstance(image, str) and isinstance(name, str)):
+                if not (isinstance(image, str) and type(label) is int and isinstance(name, str)):
                     raise TypeError
-            except (TypeError, ValueError, OverflowError):
+            except (TypeError, ValueError):
                 text = json.dumps(entry)[:80]
                 raise UserError(
                     f"{path}: an entry of '{part}' is not [path, label, class name]: {text}"
@@ -235,28 +235,24 @@ def images_in(directory: str) -> list[str]:
     return [os.path.join(directory, name) for name in kept]
 
 
-class _Item:
-    """Stands for Dassl's Datum while a pickle is read: holds attributes and does nothing."""
+class _Item(Inert):
+    """Stands for Dassl's Datum while a pickle is read."""
 
 
-class _FewshotUnpickler(pickle.Unpickler):
-    """Admits Dassl's Datum and nothing else, so a file can hold lists, numbers and text but run no code."""
-
-    def find_class(self, module: str, name: str) -> type:
-        if name == "Datum" and module.split(".")[0] == "dassl":
-            return _Item
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+FEWSHOT = {**PLAIN, **{(f"dassl.data.datasets{place}", "Datum"): _Item for place in ("", ".base_dataset")}}
 
 
 def read_fewshot(path: str | os.PathLike[str]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
     """(path, label) of the training and of the validation images that CoOp drew; no code in it is run."""
     try:
-        with bounded(path), open(path, "rb") as file:
-            content = _FewshotUnpickler(file).load()
+        with bounded(path):
+            content = Unpickler(io.BytesIO(Path(path).read_bytes()), FEWSHOT).load()
         train, val = (
-            [(str(item._impath), int(item._label)) for item in items]
+            [(item._impath, item._label) for item in items]
             for items in (content["train"], content.get("val", []))
         )
+        if any(type(image) is not str or type(label) is not int for image, label in train + val):
+            raise TypeError("an image or a label is none")
     except Exception as error:  # a broken pickle raises nearly anything
         raise UserError(f"{path}: not a few-shot file of CoOp's ({error}); delete it to draw anew") from None
     return train, val

@@ -142,9 +142,8 @@ def read_yaml(path: str | os.PathLike[str]) -> object:
     except (yaml.YAMLError, ValueError, LookupError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         said = getattr(error, "problem", None) or error
-        raise UserError(
-            f"{path}: not a YAML file: {said}{f' (line {mark.line + 1})' if mark else ''}"
-        ) from None
+        where = f" (line {mark.line + 1})" if mark else ""
+        raise UserError(f"{path}: not plain YAML: {said}{where}") from None
 
 
 def checked_names(names: object, where: object) -> list[str]:

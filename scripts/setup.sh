@@ -10,6 +10,7 @@ for name in "torch torchvision open_clip dassl yacs tabulate pytest xdist hypoth
     assert util.find_spec(name), name
 # Another checkout's installation would run another checkout's code.
 assert os.path.samefile(util.find_spec("dfzsl.trainers").origin, "trainers/__init__.py")
+assert util.find_spec("dfzsl.safe_pickle")
 PYTHON
 }
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dfzsl import safe_pickle
 from dfzsl.errors import UserError
 from dfzsl.files import bounded
 
@@ -154,7 +155,7 @@ def _resolves(url: str) -> bool:
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    """The state dict in a file, float32. No pickled code runs: safetensors, `weights_only` or TorchScript."""
+    """The state dict in a file, float32: safetensors, torch.save's or TorchScript. No code in it runs."""
     state: Any
     try:
         with bounded(path):
@@ -163,7 +164,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             elif _is_torchscript(path):
                 state = torch.jit.load(path, map_location="cpu").state_dict()
             else:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = safe_pickle.load(path)
     except UserError:
         raise
     except FileNotFoundError:
@@ -174,7 +175,11 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a plain weights file ({first_line(error)})") from None
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+    if (
+        not isinstance(state, Mapping)
+        or not state
+        or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items())
+    ):
         raise UserError(f"{path}: not a state dict of tensors")
     state = {
         key.removeprefix("module."): v.float() if v.is_floating_point() else v for key, v in state.items()
@@ -200,6 +205,10 @@ def _is_torchscript(path: Path) -> bool:
     # Objects of C++ classes, which unpack themselves.
     if b"__torch__.torch.classes" in reader.get_record("data.pkl") + reader.get_record("constants.pkl"):
         raise UserError(f"{path}: it holds objects that are no plain weights")
+    for name, folder in (("data.pkl", "data"), ("constants.pkl", "constants")):
+        safe_pickle.check_script(
+            reader.get_record(name), lambda key, at=folder: len(reader.get_record(f"{at}/{key}"))
+        )
     return True
 
 

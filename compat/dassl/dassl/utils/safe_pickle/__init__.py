@@ -3,7 +3,7 @@
 This package imports nothing of Dassl, so that others can take it as it stands.
 """
 
-from .checkpoint import load
+from .checkpoint import check_script, load
 from .unpickler import PLAIN, Call, Inert, Unpickler
 
-__all__ = ["PLAIN", "Call", "Inert", "Unpickler", "load"]
+__all__ = ["PLAIN", "Call", "Inert", "Unpickler", "check_script", "load"]

@@ -22,11 +22,11 @@ import torch
 
 from .unpickler import PLAIN, Call, Inert, Unpickler
 
-__all__ = ["load"]
+__all__ = ["check_script", "load"]
 
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # at the start of the format before torch 1.6
 MOST_DIMENSIONS = 64
-INERT_MODULES = ("torch.optim", "dassl.optim")
+INERT_MODULES = ("torch.optim", "dassl.optim", "__torch__")
 
 
 class _Kind(NamedTuple):
@@ -96,6 +96,8 @@ STORAGES = {
     "Short": torch.int16,
 }
 
+LISTS = ("bool", "double", "int", "tensor")  # of TorchScript
+
 ADMITTED: Mapping[tuple[str, str], Any] = {
     **PLAIN,
     **{("torch", name): value for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
@@ -103,6 +105,8 @@ ADMITTED: Mapping[tuple[str, str], Any] = {
     ("torch.storage", "UntypedStorage"): _Kind(torch.uint8),
     ("torch", "Size"): Call(lambda size: torch.Size(_size(size))),
     ("torch", "device"): Call(_device),
+    **{("torch.jit._pickle", f"build_{kind}list"): Call(lambda values: values) for kind in LISTS},
+    ("torch.jit._pickle", "restore_type_tag"): Call(lambda value, kind: value),
     ("torch._utils", "_rebuild_parameter"): Call(_parameter),
     ("torch._utils", "_rebuild_tensor_v2"): Call(_tensor),
 }
@@ -132,6 +136,18 @@ class _CheckpointUnpickler(Unpickler):
             raise pickle.UnpicklingError(f"its storage {key} has {len(data)} bytes, not the {size} it claims")
         self.storages[key] = _Storage(data, kind.dtype, count)
         return self.storages[key]
+
+
+def check_script(pickled: bytes, length: Callable[[str], int]) -> None:
+    """Raise unless one of the pickles of a TorchScript archive is as it says. torch.jit.load believes it, and
+    reads memory beyond a storage that is shorter. `length` gives the bytes of a storage by its key."""
+    unpickler = _CheckpointUnpickler(
+        io.BytesIO(pickled), lambda key, _: torch.empty(length(key), dtype=torch.uint8)
+    )
+    try:
+        unpickler.load()
+    except Exception as error:
+        raise pickle.UnpicklingError(str(error) or type(error).__name__) from error
 
 
 def _member(file: BinaryIO, member: zipfile.ZipInfo) -> torch.Tensor:
