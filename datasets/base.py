@@ -66,8 +66,10 @@ class ClassDataset(DatasetBase):
     template = "a photo of a {}."
     test_only = False
     text_features: dict[str, torch.Tensor] | None = None
+    replaced: type | None = None  # a checkout's own data set of this name, where we are plugged in
 
     def __init__(self, cfg: Any) -> None:
+        self.cfg = cfg
         self.data_free = bool(cfg.TEACHER.FILE)
         if not cfg.DATASET.ROOT:
             raise UserError("DATASET.ROOT is empty; name the folder of the data sets with --root")
@@ -103,7 +105,7 @@ class ClassDataset(DatasetBase):
 
     def how_to_get(self) -> str:
         """What to do if a file is missing; ends the error's line."""
-        return f"get it with: python scripts/data/prepare.py {type(self).__name__}"
+        return f"get it with: python -m dfzsl.prepare {type(self).__name__}"
 
     @property
     def templates(self) -> list[str]:

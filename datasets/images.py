@@ -17,15 +17,29 @@ from .base import ClassDataset, Row, Split, folders_in, images_in, leads_out, re
 
 
 class SplitDataset(ClassDataset):
-    """Images under `folder/images` and a fixed split in `folder/split_zhou_NAME.json`."""
+    """Images under `folder/images` and a fixed split in `folder/split_zhou_NAME.json`.
+
+    In a CoOp checkout, whose own data set of this name makes and keeps a split where there is none, that one
+    is left to do so: the split, the shots and what was drawn from `random` are CoOp's. A data-free run does
+    not, since it would look at training images.
+    """
 
     images = "images"
 
     def read(self) -> Split:
-        split = f"split_zhou_{type(self).__name__}.json"
+        split = os.path.join(self.dataset_dir, f"split_zhou_{type(self).__name__}.json")
         image_dir = os.path.join(self.dataset_dir, self.images)
         require(image_dir, self.how_to_get())
-        return read_split(os.path.join(self.dataset_dir, split), image_dir, self.how_to_get())
+        if self.replaced and not self.data_free and not os.path.exists(split):
+            try:
+                self.replaced(self.cfg)
+            except Exception as error:  # it is anybody's code
+                said = f"{type(error).__name__}: {error}"
+                raise UserError(
+                    f"{split}: there is none, and {self.replaced.__module__} cannot make it ({said}); "
+                    f"{self.how_to_get()}"
+                ) from error
+        return read_split(split, image_dir, self.how_to_get())
 
 
 @register(DATASET_REGISTRY, replace=True)

@@ -43,10 +43,12 @@ def register(registry: Any, replace: bool = False) -> Callable[[type], type]:
 
     In a CoOp checkout the trainers CoOp and CoCoOp belong to the checkout; ours step aside. Data sets
     `replace` the checkout's: they read the same folders, and know besides which classes are new, what the
-    prompt is, and how to do without training images.
+    prompt is, and how to do without training images. What was replaced is kept as the class's `replaced`.
     """
 
     def decorate(cls: type) -> type:
+        if replace and cls.__name__ in registry.registered_names():
+            cls.replaced = registry.get(cls.__name__)  # type: ignore[attr-defined]
         if replace or cls.__name__ not in registry.registered_names():
             registry.register(cls, force=replace)
         return cls

@@ -291,7 +291,7 @@ def test_a_missing_data_set_says_which_where_and_how(name, tmp_path):
         build(name, tmp_path)
     said = str(error.value)
     assert str(tmp_path / DATASET_REGISTRY.get(name).folder) in said and "\n" not in said
-    assert f"python scripts/data/prepare.py {name}" in said
+    assert f"python -m dfzsl.prepare {name}" in said
 
 
 def test_no_root():
