@@ -14,6 +14,7 @@ from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
 from dassl.utils import Registry, mkdir_if_missing, set_random_seed, write_json
 
+import dfzsl.datasets  # noqa: F401
 from dfzsl.errors import UserError
 from dfzsl.toolbox import register
 
