@@ -58,7 +58,7 @@ def angles(features: Tensor, directions: Tensor) -> np.ndarray:
 
 def margin(virtual: VirtualClasses, features: Tensor, labels: Tensor) -> np.ndarray:
     """The teacher's score of the own class minus the best other one: positive where it is right."""
-    scores = features @ virtual.weight.T
+    scores = virtual.logits(features)
     own = scores.gather(1, labels[:, None]).squeeze(1)
     return (own - scores.scatter(1, labels[:, None], -torch.inf).max(1).values).numpy()
 

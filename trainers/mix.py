@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from dassl.engine import TRAINER_REGISTRY
 
 from dfzsl.toolbox import add_keys, register
@@ -16,7 +15,7 @@ add_keys("TRAINER.TEXTTEACHERMIX", TEXT=0.7)
 
 @register(TRAINER_REGISTRY)
 class TextTeacherMix(CLIPTrainer):
-    """Base class c: TEXT * t_c + (1 - TEXT) * w_c of unit rows, renormalised. New class: its text."""
+    """Base class c: TEXT * t_c + (1 - TEXT) * (w_c, b_c) of unit rows, renormalised. New class: its text."""
 
     recipe = "vit_b16"
     trains = False
@@ -26,12 +25,16 @@ class TextTeacherMix(CLIPTrainer):
         share = self.cfg.TRAINER.TEXTTEACHERMIX.TEXT
         rows = self.backbone.class_features(self.classnames, [self.template])
         teacher = Teacher.load(self.cfg.TEACHER.FILE)
+        weight, bias = (part.to(rows) for part in teacher.beside_text())
+        offset = rows.new_zeros(len(rows))
         known = {name: row for row, name in enumerate(teacher.classnames)}
         for column, name in enumerate(self.classnames):
             if name in known:
-                weight = F.normalize(teacher.weight[known[name]], dim=0).to(rows)
-                rows[column] = F.normalize(share * rows[column] + (1 - share) * weight, dim=0)
-        self.rows = rows
+                mixed = share * rows[column] + (1 - share) * weight[known[name]]
+                length = torch.linalg.vector_norm(mixed).clamp(min=1e-12)
+                rows[column], offset[column] = mixed / length, (1 - share) * bias[known[name]] / length
+        self.rows, self.offset = rows, offset
 
     def model_inference(self, features: torch.Tensor) -> torch.Tensor:
-        return self.backbone.logit_scale * self.backbone.encode_image(features) @ self.rows.T
+        cosine = self.backbone.encode_image(features) @ self.rows.T
+        return self.backbone.logit_scale * (cosine + self.offset)

@@ -53,12 +53,14 @@ class TeacherZeroshot(CLIPTrainer):
         self.teacher = Teacher.load(Path(directory) / TEACHER)
 
     def model_inference(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits (n, C): cosines to the teacher's rows where it knows the class, to the text elsewhere."""
+        """Logits (n, C): the teacher's where it knows the class, cosines to the text elsewhere."""
         assert self.teacher is not None, "train or load first"
         rows = self.text.clone()
-        weight = torch.nn.functional.normalize(self.teacher.weight, dim=1).to(rows)
+        weight, bias = (part.to(rows) for part in self.teacher.beside_text())
+        offset = rows.new_zeros(len(rows))
         known = {name: row for row, name in enumerate(self.teacher.classnames)}
         for column, name in enumerate(self.classnames):
             if name in known:
-                rows[column] = weight[known[name]]
-        return self.backbone.logit_scale * self.backbone.encode_image(features) @ rows.T
+                rows[column], offset[column] = weight[known[name]], bias[known[name]]
+        cosine = self.backbone.encode_image(features) @ rows.T
+        return self.backbone.logit_scale * (cosine + offset)

@@ -26,6 +26,7 @@ from dfzsl.trainers.coop import CoOp, PromptedCLIP
 from dfzsl.trainers.flpt import FLPT, FeatureLanguagePromptLearner, ShiftedCLIP
 from dfzsl.trainers.kgcoop import KgCoOp
 from dfzsl.trainers.prograd import ProGrad, project
+from dfzsl.trainers.recovery.teacher import Teacher
 
 LEARNERS = ["CoOp", "CoCoOp", "KgCoOp", "ProGrad", "FLPT"]
 NAMES = ["cat", "dog", "red fox", "golden retriever"]
@@ -210,6 +211,30 @@ def test_zero_shot_is_cosine_with_the_template(trainer, features, tmp_path, back
     assert len(templates) == (8 if trainer.endswith("2") else 1)
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+def test_the_free_baselines_hear_the_teachers_intercept(features, tmp_path, backbone, normalized):
+    rows, bias = 3 * unit(3, 48, seed=5), torch.tensor([0.0, 0.3, -0.2])
+    teacher = Teacher(rows, ANIMALS[:3], normalized=normalized, bias=bias)
+    teacher.save(tmp_path / "owner/teacher.safetensors")
+    x = unit(40, 48)
+
+    def run(trainer: str, *more: str):
+        given = words(trainer, features, tmp_path / trainer, *more)
+        given[given.index("--config-file") + 1] = str(ROOT / "configs/trainers/CoOp/shapes.yaml")
+        return built(given)
+
+    owner = run("TeacherZeroshot")
+    owner.load_model(str(tmp_path / "owner"))
+    assert torch.equal(owner.model_inference(x).argmax(1), teacher.logits(x).argmax(1))
+    file = str(tmp_path / "owner/teacher.safetensors")
+    mix = run("TextTeacherMix", "TEACHER.FILE", file)
+    text = backbone.class_features(ANIMALS[:3], ["a photo of a {}."])
+    scale = 1.0 if normalized else 3.0
+    mixed = 0.7 * text + 0.3 * rows / 3
+    expected = (x @ mixed.T + 0.3 * bias / scale) / mixed.norm(dim=1)
+    torch.testing.assert_close(mix.model_inference(x), backbone.logit_scale * expected, rtol=1e-4, atol=1e-4)
+
+
 def test_pictures_and_their_features_make_the_same_step(features, tmp_path):
     run = built(words("CoOp", features, tmp_path / "run"))
     images, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, 1, 0])
@@ -220,6 +245,7 @@ def test_pictures_and_their_features_make_the_same_step(features, tmp_path):
     assert pictures == pytest.approx(encoded)
 
 
+@pytest.mark.usefixtures("backbone")
 @pytest.mark.parametrize("transforms", ["['normalize']", "['random_flip', 'normalize']"])
 def test_a_folder_of_pictures_trains_augmented_or_not(transforms, tmp_path):
     for part in ("train", "test"):

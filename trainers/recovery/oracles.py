@@ -51,7 +51,8 @@ class Oracle:
         batch_size: rows per call of `answer`.
         journal: a folder that keeps every answer. After a failure the same questions are answered from
             there, and none is paid for twice.
-        weight: the rows (C, d); required at level "weights", where `answer` is its classifier's logits.
+        weight, bias: the rows (C, d), required at level "weights", where `answer` is its classifier's logits,
+            and the intercepts (C,) or None.
 
     Attributes: `queries`, the rows answered so far, each of which had to be paid for once; `replayed`, those
     of them that came from the journal. At level "weights" nothing is counted.
@@ -72,18 +73,15 @@ class Oracle:
         batch_size: int = 65536,
         journal: str | os.PathLike[str] | None = None,
         weight: Tensor | None = None,
+        bias: Tensor | None = None,
     ) -> None:
         if level not in LEVELS:
             raise unknown("access level (TEACHER.ACCESS)", level, LEVELS)
         if (weight is None) == (level == "weights"):
             raise ValueError("`weight` is given at level 'weights' and at no other")
         self.answer, self.level, self.classnames, self.dim = answer, level, list(classnames), dim
-        self.normalized, self.backbone, self.batch_size, self.weight = (
-            normalized,
-            backbone,
-            batch_size,
-            weight,
-        )
+        self.normalized, self.backbone, self.batch_size = normalized, backbone, batch_size
+        self.weight, self.bias = weight, bias
         self.journal = Path(journal) if journal is not None else None
         self.queries = 0
         self.replayed = 0
@@ -168,6 +166,7 @@ def open_oracle(
         backbone=source.backbone,
         journal=journal,
         weight=source.weight if level == "weights" else None,
+        bias=source.bias if level == "weights" else None,
     )
 
 

@@ -118,11 +118,12 @@ def recover(
         answers = oracle(x)
         return place[answers] if oracle.level == "labels" else answers[:, order]
 
-    def rows() -> Tensor:
+    def rows() -> tuple[Tensor, Tensor | None]:
         if oracle.weight is not None:
             weight = oracle.weight[order].float()
-            return unit(weight) if oracle.normalized else weight
-        return extract_rows(
+            bias = None if oracle.bias is None else oracle.bias[order].float()
+            return unit(weight) if oracle.normalized else weight, bias
+        found = extract_rows(
             ask,
             oracle.level,
             names,
@@ -131,6 +132,7 @@ def recover(
             bisections=options.bisections,
             generator=generator,
         )
+        return found, None
 
     if options.concentration == "paper":
         # The released gmm mode looks at the new names as well.
@@ -141,15 +143,15 @@ def recover(
         raise UserError(f"RECOVERY.THETA {options.theta} makes the concentration infinite; lower it")
     kappa = torch.full((len(names),), options.theta * rule)
 
-    network = None
+    network = bias = None
     if options.method == "simulator":
         weight = simulate(ask, oracle, text, kappa, options, generator)
     elif options.method == "moments":
-        weight = simulate_moments(rows(), text, kappa, options)
+        weight = simulate_moments(rows()[0], text, kappa, options)
     else:
-        weight = rows()
+        weight, bias = rows()
     if options.method == "generator":
-        network = train_generator(weight, text, options, generator)
+        network = train_generator(weight, bias, text, options, generator)
         mu = text
     elif options.method == "gmm":
         mu = text
@@ -159,7 +161,7 @@ def recover(
         mu = class_directions(weight, common_direction(all_text), options.cone)
     checked(mu, STAGE, "mean direction", names)
     return VirtualClasses(
-        mu, kappa, names, weight, oracle.queries, options.method, oracle.level, oracle.backbone, network
+        mu, kappa, names, weight, oracle.queries, options.method, oracle.level, oracle.backbone, network, bias
     )
 
 
@@ -228,9 +230,13 @@ def _descend(
 
 
 def train_generator(
-    weight: Tensor, text: Tensor, options: RecoverySettings, generator: torch.Generator | None = None
+    weight: Tensor,
+    bias: Tensor | None,
+    text: Tensor,
+    options: RecoverySettings,
+    generator: torch.Generator | None = None,
 ) -> FeatureMLP:
-    """Train `FeatureMLP` until the teacher's rows `weight` assign its features to their text's class."""
+    """Train `FeatureMLP` until the teacher assigns its features to their text's class."""
     network = FeatureMLP(text.shape[1])
     with torch.no_grad():
         for parameter in network.parameters():
@@ -240,7 +246,7 @@ def train_generator(
 
     def loss() -> Tensor:
         x = network(text, options.draws, generator).flatten(0, 1)
-        return F.cross_entropy(x @ weight.T, labels)
+        return F.cross_entropy(F.linear(x, weight, bias), labels)
 
     _descend(network.parameters(), loss, options)
     return network.requires_grad_(False).eval()

@@ -22,13 +22,16 @@ class Teacher:
         weight: (C, d) float32 rows, row c of class `classnames[c]`.
         classnames: C different names.
         backbone: id of the image encoder whose features it reads.
-        normalized: True for the cosine classifier (logits cos(x, w_c)), False for the linear one (x.w_c).
+        normalized: True for the cosine classifier (logits cos(x, w_c) + b_c), False for the linear one
+            (x.w_c + b_c).
+        bias: (C,) float32 intercepts b_c, or None for none.
     """
 
     weight: Tensor
     classnames: list[str]
     backbone: str = ""
     normalized: bool = True
+    bias: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.weight.dim() != 2 or len(self.weight) != len(self.classnames):
@@ -37,6 +40,11 @@ class Teacher:
         if len(set(self.classnames)) < len(self.classnames):
             raise UserError("a teacher's class names must differ from each other")
         checked(unit(self.weight), "the teacher", "row", self.classnames)
+        if self.bias is not None:
+            if self.bias.shape != self.weight.shape[:1]:
+                raise UserError(f"a teacher needs one intercept per class; got {tuple(self.bias.shape)}")
+            if not torch.isfinite(self.bias).all():
+                raise UserError("a teacher's intercepts must be finite")
 
     def logits(self, x: Tensor) -> Tensor:
         """(n, C) logits of features x (n, d)."""
@@ -44,7 +52,17 @@ class Teacher:
         weight = self.weight.to(x)
         if self.normalized:
             x, weight = unit(x), unit(weight)
-        return x @ weight.T
+        logits = x @ weight.T
+        return logits if self.bias is None else logits + self.bias.to(x)
+
+    def beside_text(self) -> tuple[Tensor, Tensor]:
+        """Rows (C, d) and intercepts (C,) that decide as the teacher does, comparable to cosines with text:
+        unit rows of a cosine teacher, rows of mean length 1 of a linear one."""
+        bias = torch.zeros(len(self.weight)) if self.bias is None else self.bias
+        if self.normalized:
+            return unit(self.weight), bias
+        length = torch.linalg.vector_norm(self.weight, dim=1).mean()
+        return self.weight / length, bias / length
 
     def save(self, path: str | os.PathLike[str]) -> None:
         about = {
@@ -53,19 +71,20 @@ class Teacher:
             "backbone": self.backbone,
             "normalized": self.normalized,
         }
-        save_tensors(path, {"weight": self.weight.float()}, about)
+        tensors = {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
+        save_tensors(path, {name: tensor.float() for name, tensor in tensors.items()}, about)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Teacher:
         """Read `save`'s file. Raises UserError when it is missing, broken or not a teacher."""
         tensors, about = load_tensors(path, "teacher")
-        weight = tensors.get("weight")
+        weight, bias = tensors.get("weight"), tensors.get("bias")
         backbone, normalized = about.get("backbone", ""), about.get("normalized")
         if weight is None or not isinstance(backbone, str) or not isinstance(normalized, bool):
             raise UserError(f"{path}: an incomplete teacher file; write it again with TeacherZeroshot")
         names = checked_names(about.get("classnames"), path)
         try:
-            return cls(weight.float(), names, backbone, normalized)
+            return cls(weight.float(), names, backbone, normalized, None if bias is None else bias.float())
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 

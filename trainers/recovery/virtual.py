@@ -42,10 +42,11 @@ class VirtualClasses:
 
     Attributes:
         mu: (C, d) unit mean directions; kappa: (C,) concentrations; classnames: C names.
-        weight: (C, d) the teacher's rows as recovered: x.weight_c decides as the teacher does (unit rows of a
-            cosine teacher; at levels probabilities and labels rows that sum to zero).
+        weight: (C, d) the teacher's rows as recovered: x.weight_c + bias_c decides as the teacher does (unit
+            rows of a cosine teacher; at levels probabilities and labels rows that sum to zero).
         queries: what they cost. method, level: how they were got. backbone: whose features they model.
         network: the trained MLP of `generator` mode, which is then sampled in place of the vMF.
+        bias: (C,) the teacher's intercepts on the scale of `weight`, or None for none.
     """
 
     mu: Tensor
@@ -57,6 +58,7 @@ class VirtualClasses:
     level: str = "weights"
     backbone: str = ""
     network: FeatureMLP | None = None
+    bias: Tensor | None = None
 
     def sample(self, n_per_class: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Unit rows (C * n_per_class, d), class after class, and their labels."""
@@ -76,19 +78,27 @@ class VirtualClasses:
     def kept(self, features: Tensor, labels: Tensor) -> Tensor:
         """(n,) bool: the recovered teacher assigns the draw to its own class (the paper's filter)."""
         parts = portions(features, len(self.weight))
-        return torch.cat([(part @ self.weight.T).argmax(1) for part in parts]) == labels
+        return torch.cat([self.logits(part).argmax(1) for part in parts]) == labels
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(n, C) scores of features x (n, d) by the recovered teacher."""
+        logits = x @ self.weight.T
+        return logits if self.bias is None else logits + self.bias
 
     def ordered_as(self, classnames: Sequence[str]) -> VirtualClasses:
         """The same classes in the order of `classnames`. Raises UserError unless the names are the same."""
         order = matching_order(self.classnames, classnames)
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("mu", "kappa", "weight"):
-            values[name] = values[name][order]
+        for name in ("mu", "kappa", "weight", "bias"):
+            if values[name] is not None:
+                values[name] = values[name][order]
         return VirtualClasses(**values | {"classnames": list(classnames)})
 
     def save(self, path: str | os.PathLike[str]) -> None:
         # The file format refuses tensors that share memory, as they may where mu is the weight.
         tensors = {"mu": self.mu, "kappa": self.kappa, "weight": self.weight.clone()}
+        if self.bias is not None:
+            tensors["bias"] = self.bias
         if self.network is not None:
             tensors |= {f"network.{name}": value for name, value in self.network.state_dict().items()}
         about = {
@@ -105,10 +115,12 @@ class VirtualClasses:
             queries = int(about["queries"])  # type: ignore[call-overload]
             method, level, backbone = (str(about[name]) for name in ("method", "level", "backbone"))
             mu, kappa, weight = (tensors.pop(name).float() for name in ("mu", "kappa", "weight"))
+            bias = tensors.pop("bias").float() if "bias" in tensors else None
             if (
                 mu.dim() != 2
                 or mu.shape != weight.shape
                 or kappa.shape != mu.shape[:1]
+                or (bias is not None and bias.shape != mu.shape[:1])
                 or len(names) != len(mu)
             ):
                 raise ValueError("its shapes do not fit")
@@ -125,7 +137,7 @@ class VirtualClasses:
             raise UserError(
                 f"{path}: an incomplete file of virtual classes ({error}); recover again"
             ) from None
-        return cls(mu, kappa, names, weight, queries, method, level, backbone, network)
+        return cls(mu, kappa, names, weight, queries, method, level, backbone, network, bias)
 
 
 def matching_order(theirs: Sequence[str], ours: Sequence[str]) -> Tensor:

@@ -63,6 +63,18 @@ def test_rows_are_exact_from_logits(teacher, text, level):
     assert virtual.queries == oracle.queries == (D + 1 if level == "logits" else 0)
 
 
+def test_the_filter_asks_the_teacher_with_its_intercept(teacher, text, tmp_path):
+    teacher.bias = torch.linspace(0, 0.5, C)
+    virtual = recover(open_oracle(teacher, "weights"), text, NAMES, generator=generator())
+    virtual.save(tmp_path / "v.safetensors")
+    virtual = VirtualClasses.load(tmp_path / "v.safetensors").ordered_as(NAMES[::-1])
+    x, labels = virtual.sample(200, generator())
+    by_teacher = C - 1 - teacher.logits(x).argmax(1) == labels
+    assert torch.equal(virtual.kept(x, labels), by_teacher)
+    teacher.bias = None
+    assert not torch.equal(C - 1 - teacher.logits(x).argmax(1) == labels, by_teacher)
+
+
 def test_rows_from_probabilities_up_to_the_common_row(teacher, text):
     oracle = open_oracle(teacher, "probabilities")
     true = decisive(teacher)

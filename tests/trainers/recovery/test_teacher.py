@@ -90,6 +90,24 @@ def test_saved_and_loaded(teacher, tmp_path):
     assert (loaded.classnames, loaded.backbone, loaded.normalized) == (NAMES, "ViT-B-16/openai", True)
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+def test_an_intercept_decides_and_is_kept(teacher, data, normalized, tmp_path):
+    bias = torch.tensor([0.0, 9.0, -1.0])
+    biased = Teacher(teacher.weight, NAMES, normalized=normalized, bias=bias)
+    plain = Teacher(teacher.weight, NAMES, normalized=normalized)
+    assert torch.allclose(biased.logits(data[0]), plain.logits(data[0]) + bias)
+    assert (biased.logits(data[0]).argmax(1) == 1).all() and (plain.logits(data[0]).argmax(1) != 1).any()
+    biased.save(tmp_path / "teacher.safetensors")
+    assert torch.equal(Teacher.load(tmp_path / "teacher.safetensors").bias, bias)
+    rows, intercepts = biased.beside_text()
+    assert rows.norm(dim=1).mean() == pytest.approx(1)
+    ratio = biased.logits(data[0]) / (data[0] @ rows.T + intercepts)
+    assert torch.allclose(ratio, ratio[0, 0].expand(60, 3), rtol=1e-3)
+    for wrong, said in ((torch.ones(2), "one intercept per class"), (torch.full((3,), torch.nan), "finite")):
+        with pytest.raises(UserError, match=said):
+            Teacher(teacher.weight, NAMES, bias=wrong)
+
+
 def test_files_that_are_no_teacher_are_refused(teacher, tmp_path):
     path = tmp_path / "teacher.safetensors"
     with pytest.raises(UserError, match="no such teacher file"):
