@@ -1,0 +1,15 @@
+"""The shipped configs: datasets/NAME.yaml, trainers/TRAINER/NAME.yaml, and ablations.yaml."""
+
+from pathlib import Path
+
+from dfzsl.errors import unknown
+
+CONFIGS = Path(__file__).parent
+
+
+def dataset_config(name: str) -> Path:
+    """The config of a data set. Raises UserError for an unknown one, listing the known ones."""
+    path = CONFIGS / "datasets" / f"{name}.yaml"
+    if not path.is_file():
+        raise unknown("data set", name, (known.stem for known in path.parent.glob("*.yaml")))
+    return path

@@ -15,23 +15,20 @@ import argparse
 import os
 from collections.abc import Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 
-import dfzsl.configs
-from dfzsl.errors import UserError, unknown
+from dfzsl.configs import dataset_config
+from dfzsl.errors import UserError
 from dfzsl.files import save_tensors
 from dfzsl.toolbox import add_keys
 
 from .base import ClassDataset
 from .encoding import default_cache_dir, encode_datums
 from .features import FeatureDatum
-
-CONFIGS = Path(dfzsl.configs.__file__).parent / "datasets"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -52,11 +49,8 @@ def parser() -> argparse.ArgumentParser:
 def open_dataset(data: str, root: str) -> ClassDataset:
     """The whole data set (all classes, every image) that `data` names: a config's stem, or KIND:PATH."""
     kind, _, path = data.partition(":")
-    config = CONFIGS / f"{kind}.yaml"
-    if not config.exists():
-        raise unknown("data set", kind, (known.stem for known in CONFIGS.glob("*.yaml")))
     cfg = get_cfg_default()
-    cfg.merge_from_file(str(config))
+    cfg.merge_from_file(str(dataset_config(kind)))
     cfg.merge_from_list(["DATASET.ROOT", path or root])
     return DATASET_REGISTRY.get(cfg.DATASET.NAME)(cfg)
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from dassl.data.data_manager import build_data_loader
 from dassl.data.datasets import build_dataset
-from dassl.data.transforms import build_transform
 from torch import Tensor
 
 from dfzsl.errors import UserError
@@ -120,11 +118,11 @@ class VirtualLoader:
 class DataFreeManager:
     """Dassl's DataManager for a run that has a teacher in the place of training images.
 
-    It has the same attributes; `train_loader_x`, `train_loader_u` and `val_loader` are None. Raises UserError
-    where the data set has read training or validation images in spite of TEACHER.FILE.
+    It has the same attributes; the loaders are None, as the trainer makes its own. Raises UserError where the
+    data set has read training or validation images in spite of TEACHER.FILE.
     """
 
-    def __init__(self, cfg: Any, custom_tfm_test: Callable | None = None) -> None:
+    def __init__(self, cfg: Any) -> None:
         self.dataset = build_dataset(cfg)
         if self.dataset.train_x or self.dataset.train_u or self.dataset.val:
             raise UserError(
@@ -134,14 +132,7 @@ class DataFreeManager:
         self.train_loader_x = None
         self.train_loader_u = None
         self.val_loader = None
-        self.test_loader = build_data_loader(
-            cfg,
-            sampler_type=cfg.DATALOADER.TEST.SAMPLER,
-            data_source=self.dataset.test,
-            batch_size=cfg.DATALOADER.TEST.BATCH_SIZE,
-            tfm=custom_tfm_test or build_transform(cfg, is_train=False),
-            is_train=False,
-        )
+        self.test_loader = None
         self.num_classes = self.dataset.num_classes
         self.num_source_domains = len(cfg.DATASET.SOURCE_DOMAINS)
         self.lab2cname = self.dataset.lab2cname

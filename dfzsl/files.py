@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -48,6 +49,15 @@ def write_json(path: str | os.PathLike[str], value: object) -> None:
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def digest(path: str | os.PathLike[str], kind: str = "sha256") -> str:
+    """The checksum of a file, in hexadecimal. Raises OSError where it cannot be read."""
+    made = hashlib.new(kind)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            made.update(block)
+    return made.hexdigest()
 
 
 @contextlib.contextmanager

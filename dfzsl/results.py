@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .errors import UserError
 from .files import read_json, write_json
@@ -42,6 +43,21 @@ def per_class_mean(per_class: Sequence[dict[str, Any]]) -> float:
     """Mean over classes of the accuracy within the class, in percent (the GZSL protocol's U and S)."""
     seen = [100.0 * row["correct"] / row["total"] for row in per_class if row["total"]]
     return sum(seen) / len(seen) if seen else 0.0
+
+
+def per_class_counts(
+    predictions: Tensor, labels: Tensor, classnames: Sequence[str], new_classnames: Sequence[str]
+) -> list[dict[str, Any]]:
+    """The rows `per_class` of predicted (n,) and true labels (n,), in the order of `classnames`."""
+    correct, total = (
+        torch.bincount(which, minlength=len(classnames)).tolist()
+        for which in (labels[predictions == labels], labels)
+    )
+    new = set(new_classnames)
+    return [
+        {"class": name, "correct": c, "total": t, "new": name in new}
+        for name, c, t in zip(classnames, correct, total, strict=True)
+    ]
 
 
 def peak_memory() -> int:

@@ -30,14 +30,6 @@ def keys_of(settings: type) -> dict[str, Any]:
     return {field.name.upper(): field.default for field in dataclasses.fields(settings)}
 
 
-def settings_of(cfg: CfgNode, *fixed: Any) -> str:
-    """The config as text but for where its run writes and resumes, with the `fixed` KEY, VALUE pairs."""
-    cfg = cfg.clone()
-    cfg.defrost()
-    cfg.merge_from_list(["OUTPUT_DIR", "", "RESUME", "", *fixed])
-    return cfg.dump()
-
-
 def register(registry: Any, replace: bool = False) -> Callable[[type], type]:
     """Class decorator: register under the class's name, unless somebody else holds that name already.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pickle
 import sys
 from collections.abc import Sequence
@@ -20,8 +21,11 @@ from dfzsl.trainers.recovery.oracles import check_address, is_address
 
 from . import ranks
 from .errors import UserError, unknown
-from .files import atomic, read_yaml
-from .toolbox import settings_of
+from .files import read_yaml
+from .output import Folder
+
+BASE = "_BASE_"  # in a config: the one that it changes, a path from its own folder (as in detectron2)
+DEEPEST = 20  # configs that build on one another
 
 
 def parser() -> argparse.ArgumentParser:
@@ -51,7 +55,8 @@ def setup_cfg(args: argparse.Namespace):
     """The frozen config of a run: defaults, data set's file, trainer's file, flags, KEY VALUE pairs."""
     cfg = get_cfg_default()
     for path in filter(None, (args.dataset_config_file, args.config_file)):
-        _merge(path, lambda file: cfg.merge_from_other_cfg(read_config(file)), path)
+        for source, keys in read_config(path):
+            _merge(source, cfg.merge_from_other_cfg, keys)
     overrides = {
         "DATASET.ROOT": args.root,
         "OUTPUT_DIR": args.output_dir,
@@ -74,18 +79,33 @@ def setup_cfg(args: argparse.Namespace):
     return cfg
 
 
-def read_config(path: str) -> CfgNode:
-    """A config file: YAML of plain values, never Python."""
+def read_config(path: str) -> list[tuple[str, CfgNode]]:
+    """A config file and those it builds on, (path, keys) in the order to merge: its `_BASE_` comes first."""
+    chain: list[tuple[str, CfgNode]] = []
+    while path:
+        keys = _merge(path, _read_keys, path)
+        base = keys.pop(BASE, "")
+        if not isinstance(base, str) or len(chain) == DEEPEST:
+            raise UserError(
+                f"{path}: {BASE} must be the path of another config, and not lead back to this one"
+            )
+        chain.insert(0, (path, keys))
+        path = base and os.path.join(os.path.dirname(path), base)
+    return chain
+
+
+def _read_keys(path: str) -> CfgNode:
+    """One file: YAML of plain values, never Python."""
     keys = read_yaml(path)
     if not isinstance(keys, dict | None):
         raise UserError(f"{path}: not a config: it must consist of lines KEY: value")
     return CfgNode(keys)
 
 
-def _merge(source: str, merge, what) -> None:
-    """Merge into the config, telling a user's slip (missing file, bad YAML, unknown key) in one line."""
+def _merge(source: str, merge, what):
+    """merge(what), telling a user's slip (missing file, bad YAML, unknown key) in one line."""
     try:
-        merge(what)
+        return merge(what)
     except (UserError, OSError):
         raise
     except Exception as error:  # yacs and yaml raise nearly anything for a slip in a file
@@ -106,23 +126,6 @@ def check(cfg) -> None:
         raise UserError(
             f"TEACHER.FILE {cfg.TEACHER.FILE}: no such file; train.py --trainer TeacherZeroshot makes one"
         )
-
-
-class Folder:
-    """The output folder of one experiment: its config.yaml says which, once the run has been built."""
-
-    def __init__(self, cfg):
-        self.config = settings_of(cfg)
-        self.path = Path(cfg.OUTPUT_DIR) / "config.yaml"
-        if self.path.exists() and self.path.read_text(encoding="utf-8") != self.config:
-            raise UserError(
-                f"{cfg.OUTPUT_DIR} holds another experiment (its config.yaml); choose another --output-dir"
-            )
-
-    def claim(self) -> None:
-        """Write config.yaml. Not before the run is built: a wrong path must not mark the folder."""
-        with atomic(self.path) as temporary:
-            temporary.write_text(self.config, encoding="utf-8")
 
 
 @ranks.joined()

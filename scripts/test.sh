@@ -4,6 +4,6 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 export OMP_NUM_THREADS=1
 ruff check .
-mypy dfzsl trainers datasets scripts
+mypy dfzsl trainers datasets configs scripts
 python -m pytest -n auto -q compat/dassl
 exec python -m pytest -n auto -q "$@"

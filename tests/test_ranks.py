@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from fake_data import picture
 
 from dfzsl import train
 from dfzsl.errors import UserError
 from dfzsl.launch import workers
-from dfzsl.launch.runs import CONFIGS, Data, Job, Method
+from dfzsl.launch.runs import Data, Job, Method
 from dfzsl.results import CHANGING, read_results
 
 # Three base classes on two ranks, and batches of three: neither is divisible.
@@ -51,8 +52,8 @@ def words(case: str, pictures: Path, output: Path) -> list[str]:
     trainer = case.partition("-")[0]
     return [
         *("--trainer", trainer, "--root", str(pictures), "--seed", "1", "--output-dir", str(output / case)),
-        *("--dataset-config-file", str(CONFIGS / "datasets/folder.yaml")),
-        *("--config-file", str(CONFIGS / f"trainers/{trainer}/shapes.yaml")),
+        *("--dataset-config-file", str(ROOT / "configs/datasets/folder.yaml")),
+        *("--config-file", str(ROOT / f"configs/trainers/{trainer}/shapes.yaml")),
         *("DATASET.SUBSAMPLE_CLASSES", "base", "INPUT.TRANSFORMS", "['random_flip', 'normalize']"),
         *("OPTIM.MAX_EPOCH", "2", "DATALOADER.TRAIN_X.BATCH_SIZE", "3", "DATALOADER.NUM_WORKERS", "0"),
         *CASES[case],

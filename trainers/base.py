@@ -6,7 +6,6 @@ toolbox's own style; see docs/new_trainer.md.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from pathlib import Path
@@ -26,8 +25,9 @@ from dfzsl.datasets.loader import FeatureLoader
 from dfzsl.datasets.virtual import DataFreeManager, VirtualLoader
 from dfzsl.errors import UserError
 from dfzsl.files import read_json, write_json
-from dfzsl.results import RESULTS, peak_memory, write_results
-from dfzsl.toolbox import add_keys, keys_of, settings_of
+from dfzsl.output import Folder
+from dfzsl.results import RESULTS, peak_memory, per_class_counts, write_results
+from dfzsl.toolbox import add_keys, keys_of
 
 from .clip.backbone import FeatureBackbone
 from .clip.loading import load_backbone
@@ -74,6 +74,7 @@ class CLIPTrainer(TrainerX):
         self.losses: dict[int, float] = {}
         self.virtual: VirtualClasses | None = None
         self.queries = 0
+        self.folder = Folder(self.cfg)
         cfg = self.cfg = _for_this_machine(self.cfg)
         backbone_cfg = cfg.MODEL.BACKBONE
         backbone: Any = None
@@ -81,8 +82,7 @@ class CLIPTrainer(TrainerX):
             backbone = load_backbone(backbone_cfg.NAME, backbone_cfg.WEIGHTS, self.device)
             cfg = self.cfg = _with_input_of(cfg, backbone)
         self.transform = build_transform(cfg, is_train=False)
-        manager = DataFreeManager if self.data_free else DataManager
-        self.dm = manager(cfg, custom_tfm_test=self.transform)
+        self.dm = DataFreeManager(cfg) if self.data_free else DataManager(cfg, custom_tfm_test=self.transform)
         dataset = self.dm.dataset
         if backbone is None:
             backbone = _feature_backbone(dataset)
@@ -138,30 +138,10 @@ class CLIPTrainer(TrainerX):
     def before_train(self) -> None:
         if not self.data_free:
             self.require_training_images()
-        self.claim_output()
+        self.folder.claim()
         super().before_train()
         self.train_loader_x = self.recover_virtual_features() if self.data_free else self._train_loader()
         self.train_started = time.perf_counter()
-
-    def claim_output(self) -> None:
-        """Mark OUTPUT_DIR as this run's; raise UserError where it holds what another run made.
-
-        Stages that are done are read from there and not made again. They must come of the same settings and
-        of the same teacher, by what is in its file.
-        """
-        # The number of workers is this machine's.
-        made_of = hashlib.sha256(settings_of(self.cfg, "DATALOADER.NUM_WORKERS", 0).encode())
-        if os.path.isfile(self.cfg.TEACHER.FILE):
-            with open(self.cfg.TEACHER.FILE, "rb") as file:
-                while block := file.read(1 << 20):
-                    made_of.update(block)
-        path = Path(self.cfg.OUTPUT_DIR) / "made_of.json"
-        if path.exists() and read_json(path) != made_of.hexdigest():
-            raise UserError(
-                f"{path.parent} holds what a run with another teacher or other settings made; choose another "
-                "--output-dir"
-            )
-        write_json(path, made_of.hexdigest())
 
     def before_epoch(self) -> None:
         super().before_epoch()
@@ -205,9 +185,10 @@ class CLIPTrainer(TrainerX):
                 # Answers of a server were paid for: they are kept, and an interrupted run goes on from them.
                 journal = output / "answers" if is_address(source) else None
                 oracle = open_oracle(source, self.cfg.TEACHER.ACCESS, journal)
-                if oracle.backbone and oracle.backbone != self.backbone_id:
+                if oracle.backbone and oracle.backbone != self.backbone.identity:
                     raise UserError(
-                        f"{source}: a teacher of {oracle.backbone} cannot read features of {self.backbone_id}"
+                        f"{source}: a teacher of {oracle.backbone} cannot read features of "
+                        f"{self.backbone.identity}"
                     )
                 self.virtual = recover(
                     oracle,
@@ -237,11 +218,6 @@ class CLIPTrainer(TrainerX):
     def text_of(self, classnames: list[str]) -> torch.Tensor:
         """Unit text features (n, d) of classes in the data set's prompt, on the CPU."""
         return self.backbone.class_features(classnames, [self.template]).cpu()
-
-    @property
-    def backbone_id(self) -> str:
-        """Which image encoder made this run's features: a teacher of another one cannot read them."""
-        return f"{self.backbone.name or 'features'} ({self.backbone.weights_id})"
 
     def resume_model_if_exist(self, directory: str) -> int:
         """The epoch to go on from; 0 for a trainer whose training has no epochs to resume."""
@@ -299,33 +275,27 @@ class CLIPTrainer(TrainerX):
         else:
             split, loader = "test", self.test_loader
         print(f"Evaluate on the *{split}* set")
-        correct = torch.zeros(self.num_classes, dtype=torch.long)
-        total = torch.zeros(self.num_classes, dtype=torch.long)
+        labels, predictions = [], []
         for batch in tqdm(loader):
             features, label = self.parse_batch_test(batch)
             output = self.model_inference(features)
             self.evaluator.process(output, label)
-            total += torch.bincount(label.cpu(), minlength=self.num_classes)
-            hit = (output.argmax(1) == label).cpu()
-            correct += torch.bincount(label.cpu()[hit], minlength=self.num_classes)
+            labels.append(label.cpu())
+            predictions.append(output.argmax(1).cpu())
         results = self.evaluator.evaluate()
         for key, value in results.items():
             self.write_scalar(f"{split}/{key}", value, self.epoch)
         if split == "test" and ranks.mine() == 0:
-            self._write_results(correct.tolist(), total.tolist())
+            self._write_results(torch.cat(predictions), torch.cat(labels))
         return next(iter(results.values()))
 
-    def _write_results(self, correct: list[int], total: list[int]) -> None:
-        dataset, path = self.dm.dataset, Path(self.cfg.OUTPUT_DIR) / RESULTS
-        per_class = [
-            {"class": name, "correct": c, "total": t, "new": name in set(dataset.new_classnames)}
-            for name, c, t in zip(self.classnames, correct, total, strict=True)
-        ]
+    def _write_results(self, predictions: torch.Tensor, labels: torch.Tensor) -> None:
+        path = Path(self.cfg.OUTPUT_DIR) / RESULTS
         write_results(
             path,
             cfg=self.cfg,
-            accuracy=100.0 * sum(correct) / max(sum(total), 1),
-            per_class=per_class,
+            accuracy=100.0 * int((predictions == labels).sum()) / max(len(labels), 1),
+            per_class=per_class_counts(predictions, labels, self.classnames, self.dm.dataset.new_classnames),
             trained_parameters=self.trained_parameters,
             images_used=self.images_used,
             queries=self.queries,

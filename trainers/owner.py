@@ -33,14 +33,14 @@ class TeacherZeroshot(CLIPTrainer):
     def train(self) -> None:
         """Fit on all training images (or NUM_SHOTS a class) unless that is done, save, test."""
         self.require_training_images()
-        self.claim_output()
+        self.folder.claim()
         started = time.perf_counter()
         path = Path(self.cfg.OUTPUT_DIR) / TEACHER
         if path.exists():
             self.teacher = Teacher.load(path)
         else:
             features, labels = self.encode(self.dm.dataset.train_x)
-            self.teacher = fit_teacher(features, labels, self.classnames, self.backbone_id)
+            self.teacher = fit_teacher(features, labels, self.classnames, self.backbone.identity)
             self.teacher.save(path)
         self.stage_seconds["teacher"] = time.perf_counter() - started
         self.test()

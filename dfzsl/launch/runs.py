@@ -8,13 +8,12 @@ from pathlib import Path
 import yaml
 from dassl.engine import TRAINER_REGISTRY
 
-import dfzsl.configs
+from dfzsl.configs import CONFIGS, dataset_config
 from dfzsl.trainers.base import CLIPTrainer
 
 from ..errors import UserError, unknown
 from ..results import RESULTS, read_results
 
-CONFIGS = Path(dfzsl.configs.__file__).parent
 OWNER = "TeacherZeroshot"
 FREE = ("ZeroshotCLIP", OWNER, "TextTeacherMix")
 METHODS = (*FREE, "CoOp", "CoCoOp", "DFZSL")
@@ -39,11 +38,7 @@ class Data:
 
     @property
     def config(self) -> Path:
-        kind = self.given.partition(":")[0]
-        path = CONFIGS / "datasets" / f"{kind}.yaml"
-        if not path.exists():
-            raise unknown("data set", kind, (p.stem for p in path.parent.glob("*.yaml")))
-        return path
+        return dataset_config(self.given.partition(":")[0])
 
     def arguments(self) -> list[str]:
         path = self.given.partition(":")[2]

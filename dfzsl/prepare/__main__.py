@@ -18,7 +18,7 @@ from pathlib import Path
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 
-from dfzsl.datasets.extract import CONFIGS
+from dfzsl.configs import CONFIGS
 from dfzsl.errors import UserError, unknown
 from dfzsl.train import cli
 
@@ -29,7 +29,7 @@ from .recipes import RECIPES, prepare
 def names_of(given: Sequence[str]) -> list[str]:
     """Registry names of data sets given by that name or by their config's, in any case; "all" is all."""
     known = {name.lower(): name for name in RECIPES}
-    for config in CONFIGS.glob("*.yaml"):
+    for config in (CONFIGS / "datasets").glob("*.yaml"):
         cfg = get_cfg_default()
         cfg.merge_from_file(str(config))
         if cfg.DATASET.NAME in RECIPES:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import json
 import os
@@ -17,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from tqdm import tqdm
 
 from dfzsl.errors import UserError
-from dfzsl.files import read_json, write_json
+from dfzsl.files import digest, read_json, write_json
 
 BLOCK = 1 << 20
 LEDGER = "sha256.json"  # what was downloaded from where, for files whose authors publish no checksum
@@ -91,18 +90,15 @@ def verify(path: Path, url: str, checksum: str, ledger: Path | None = None) -> N
     Raises UserError, and removes the file, if it differs.
     """
     kind, _, expected = (checksum or "sha256:").partition(":")
-    digest = hashlib.new(kind)
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
+    found = digest(path, kind)
     ledger = ledger or path.parent / LEDGER
     known = read_json(ledger) if ledger.exists() else {}
     assert isinstance(known, dict)
-    expected = expected or known.get(url, digest.hexdigest())
-    if digest.hexdigest() != expected:
+    expected = expected or known.get(url, found)
+    if found != expected:
         path.unlink()
         raise UserError(
-            f"{url}: the {kind} of what arrived is {digest.hexdigest()}, not {expected}; it was deleted, "
+            f"{url}: the {kind} of what arrived is {found}, not {expected}; it was deleted, "
             f"give the command again{'' if checksum else f' (delete {ledger} to accept a new version)'}"
         )
     if not checksum and url not in known:

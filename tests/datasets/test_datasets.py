@@ -20,7 +20,7 @@ from dassl.data.datasets import DATASET_REGISTRY, Datum
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import dfzsl.configs
+from dfzsl.configs import CONFIGS
 from dfzsl.datasets.features import FeatureDatum
 from dfzsl.errors import UserError
 
@@ -42,7 +42,7 @@ def config(
 ):
     """A data set's config: its shipped file, then what a test sets."""
     cfg = get_cfg_default()
-    for path in (Path(dfzsl.configs.__file__).parent / "datasets").glob("*.yaml"):
+    for path in (CONFIGS / "datasets").glob("*.yaml"):
         if f'NAME: "{name}"' in path.read_text():
             cfg.merge_from_file(str(path))
     assert name == cfg.DATASET.NAME

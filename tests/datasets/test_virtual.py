@@ -147,11 +147,11 @@ def test_no_training_image_can_be_reached(tmp_path, opened):
         (tmp_path / path).unlink()
     opened.clear()
     manager = DataFreeManager(config(root, teacher="teacher.safetensors"))
-    assert manager.train_loader_x is manager.train_loader_u is manager.val_loader is None
+    assert manager.train_loader_x is manager.train_loader_u is None
+    assert manager.val_loader is manager.test_loader is None
     assert not manager.dataset.train_x and not manager.dataset.val
     assert {datum.impath for datum in manager.dataset.test} == tests
-    assert sum(len(batch["label"]) for batch in manager.test_loader) == len(tests)
-    assert tests <= set(opened) and not training & set(opened)
+    assert not training & set(opened)
     assert manager.num_classes == real.num_classes == 3
     assert manager.lab2cname == real.lab2cname
     assert manager.num_source_domains == real.num_source_domains

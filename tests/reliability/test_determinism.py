@@ -13,14 +13,13 @@ import fake_data
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_features
+from conftest import ROOT, write_features
 from dassl.engine import TRAINER_REGISTRY
 from fake_data import Backbone, pixels
 
 from dfzsl import train
 from dfzsl.datasets import extract
 from dfzsl.datasets.encoding import encode_datums
-from dfzsl.launch.runs import CONFIGS
 from dfzsl.results import CHANGING
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.coop import CoOp
@@ -115,7 +114,7 @@ def test_threads(stage, tried):
 
 def words(trainer: str, folder: Path, output: Path, seed: int = 1, **keys: object) -> list[str]:
     given = ["--trainer", trainer, "--root", str(folder / "animals.npz"), "--seed", str(seed)]
-    given += ["--dataset-config-file", str(CONFIGS / "datasets" / "features.yaml")]
+    given += ["--dataset-config-file", str(ROOT / "configs/datasets" / "features.yaml")]
     given += ["--output-dir", str(output), "DATASET.SUBSAMPLE_CLASSES", "base"]
     settings = {
         "OPTIM.MAX_EPOCH": 1,
@@ -209,7 +208,7 @@ def test_pictures_that_are_augmented(workers, tmp_path, tried):
             "--output-dir",
             str(tmp_path / output),
         ]
-        given += ["--dataset-config-file", str(CONFIGS / "datasets" / "oxford_pets.yaml")]
+        given += ["--dataset-config-file", str(ROOT / "configs/datasets" / "oxford_pets.yaml")]
         keys = {"MODEL.BACKBONE.NAME": "shapes", "OPTIM.MAX_EPOCH": 2, "DATALOADER.NUM_WORKERS": workers}
         keys |= {"DATALOADER.TRAIN_X.BATCH_SIZE": 4}
         pairs = [str(word) for pair in keys.items() for word in pair]

@@ -19,14 +19,14 @@ import killing
 import numpy as np
 import pytest
 import torch
-from conftest import unit, write_features
+from conftest import ROOT, unit, write_features
 from test_sweep import METHODS, files, finish, outcome, start
 
 from dfzsl import train
 from dfzsl.errors import UserError
 from dfzsl.launch import __main__ as launch
 from dfzsl.launch import workers
-from dfzsl.launch.runs import CONFIGS, Job
+from dfzsl.launch.runs import Job
 from dfzsl.results import CHANGING
 from dfzsl.trainers import owner
 from dfzsl.trainers.clip.loading import load_backbone
@@ -55,7 +55,7 @@ def world(tmp_path_factory) -> Path:
 
 def words(trainer: str, world: Path, **keys: object) -> list[str]:
     given = ["--trainer", trainer, "--root", str(world), "--seed", "1"]
-    given += ["--dataset-config-file", str(CONFIGS / "datasets" / "features.yaml")]
+    given += ["--dataset-config-file", str(ROOT / "configs/datasets" / "features.yaml")]
     keys = {
         "MODEL.BACKBONE.NAME": "shapes",
         "DATASET.SUBSAMPLE_CLASSES": "base",
@@ -142,7 +142,7 @@ def test_a_used_folder_takes_no_other_teacher(world, teacher, tmp_path):
     train.main(given)
     teacher.weight = teacher.weight.flip(0)
     teacher.save(tmp_path / "teacher.safetensors")
-    with pytest.raises(UserError, match="another teacher or other settings"):
+    with pytest.raises(UserError, match="other settings or another teacher"):
         train.main(given)
 
 

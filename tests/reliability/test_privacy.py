@@ -15,10 +15,10 @@ import fake_data
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from safetensors import safe_open
 
 from dfzsl import train
-from dfzsl.launch.runs import CONFIGS
 from dfzsl.results import CHANGING
 from dfzsl.trainers.recovery.teacher import Teacher
 
@@ -40,8 +40,15 @@ PRESET = ["RECOVERY.NUM_PER_CLASS", "8", "OPTIM.MAX_EPOCH", "1", "DATALOADER.NUM
 
 def words(folder: Path, config: str, root: Path, teacher: Path, backbone: str) -> list[str]:
     """The arguments of a data-free run in `folder`."""
-    given = ["--trainer", "DFZSL", "--dataset-config-file", str(CONFIGS / f"datasets/{config}.yaml")]
-    given += ["--config-file", str(CONFIGS / "trainers/DFZSL/dfzsl.yaml"), "--root", str(root), "--seed", "1"]
+    given = ["--trainer", "DFZSL", "--dataset-config-file", str(ROOT / f"configs/datasets/{config}.yaml")]
+    given += [
+        "--config-file",
+        str(ROOT / "configs/trainers/DFZSL/dfzsl.yaml"),
+        "--root",
+        str(root),
+        "--seed",
+        "1",
+    ]
     given += [
         "--output-dir",
         str(folder),

@@ -30,7 +30,6 @@ from dfzsl.errors import UserError
 from dfzsl.files import atomic, load_tensors, save_tensors, write_json
 from dfzsl.launch import __main__ as launch
 from dfzsl.launch import workers
-from dfzsl.launch.runs import CONFIGS
 from dfzsl.results import CHANGING, peak_memory
 from dfzsl.trainers.clip.loading import load_backbone
 
@@ -43,7 +42,7 @@ PRODUCT = [
 
 def words(folder: Path, trainer: str, output: str, **keys: object) -> list[str]:
     given = ["--trainer", trainer, "--root", str(folder / "animals.npz"), "--seed", "1"]
-    given += ["--dataset-config-file", str(CONFIGS / "datasets" / "features.yaml")]
+    given += ["--dataset-config-file", str(ROOT / "configs/datasets" / "features.yaml")]
     given += ["--output-dir", str(folder / output), "DATASET.SUBSAMPLE_CLASSES", "base"]
     settings = {
         "RECOVERY.NUM_PER_CLASS": 8,

@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import unit
+from conftest import ROOT, unit
 
 from dfzsl import train
-from dfzsl.launch.runs import CONFIGS
 from dfzsl.results import read_results
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.dfzsl import DFZSL
@@ -50,9 +49,9 @@ SMALL = {
 
 
 def run(trainer: str, world: Path, output: Path, *flags: str, classes: str = "base", **keys: object) -> dict:
-    config = CONFIGS / "trainers" / trainer / "dfzsl.yaml"
+    config = ROOT / "configs/trainers" / trainer / "dfzsl.yaml"
     words = ["--trainer", trainer, "--root", str(world), "--seed", "1", "--output-dir", str(output), *flags]
-    words += ["--dataset-config-file", str(CONFIGS / "datasets" / "features.yaml")]
+    words += ["--dataset-config-file", str(ROOT / "configs/datasets" / "features.yaml")]
     words += ["--config-file", str(config)] if config.exists() else []
     given = {key.replace("__", "."): value for key, value in keys.items()}
     settings = {**SMALL, "DATASET.SUBSAMPLE_CLASSES": classes, **given}

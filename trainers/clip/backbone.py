@@ -116,7 +116,7 @@ class Backbone(nn.Module):
         name: open_clip's name of the model.  weights_id: tag, or sha256 prefix of the weights file.
         dim: d.  logit_scale: exp of the learned scale, the inverse softmax temperature.
         preprocess_cfg: size (h, w), mean, std, interpolation, resize_mode of its pictures.
-        identity: what features made with it are marked with.
+        identity: whose image features they are: a teacher of another encoder cannot read them.
         precision: fp32, fp16, amp or bf16; set it with `use_precision`.
         compiled: learn prompts through compiled layers.
         rows_at_once: tokens of prompts whose activations are kept for the backward pass (0.4 MB each in the
@@ -199,7 +199,7 @@ class Backbone(nn.Module):
 
     @property
     def identity(self) -> str:
-        return f"{self.name}@{self.weights_id}"
+        return f"{self.name} ({self.weights_id})"
 
     def use_precision(self, precision: str) -> None:
         """Run the encoders in float32 or, on a GPU, under autocast; fp16 and amp are the same, bf16 wider.
@@ -271,7 +271,7 @@ class FeatureBackbone(nn.Module):
 
     @property
     def identity(self) -> str:
-        return self.weights_id
+        return f"features ({self.weights_id})"
 
     def encode_image(self, x: Tensor) -> Tensor:
         """Features (n, d), unchanged. Raises UserError for pictures and for another dimension."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import hashlib
 import logging
 import os
 import socket
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from dfzsl import safe_pickle
 from dfzsl.errors import UserError
-from dfzsl.files import bounded
+from dfzsl.files import bounded, digest
 
 from .backbone import Backbone, first_line, import_open_clip
 
@@ -257,11 +256,7 @@ def _quiet():
 
 
 def _file_id(path: Path) -> str:
-    digest = hashlib.sha256()
     try:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+        return digest(path)[:16]
     except FileNotFoundError:
         raise UserError(f"{path}: no such weights file") from None
-    return digest.hexdigest()[:16]

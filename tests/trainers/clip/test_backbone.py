@@ -100,7 +100,7 @@ def test_random_weights_are_always_the_same_and_leave_the_random_stream_alone():
     state = torch.random.get_rng_state()
     one, two = (load_backbone("tiny-vit", "random") for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert one.identity == "tiny-vit@random"
+    assert one.identity == "tiny-vit (random)"
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         assert torch.equal(a, b)
 

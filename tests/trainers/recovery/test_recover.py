@@ -5,8 +5,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
-from conftest import ROOT
 
 from dfzsl.errors import UserError
 from dfzsl.trainers.recovery.extraction import extract_rows
@@ -374,23 +372,6 @@ def test_on_real_features_the_geometry_comes_near_the_truth(real):
 def test_defaults_are_scalars_for_the_configuration():
     for value in vars(RecoverySettings()).values():
         assert isinstance(value, (bool, int, float, str))
-
-
-def test_the_papers_presets_are_its_settings():
-    folder = ROOT / "configs/trainers/DFZSL/paper"
-    presets = {path.stem: yaml.safe_load(path.read_text()) for path in folder.glob("*.yaml")}
-    assert len(presets) == 16
-    for preset in presets.values():
-        assert preset["TEACHER"] == {"ACCESS": "logits"}
-        settings = RecoverySettings(**{key.lower(): value for key, value in preset["RECOVERY"].items()})
-        assert (settings.method, settings.concentration, settings.draws) == ("simulator", "paper", 50)
-        assert (settings.directions, settings.filter, settings.fresh) == ("teacher", True, False)
-    unusual = {name: p["RECOVERY"]["THETA"] for name, p in presets.items() if p["RECOVERY"]["THETA"] != 1}
-    assert unusual == {"oxford_pets": 5.0, "fgvc_aircraft": 0.02}
-    assert (
-        presets["sun"]["RECOVERY"]["EPOCHS"] == 1500
-        and presets["eurosat"]["RECOVERY"]["NUM_PER_CLASS"] == 2000
-    )
 
 
 @pytest.mark.slow
