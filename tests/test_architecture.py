@@ -29,7 +29,12 @@ KNOWN_BY = {
     "yacs": {"dfzsl.toolbox", "dfzsl.train"},
     "open_clip": {"clip", "dfzsl.datasets.shapes.train_clip"},
 }
-FOLDERS = {"dfzsl": ROOT / "dfzsl", **{f"dfzsl.{n}": ROOT / n for n in ("configs", "datasets", "trainers")}}
+# Which folder is which package: setup.py says it.
+FOLDERS = next(
+    {package: ROOT / folder for package, folder in ast.literal_eval(node.value).items()}
+    for node in ast.parse((ROOT / "setup.py").read_text(encoding="utf-8")).body
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FOLDERS"
+)
 
 
 def modules() -> dict[str, Path]:
