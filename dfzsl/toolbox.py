@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Callable
 from typing import Any
 
 from dassl.config.defaults import _C as DEFAULTS
 from yacs.config import CfgNode
+
+from .errors import one_line
 
 
 def add_keys(node: str, **keys: Any) -> None:
@@ -28,6 +31,26 @@ def add_keys(node: str, **keys: Any) -> None:
 def keys_of(settings: type) -> dict[str, Any]:
     """Config keys for the fields of a settings dataclass, upper case, with the defaults."""
     return {field.name.upper(): field.default for field in dataclasses.fields(settings)}
+
+
+def changes(cfg: CfgNode) -> list[str]:
+    """What a config changes of the defaults, as `KEY VALUE` of a command line; where it runs is not told."""
+    default = _flat(DEFAULTS)
+    elsewhere = ("OUTPUT_DIR", "RESUME")
+    return [
+        one_line(f"{key} {shlex.quote(str(value))}")
+        for key, value in _flat(cfg).items()
+        if key not in elsewhere and (key not in default or value != default[key])
+    ]
+
+
+def _flat(node: CfgNode, prefix: str = "") -> dict[str, Any]:
+    """{"OPTIM.LR": 0.002, ...}"""
+    found: dict[str, Any] = {}
+    for key, value in node.items():
+        name = f"{prefix}{key}"
+        found |= _flat(value, f"{name}.") if isinstance(value, CfgNode) else {name: value}
+    return found
 
 
 def register(registry: Any, replace: bool = False) -> Callable[[type], type]:

@@ -23,6 +23,7 @@ from . import ranks
 from .errors import UserError, unknown
 from .files import read_yaml
 from .output import Folder
+from .toolbox import changes
 
 BASE = "_BASE_"  # in a config: the one that it changes, a path from its own folder (as in detectron2)
 DEEPEST = 20  # configs that build on one another
@@ -144,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(
         f"Setting fixed seed: {cfg.SEED}" if cfg.SEED >= 0 else "No seed is set: this run cannot be repeated"
     )
-    print(f"** Config **\n{cfg}")
+    print(f"** Config ** (all keys: {folder.path})", *changes(cfg), sep="\n")
     trainer = build_trainer(cfg)
     folder.claim()
     if args.eval_only:

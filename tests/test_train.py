@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from conftest import CLASSES, ROOT, write_features
+from dassl.config import get_cfg_default
 
 from dfzsl import train
 from dfzsl.errors import UserError
+from dfzsl.output import Folder
 from dfzsl.results import read_results
 
 CONFIGS = ROOT / "configs"
@@ -136,3 +140,33 @@ def test_an_output_folder_of_another_experiment_is_refused(feature_file, tmp_pat
                 "ZeroshotCLIP", feature_file, tmp_path / "out", "--eval-only", "TEST.PER_CLASS_RESULT", "True"
             )
         )
+
+
+def test_config_and_log_open_with_what_differs_from_the_defaults(feature_file, tmp_path, capsys):
+    """These lines, given to train.py again, make the same config; a folder without them is still known."""
+    output = tmp_path / "out"
+    given = words("ZeroshotCLIP", feature_file, output, "--eval-only", "DATASET.SUBSAMPLE_CLASSES", "new")
+    train.main(given)
+    described = (output / "config.yaml").read_text(encoding="utf-8")
+    head = [line.removeprefix("#:") for line in described.splitlines() if line.startswith("#:")][:-1]
+    assert "DATASET.SUBSAMPLE_CLASSES new" in [line.strip() for line in head] and len(head) < 20
+    again = [word for line in head for word in shlex.split(line)]
+    cfg = train.setup_cfg(train.parser().parse_args(["--output-dir", str(output), *again]))
+    assert cfg == train.setup_cfg(train.parser().parse_args(given))
+    printed = capsys.readouterr().out
+    assert "\nDATASET.SUBSAMPLE_CLASSES new\n" in printed and "CROSSGRAD" not in printed
+    assert "CROSSGRAD" in described
+    settings = "".join(line for line in described.splitlines(True) if not line.startswith("#:"))
+    (output / "config.yaml").write_text(settings, encoding="utf-8")
+    train.main(given)
+    with pytest.raises(UserError, match="holds another experiment"):
+        train.main([*given, "TEST.PER_CLASS_RESULT", "True"])
+
+
+def test_a_value_of_several_lines_changes_no_other(tmp_path):
+    cfg = get_cfg_default()
+    cfg.OUTPUT_DIR, cfg.INPUT.INTERPOLATION = str(tmp_path), "bicubic\nSEED: 7"
+    Folder(cfg).claim()
+    written = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
+    assert written["SEED"] == cfg.SEED and written["INPUT"]["INTERPOLATION"] == cfg.INPUT.INTERPOLATION
+    Folder(cfg)
