@@ -43,7 +43,7 @@ def names_of(given: Sequence[str]) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    flags = argparse.ArgumentParser(description="Download data sets into CoOp's layout, or check them.")
+    flags = argparse.ArgumentParser(prog="python -m dfzsl.prepare", description=__doc__.splitlines()[0])
     flags.add_argument("names", nargs="+", help="data sets (dtd, OxfordPets, awa2, ...), or all")
     flags.add_argument("--root", default="data", type=Path, help="data folder (./data)")
     flags.add_argument("--check", action="store_true", help="verify what is there, download nothing")

@@ -246,6 +246,7 @@ def test_pictures_and_their_features_make_the_same_step(features, tmp_path):
 
 
 @pytest.mark.usefixtures("backbone")
+@pytest.mark.usefixtures("backbone")
 @pytest.mark.parametrize("transforms", ["['normalize']", "['random_flip', 'normalize']"])
 def test_a_folder_of_pictures_trains_augmented_or_not(transforms, tmp_path):
     for part in ("train", "test"):
@@ -302,6 +303,8 @@ def installed(tmp_path_factory) -> Path:
     for part in ("trainers", "datasets", "configs"):
         shutil.copytree(ROOT / part, site / "dfzsl" / part, ignore=ignore)
     (site / "dfzsl/trainers" / name).write_text(code, encoding="utf-8")
+    (site / "dfzsl/trainers/apart").mkdir()  # a package there is what trainers are made of, and no trainer
+    (site / "dfzsl/trainers/apart/__init__.py").write_text("raise RuntimeError('taken for a trainer')")
     return site
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -17,8 +16,6 @@ from dfzsl.errors import UserError
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "amp": torch.float16, "bf16": torch.bfloat16}
 TEXTS_AT_ONCE = 256
 ROWS_AT_ONCE = 8192
-
-log = logging.getLogger(__name__)
 
 
 def import_open_clip() -> Any:
