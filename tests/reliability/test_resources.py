@@ -103,7 +103,7 @@ def test_a_full_disk_at_each_file_in_turn(world, monkeypatch, capfd, tried):
                 assert "No space left" in train.explain(error)
             else:
                 break
-    assert failed >= 4
+    assert failed >= 3  # virtual classes, classifier, results
     for name in ("virtual.safetensors", "classifier.safetensors"):
         assert (world / "full" / name).read_bytes() == (world / "whole" / name).read_bytes()
     assert results(world / "full" / "results.json") == results(world / "whole" / "results.json")
