@@ -18,7 +18,7 @@ import torch
 from dassl.data.datasets import DatasetBase, Datum
 
 from dfzsl.errors import UserError
-from dfzsl.files import bounded, read_json, refuse_unprintable
+from dfzsl.files import bounded, checked_names, read_json
 from dfzsl.safe_pickle import PLAIN, Inert, Unpickler
 from dfzsl.toolbox import add_keys
 
@@ -174,14 +174,11 @@ def check(split: Split, place: str) -> None:
         raise UserError(
             f"{place}: label {stray[0]} has no class name (labels count from 0 to {len(names) - 1})"
         )
-    for label, name in enumerate(names):
-        if not name.strip():
-            raise UserError(f"{place}: the class with label {label} has no name")
+    for label, name in enumerate(checked_names(names, place)):
         if label not in seen:
             raise UserError(f"{place}: class '{name}' is in the split but has no image")
         if trained and label not in trained and label not in new:
             raise UserError(f"{place}: class '{name}' has no training image")
-    refuse_unprintable(names, place)
 
 
 def leads_out(path: str) -> bool:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -18,8 +19,9 @@ from tqdm import tqdm
 
 from dfzsl import ranks
 from dfzsl.errors import UserError
-from dfzsl.files import load_tensors, save_tensors
+from dfzsl.files import atomic, digest, load_tensors, read_text, save_tensors
 
+from .base import ClassDataset
 from .features import FeatureDatum
 
 # Pillow hands others to programs of the system, Ghostscript for one, whatever the file's name.
@@ -101,16 +103,58 @@ def _parts(whole: Path, n: int) -> dict[int, Path]:
 def _key(backbone: Encoder, transform: object, paths: Sequence[str]) -> str:
     """A content key: what decides the features, hashed."""
     what = re.sub(r" at 0x[0-9a-f]+", "", repr(transform))  # Dassl's own transforms print their address
-    digest = hashlib.sha256(
-        json.dumps([backbone.name, backbone.weights_id, backbone.precision, what]).encode()
-    )
+    return _state([backbone.name, backbone.weights_id, backbone.precision, what], paths)
+
+
+def _state(what: Sequence[str], paths: Sequence[str]) -> str:
+    """A hash of `what` and of the paths, sizes and times of files."""
+    state = hashlib.sha256(json.dumps(what).encode())
     for path in paths:
         try:
             stat = os.stat(path)
         except OSError as error:
             raise UserError(f"{path}: cannot read the image ({error.strerror})") from None
-        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()[:32]
+        state.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return state.hexdigest()[:32]
+
+
+def checksum(dataset: ClassDataset, datums: Sequence[Datum]) -> str:
+    """What decides a run on `datums`, hashed: the names and the prompt, and of each example its place in the
+    data set, its label and what its file holds. Where the data set lies is no part of it.
+
+    Files are read once: what they hold is kept in the cache, by their paths, sizes and times.
+    """
+    names = [dataset.all_classnames, dataset.new_classnames, dataset.template]
+    hashed = hashlib.sha256(json.dumps(names).encode())
+    for row in (dataset.text_features or {}).values():
+        hashed.update(row.numpy().tobytes())
+    images = []
+    for datum in datums:
+        hashed.update(b"%d\n" % datum.label)
+        if isinstance(datum, FeatureDatum):
+            hashed.update(datum.feature.numpy().tobytes())
+        else:
+            images.append(datum.impath)
+            hashed.update(os.fsencode(os.path.relpath(datum.impath, dataset.dataset_dir)))
+    if images:
+        hashed.update(_contents(images).encode())
+    return hashed.hexdigest()
+
+
+def _contents(paths: Sequence[str]) -> str:
+    """A checksum of what files hold, in their order."""
+    kept = default_cache_dir() / f"{_state(['contents'], paths)}.sha256"
+    if kept.exists():
+        return read_text(kept)
+    hashed = hashlib.sha256()
+    with ThreadPoolExecutor() as pool, tqdm(total=len(paths), unit="img", desc="read", leave=False) as bar:
+        for start in range(0, len(paths), PART):
+            part = paths[start : start + PART]
+            hashed.update("".join(pool.map(digest, part)).encode())
+            bar.update(len(part))
+    with contextlib.suppress(OSError), atomic(kept) as temporary:  # a cache that is read-only
+        temporary.write_text(hashed.hexdigest(), encoding="utf-8")
+    return hashed.hexdigest()
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:

@@ -71,10 +71,6 @@ def extract(
     """
     if isinstance(dataset.test[0], FeatureDatum):
         raise UserError(f"{dataset.dataset_dir} holds features already")
-    if len(set(dataset.all_classnames)) < len(dataset.all_classnames):
-        raise UserError(
-            f"{dataset.dataset_dir}: two classes have the same name; a feature file tells them by name"
-        )
     tensors: dict[str, torch.Tensor] = {}
     parts = {"train": [] if dataset.test_only else dataset.train_x, "val": dataset.val, "test": dataset.test}
     for part, datums in parts.items():

@@ -57,8 +57,6 @@ class Features(ClassDataset):
         path = self.dataset_dir
         arrays, about = open_features(path)
         classnames = checked_names(about.get("classnames"), path)
-        if len(set(classnames)) < len(classnames):
-            raise UserError(f"{path}: two classes have the same name")
         self.backbone_id, self.weights_id = about.get("backbone"), about.get("weights")
         if template := about.get("template"):
             if not isinstance(template, str) or re.findall("[{}]+", template) != ["{}"]:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -156,21 +156,32 @@ def read_yaml(path: str | os.PathLike[str]) -> object:
         raise UserError(f"{path}: not plain YAML: {said}{where}") from None
 
 
-def checked_names(names: object, where: object) -> list[str]:
-    """`names` if it is a list of class names that can be shown anywhere. Raises UserError, naming `where`."""
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+def checked_names(names: object, where: object, taken: Iterable[str] = ()) -> list[str]:
+    """`names` if it is a list of class names, none of them one of `taken`: the one rule for all that come in.
+
+    Raises UserError, naming `where`, for a name that is empty, that has control characters (logs, tables and
+    terminals would obey them), or that stands for two classes: prompts read _ as a space.
+    """
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: it has no list of class names")
-    refuse_unprintable(names, where)
-    return names
-
-
-def refuse_unprintable(names: Sequence[str], where: object) -> None:
-    """Raise UserError for a name with control characters, which logs, tables and terminals would obey."""
+    known = {_spoken(name) for name in taken}
+    seen = set(known)
     for label, name in enumerate(names):
         if UNPRINTABLE.search(name):
             raise UserError(
                 f"{where}: the name of class {label} has characters that cannot be shown: '{name}'"
             )
+        if not (spoken := _spoken(name)):
+            raise UserError(f"{where}: class {label} has no name")
+        if spoken in seen:
+            how = "is a base class already" if spoken in known else "is the name of two classes"
+            raise UserError(f"{where}: '{name}' {how}; a class needs a name of its own")
+        seen.add(spoken)
+    return list(names)
+
+
+def _spoken(name: str) -> str:
+    return name.replace("_", " ").strip()
 
 
 def save_tensors(

@@ -3,44 +3,72 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .errors import UserError
-from .files import atomic, digest
+from .files import atomic, digest, read_text
 from .toolbox import changes
 
-REMARK = "#:"  # begins the lines of config.yaml that are for a reader
+CONFIG = "config.yaml"
+REMARK = "#: "  # begins its lines that are for a reader
+MADE_OF = "# made of "
 
 
 class Folder:
-    """OUTPUT_DIR of one run: its config.yaml says of which settings and, in a line of its own, which teacher.
+    """OUTPUT_DIR of one run: its config.yaml holds the settings and, in lines above, what the run is made of.
 
-    What they change of the defaults stands before them in comments, for a reader; these are not compared.
-    Raises UserError where the folder is another run's. It may move, so its own path is no part of it.
+    What the settings change of the defaults stands before them in comments, for a reader; these are not
+    compared. Raises UserError where the folder is another run's. It may move, so its path is no part of it.
     """
 
     def __init__(self, cfg: Any) -> None:
         described = cfg.clone()
         described.defrost()
         described.OUTPUT_DIR = described.RESUME = ""
-        self.path = Path(cfg.OUTPUT_DIR) / "config.yaml"
-        self.text = described.dump()
-        if os.path.isfile(cfg.TEACHER.FILE):
-            self.text = f"# the teacher's file: sha256 {digest(cfg.TEACHER.FILE)}\n{self.text}"
-        self.remarks = "".join(f"{REMARK} {line}\n" for line in [*changes(cfg), "All keys:"])
-        if self.path.exists() and _settings(self.path.read_text(encoding="utf-8")) != self.text:
+        self.path = Path(cfg.OUTPUT_DIR) / CONFIG
+        self.settings = described.dump()
+        self.remarks = "".join(f"{REMARK}{line}\n" for line in [*changes(cfg), "All keys:"])
+        self.made_of: dict[str, str] = {}
+        if self.path.exists() and read(self.path)[1] != self.settings:
             raise UserError(
-                f"{self.path.parent} holds another experiment, of other settings or another teacher (its "
-                "config.yaml); choose another --output-dir"
+                f"{self.path.parent} holds another experiment, of other settings (its {CONFIG}); choose "
+                "another --output-dir"
             )
+        if os.path.isfile(cfg.TEACHER.FILE):
+            self.add({"teacher weights": digest(cfg.TEACHER.FILE)})
+
+    def add(self, made_of: Mapping[str, str]) -> None:
+        """Note what the run is made of. Raises UserError where the folder's run is of something else."""
+        if self.path.exists():
+            refuse_others(self.path, made_of, "--output-dir")
+        self.made_of.update(made_of)
 
     def claim(self) -> None:
-        """Write config.yaml. Not before the run is built: a wrong path must not mark the folder."""
-        if not self.path.exists():
+        """Write config.yaml, when all that the run reads was read: a mistake must not mark the folder."""
+        was = read(self.path)[0] if self.path.exists() else {}
+        made_of = {**was, **self.made_of}
+        if made_of != was or not self.path.exists():
+            marked = "".join(f"{MADE_OF}{what}: {value}\n" for what, value in made_of.items())
             with atomic(self.path) as temporary:
-                temporary.write_text(self.remarks + self.text, encoding="utf-8")
+                temporary.write_text(self.remarks + marked + self.settings, encoding="utf-8")
 
 
-def _settings(text: str) -> str:
-    return "".join(line for line in text.splitlines(keepends=True) if not line.startswith(REMARK))
+def read(config: Path) -> tuple[dict[str, str], str]:
+    """What a run is made of (nothing, where an older version wrote it), and its settings."""
+    lines = read_text(config).splitlines(keepends=True)
+    marked = [line.removeprefix(MADE_OF).strip() for line in lines if line.startswith(MADE_OF)]
+    made_of = {what: value for what, _, value in (line.partition(": ") for line in marked)}
+    return made_of, "".join(line for line in lines if not line.startswith("#"))
+
+
+def refuse_others(config: Path, made_of: Mapping[str, str], flag: str) -> None:
+    """Raise UserError unless the run that wrote `config` is made of `made_of`, as far as it says."""
+    was, _ = read(config)
+    for what, value in made_of.items():
+        if was.get(what, value) != value:
+            raise UserError(
+                f"{config.parent} holds another experiment, made of other {what} ({was[what][:16]}, here "
+                f"{value[:16]}); choose another {flag}"
+            )

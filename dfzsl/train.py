@@ -17,6 +17,7 @@ from dassl.utils import set_random_seed, setup_logger
 from yacs.config import CfgNode
 
 import dfzsl.datasets  # noqa: F401
+from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.recovery.oracles import check_address, is_address
 
 from . import ranks
@@ -147,9 +148,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(f"** Config ** (all keys: {folder.path})", *changes(cfg), sep="\n")
     trainer = build_trainer(cfg)
-    folder.claim()
     if args.eval_only:
         trainer.load_model(args.model_dir, epoch=args.load_epoch)
+    if not isinstance(trainer, CLIPTrainer):  # which does it when all is read
+        folder.claim()
+    if args.eval_only:
         trainer.test()
     elif not args.no_train:
         trainer.train()

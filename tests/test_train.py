@@ -114,7 +114,7 @@ def test_mistakes_are_told_before_anything_is_written(feature_file, tmp_path, ch
     [
         ({"text": np.ones((8, 16), "float32")}, "different dimensions"),
         ({"x_test": np.full((4, 32), np.nan, "float32"), "y_test": np.zeros(4, int)}, "not finite"),
-        ({"classnames": np.array(["a"] * 8)}, "same name"),
+        ({"classnames": np.array(["a"] * 8)}, "name of two classes"),
     ],
 )
 def test_a_broken_feature_file_is_named(tmp_path, changes, message):

@@ -19,7 +19,7 @@ from dassl.utils import load_checkpoint
 from tqdm import tqdm
 
 from dfzsl import ranks
-from dfzsl.datasets.encoding import encode_datums
+from dfzsl.datasets.encoding import checksum, encode_datums
 from dfzsl.datasets.features import FeatureDatum
 from dfzsl.datasets.loader import FeatureLoader
 from dfzsl.datasets.virtual import DataFreeManager, VirtualLoader
@@ -87,6 +87,9 @@ class CLIPTrainer(TrainerX):
         if backbone is None:
             backbone = _feature_backbone(dataset)
         self.backbone = backbone
+        with ranks.first_alone():
+            test = checksum(dataset, dataset.test)
+        self.folder.add({"backbone": backbone.identity, "test data": test})
         self.classnames = list(dataset.classnames)
         self.template = dataset.template
         self.num_classes = self.dm.num_classes
@@ -128,19 +131,23 @@ class CLIPTrainer(TrainerX):
         return batch["img"].to(self.device), batch["label"].to(self.device)
 
     def require_training_images(self) -> None:
-        """Raise UserError where the data set has test images only (ImageNet's variants, for one)."""
+        """Note what they are. Raises UserError where the data set has test images only (ImageNet's variants),
+        and where the run in OUTPUT_DIR had other training images."""
         if self.dm.dataset.test_only:
             raise UserError(
                 f"{self.cfg.DATASET.NAME} ({self.cfg.DATASET.SUBSAMPLE_CLASSES}) has test images only; "
                 "test a trained model on it with --eval-only --model-dir"
             )
+        with ranks.first_alone():
+            training = checksum(self.dm.dataset, [*self.dm.dataset.train_x, *self.dm.dataset.val])
+        self.folder.add({"training data": training})
 
     def before_train(self) -> None:
         if not self.data_free:
             self.require_training_images()
-        self.folder.claim()
         super().before_train()
         self.train_loader_x = self.recover_virtual_features() if self.data_free else self._train_loader()
+        self.folder.claim()
         self.train_started = time.perf_counter()
 
     def before_epoch(self) -> None:
@@ -190,6 +197,8 @@ class CLIPTrainer(TrainerX):
                         f"{source}: a teacher of {oracle.backbone} cannot read features of "
                         f"{self.backbone.identity}"
                     )
+                if journal:  # it is this run's
+                    self.folder.claim()
                 self.virtual = recover(
                     oracle,
                     self.text_of(self.classnames),
@@ -198,6 +207,7 @@ class CLIPTrainer(TrainerX):
                     generator=self.stage_generator(),
                     **settings,
                 )
+                self.folder.claim()
                 self.virtual.save(path)
         self.virtual = self.virtual.ordered_as(self.classnames)
         self.queries = self.virtual.queries
@@ -291,6 +301,7 @@ class CLIPTrainer(TrainerX):
 
     def _write_results(self, predictions: torch.Tensor, labels: torch.Tensor) -> None:
         path = Path(self.cfg.OUTPUT_DIR) / RESULTS
+        self.folder.claim()
         write_results(
             path,
             cfg=self.cfg,

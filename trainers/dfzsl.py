@@ -12,6 +12,7 @@ import torch
 from dassl.engine import TRAINER_REGISTRY
 
 from dfzsl.errors import UserError
+from dfzsl.files import checked_names
 from dfzsl.stages import checked
 from dfzsl.toolbox import add_keys, keys_of, register
 
@@ -71,6 +72,10 @@ class DFZSL(FLPT):
         """The classes to add: TRAINER.DFZSL.NEW_CLASSES, else the new classes of the data set, if any."""
         new = [name for name in self.dm.dataset.new_classnames if name not in self.classnames]
         return list(self.cfg.TRAINER.DFZSL.NEW_CLASSES) or new
+
+    def before_train(self) -> None:
+        checked_names(self.new_classnames, "the new classes", taken=self.classnames)
+        super().before_train()
 
     @torch.no_grad()
     def after_train(self) -> None:

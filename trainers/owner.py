@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from dassl.engine import TRAINER_REGISTRY
 
+from dfzsl.errors import UserError
 from dfzsl.toolbox import register
 
 from .base import CLIPTrainer
@@ -26,6 +27,10 @@ class TeacherZeroshot(CLIPTrainer):
 
     recipe = "vit_b16"
 
+    def check_cfg(self, cfg) -> None:
+        if cfg.TEACHER.FILE:
+            raise UserError("TeacherZeroshot makes a teacher from images: leave TEACHER.FILE empty")
+
     def build_model(self) -> None:
         self.text = self.backbone.class_features(self.classnames, [self.template])
         self.teacher: Teacher | None = None
@@ -33,7 +38,6 @@ class TeacherZeroshot(CLIPTrainer):
     def train(self) -> None:
         """Fit on all training images (or NUM_SHOTS a class) unless that is done, save, test."""
         self.require_training_images()
-        self.folder.claim()
         started = time.perf_counter()
         path = Path(self.cfg.OUTPUT_DIR) / TEACHER
         if path.exists():
@@ -41,6 +45,7 @@ class TeacherZeroshot(CLIPTrainer):
         else:
             features, labels = self.encode(self.dm.dataset.train_x)
             self.teacher = fit_teacher(features, labels, self.classnames, self.backbone.identity)
+            self.folder.claim()
             self.teacher.save(path)
         self.stage_seconds["teacher"] = time.perf_counter() - started
         self.test()

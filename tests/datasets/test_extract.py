@@ -90,7 +90,7 @@ def test_two_classes_of_one_name(tmp_path):
     root = fake_data.make("ImageNetR", tmp_path)
     names = tmp_path / "imagenet-rendition/classnames.txt"
     names.write_text(names.read_text().replace("goldfish", "tench"))
-    with pytest.raises(UserError, match="two classes have the same name"):
+    with pytest.raises(UserError, match="'tench' is the name of two classes"):
         extract.extract(extract.open_dataset("imagenet_r", str(root)), Backbone(), tmp_path / "f.safetensors")
 
 

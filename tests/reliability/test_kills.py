@@ -142,7 +142,7 @@ def test_a_used_folder_takes_no_other_teacher(world, teacher, tmp_path):
     train.main(given)
     teacher.weight = teacher.weight.flip(0)
     teacher.save(tmp_path / "teacher.safetensors")
-    with pytest.raises(UserError, match="other settings or another teacher"):
+    with pytest.raises(UserError, match="made of other teacher weights"):
         train.main(given)
 
 

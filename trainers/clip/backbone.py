@@ -231,6 +231,8 @@ class Backbone(nn.Module):
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
         """Unit text features (n, d) of n texts. Raises UserError for a text that is too long."""
+        if not texts:
+            return torch.empty(0, self.dim, device=self.device)
         tower = self.text_tower
         with self.autocast():
             rows = [
@@ -289,4 +291,5 @@ class FeatureBackbone(nn.Module):
             raise UserError(
                 f"the features hold no text row for class '{missing[0]}', and there is no text encoder"
             )
-        return F.normalize(torch.stack([self._text[name].float() for name in classnames]), dim=-1)
+        rows = [self._text[name].float() for name in classnames]
+        return F.normalize(torch.stack(rows), dim=-1) if rows else torch.empty(0, self.dim)

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dfzsl import ranks
 from dfzsl.errors import UserError
+from dfzsl.files import checked_names
 
 from .backbone import Backbone, TextTower
 
@@ -82,7 +83,9 @@ class Prompts:
     ) -> None:
         if position not in POSITIONS:
             raise UserError(f"unknown class token position '{position}'; known: {', '.join(POSITIONS)}")
-        names = _checked_names(classnames)
+        if not classnames:
+            raise UserError("no class names: nothing to make prompts of")
+        names = [name.replace("_", " ") for name in checked_names(classnames, "prompts")]
         tower = self.tower = backbone.text_tower
         self.autocast = backbone.autocast
         self.rows_at_once = backbone.rows_at_once
@@ -311,19 +314,6 @@ def _give_back() -> None:
 @functools.cache
 def _malloc_trim() -> Callable[[int], int] | None:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-
-
-def _checked_names(classnames: Sequence[str]) -> list[str]:
-    names = [name.replace("_", " ") for name in classnames]
-    if not names:
-        raise UserError("no class names: nothing to make prompts of")
-    bare = [name.strip() for name in names]
-    if "" in bare:
-        raise UserError(f"class {bare.index('')} has an empty name: give every class a name")
-    if len(set(bare)) < len(bare):
-        name = next(name for name in bare if bare.count(name) > 1)
-        raise UserError(f"class name '{name}' occurs twice: their prompts would be the same; rename one")
-    return names
 
 
 def start_and_word(backbone: Backbone) -> tuple[int, int]:

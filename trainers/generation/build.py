@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.errors import UserError
+from dfzsl.files import checked_names
 from dfzsl.stages import checked
 
-from .classifier import Classifier, check_new_names, shift_reliability
+from .classifier import Classifier, shift_reliability
 from .generators.base import device_generator
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def build_classifier(
     """
     settings = settings or StageThreeSettings()
     base_classnames = list(virtual.classnames)
-    check_new_names(base_classnames, new_classnames)
+    checked_names(new_classnames, "the new classes", taken=base_classnames)
     if len(base_text) != len(base_classnames) or new_text.shape != (len(new_classnames), base_text.shape[1]):
         raise UserError(
             f"{len(base_classnames)} base and {len(new_classnames)} new classes need as many text features, "

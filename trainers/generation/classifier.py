@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,9 +18,10 @@ from torch import Tensor
 
 from dfzsl.errors import UserError, unknown
 from dfzsl.files import checked_names, load_tensors, save_tensors
+from dfzsl.stages import checked
 
 TEMPERATURE = 0.01  # CLIP's own, 1 / logit_scale
-KINDS = {"temperature": float, "new_bias": float, "backbone": str, "weights": str}  # of a file's words
+KINDS = {"temperature": float | int, "new_bias": float | int, "backbone": str, "weights": str}  # in a file
 
 
 @dataclass
@@ -47,15 +49,17 @@ class Classifier:
     weights: str = ""
 
     def __post_init__(self) -> None:
-        names, shape = len(self.classnames), tuple(self.weight.shape)
-        if len(shape) != 2 or shape[0] != names or not self.is_new.shape == self.bias.shape == (names,):
+        names, shape = len(checked_names(self.classnames, "a classifier")), tuple(self.weight.shape)
+        fits = len(shape) == 2 and 0 not in shape and self.is_new.shape == self.bias.shape == (names,)
+        if not fits or shape[0] != names:
             raise UserError(f"a classifier needs a row, flag and bias per class; got {shape}, {names} names")
         if any(s is not None and s.shape != shape[1:] for s in (self.shift, self.text_shift)):
             raise UserError("a classifier's shifts must have the dimension of its rows")
-        if not self.temperature > 0:
+        checked(self.weight, "a classifier", "row", self.classnames)
+        if not 0 < self.temperature < math.inf:
             raise UserError(f"a classifier's temperature must be greater than 0, got {self.temperature}")
-        if len(set(self.classnames)) < names:
-            raise UserError("a classifier's class names must differ from each other")
+        if not (math.isfinite(self.new_bias) and torch.isfinite(self.bias).all()):
+            raise UserError("a classifier's biases must be finite")
 
     def logits(self, x: Tensor, classnames: Sequence[str] | None = None) -> Tensor:
         """(n, C) logits of image features x (n, d), over all classes or the named ones in that order.
@@ -80,7 +84,7 @@ class Classifier:
 
     def extend(self, classnames: Sequence[str], text: Tensor) -> Classifier:
         """This classifier and new classes with unit text features (K, d); old rows stay as they are."""
-        check_new_names(self.classnames, classnames)
+        checked_names(classnames, "the new classes", taken=self.classnames)
         if text.shape != (len(classnames), self.weight.shape[1]):
             raise UserError(
                 f"{len(classnames)} new classes need text features ({len(classnames)}, "
@@ -113,23 +117,15 @@ class Classifier:
         about.pop("kind")
         try:
             names = checked_names(about.pop("classnames"), "its names")
-            made = {name: KINDS[name](value) for name, value in about.items()}  # type: ignore[operator]
+            if not all(isinstance(value, KINDS[name]) for name, value in about.items()):
+                raise TypeError
             is_new = tensors.pop("is_new").bool()
             rows = {name: tensor.float() for name, tensor in tensors.items()}
-            return cls(classnames=names, is_new=is_new, **rows, **made)  # type: ignore[arg-type]
+            return cls(classnames=names, is_new=is_new, **rows, **about)  # type: ignore[arg-type]
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(f"{path}: an incomplete classifier file; train again to write it anew") from None
-
-
-def check_new_names(known: Sequence[str], new: Sequence[str]) -> None:
-    """Raise UserError when new names repeat each other or a known one."""
-    if len(set(new)) < len(new):
-        twice = next(name for i, name in enumerate(new) if name in new[:i])
-        raise UserError(f"the new class '{twice}' is named twice")
-    if both := sorted(set(known) & set(new)):
-        raise UserError(f"'{both[0]}' is a base class already: a new class needs a name of its own")
 
 
 def text_shift(

@@ -34,11 +34,10 @@ class Teacher:
     bias: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.weight.dim() != 2 or len(self.weight) != len(self.classnames):
-            shape, names = tuple(self.weight.shape), len(self.classnames)
+        shape, names = tuple(self.weight.shape), len(self.classnames)
+        if len(shape) != 2 or shape[0] != names or 0 in shape:
             raise UserError(f"a teacher needs one weight row per class; got shape {shape} and {names} names")
-        if len(set(self.classnames)) < len(self.classnames):
-            raise UserError("a teacher's class names must differ from each other")
+        checked_names(self.classnames, "the teacher")
         checked(unit(self.weight), "the teacher", "row", self.classnames)
         if self.bias is not None:
             if self.bias.shape != self.weight.shape[:1]:
@@ -82,8 +81,8 @@ class Teacher:
         backbone, normalized = about.get("backbone", ""), about.get("normalized")
         if weight is None or not isinstance(backbone, str) or not isinstance(normalized, bool):
             raise UserError(f"{path}: an incomplete teacher file; write it again with TeacherZeroshot")
-        names = checked_names(about.get("classnames"), path)
         try:
+            names = checked_names(about.get("classnames"), "the teacher")
             return cls(weight.float(), names, backbone, normalized, None if bias is None else bias.float())
         except UserError as error:
             raise UserError(f"{path}: {error}") from None

@@ -118,6 +118,7 @@ class VirtualClasses:
             bias = tensors.pop("bias").float() if "bias" in tensors else None
             if (
                 mu.dim() != 2
+                or 0 in mu.shape
                 or mu.shape != weight.shape
                 or kappa.shape != mu.shape[:1]
                 or (bias is not None and bias.shape != mu.shape[:1])

@@ -252,9 +252,9 @@ def test_the_frozen_model_is_not_part_of_the_learner(backbone):
     ("names", "settings", "said"),
     [
         (["cat", "word " * 71], {"n_ctx": 4}, "word word"),
-        (["cat", "dog", "cat"], {}, "'cat' occurs twice"),
-        (["red_fox", "red fox"], {}, "'red fox' occurs twice"),
-        (["cat", " "], {}, "class 1 has an empty name"),
+        (["cat", "dog", "cat"], {}, "'cat' is the name of two classes"),
+        (["red_fox", "red fox"], {}, "'red fox' is the name of two classes"),
+        (["cat", " "], {}, "class 1 has no name"),
         ([], {}, "no class names"),
         (["cat"], {"n_ctx": 74}, "use 1 to 73"),
         (["cat"], {"n_ctx": 0}, "use 1 to 73"),

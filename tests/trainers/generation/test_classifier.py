@@ -1,5 +1,6 @@
 """The final classifier: its file, its parts, and the whole of stage 3 on a small world shaped like CLIP's."""
 
+import copy
 import math
 import runpy
 import sys
@@ -120,6 +121,25 @@ class TestClassifier:
         with pytest.raises(UserError, match="found teacher"):
             Classifier.load(path)
 
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (lambda c: setattr(c, "temperature", float("inf")), "temperature must be greater than 0"),
+            (lambda c: setattr(c, "temperature", "0.01"), "incomplete classifier"),
+            (lambda c: setattr(c, "new_bias", float("nan")), "biases must be finite"),
+            (lambda c: c.weight[1].zero_(), "class 'class 1' has no direction: its row is zero"),
+            (lambda c: c.weight[1].mul_(1e20), "no direction: its row has length"),
+            (lambda c: c.classnames.__setitem__(0, "class_1"), "is the name of two classes"),
+        ],
+        ids=range(6),
+    )
+    def test_values_that_decide_nothing_are_refused(self, classifier, change, said, tmp_path):
+        wrong = copy.deepcopy(classifier)
+        change(wrong)
+        wrong.save(tmp_path / "classifier.safetensors")
+        with pytest.raises(UserError, match=said):
+            Classifier.load(tmp_path / "classifier.safetensors")
+
     def test_classes_added_later_are_those_trained_together(self, world, classifier):
         """Without a generator a new class depends on base classes and its own text alone."""
         _, _, new_text, names, _ = world
@@ -136,7 +156,7 @@ class TestClassifier:
         row = torch.zeros(1, DIM)
         with pytest.raises(UserError, match="'class 3' is a base class already"):
             classifier.extend(["class 3"], row)
-        with pytest.raises(UserError, match="'x' is named twice"):
+        with pytest.raises(UserError, match="'x' is the name of two classes"):
             classifier.extend(["x", "x"], row.repeat(2, 1))
         with pytest.raises(UserError, match="2 new classes need text features"):
             classifier.extend(["x", "y"], row)
@@ -341,7 +361,7 @@ class TestStageThree:
         text = world[2][:2]
         with pytest.raises(UserError, match="'class 1' is a base class already"):
             build(world, new=(text, ["class 1", "fresh"]))
-        with pytest.raises(UserError, match="'fresh' is named twice"):
+        with pytest.raises(UserError, match="'fresh' is the name of two classes"):
             build(world, new=(text, ["fresh", "fresh"]))
         with pytest.raises(UserError, match="as many text features"):
             build(world, new=(text, ["fresh"]))

@@ -119,10 +119,12 @@ def test_files_that_are_no_teacher_are_refused(teacher, tmp_path):
     save_tensors(path, {"weight": teacher.weight}, about)
     with pytest.raises(UserError, match=r"one weight row per class; got shape \(3, 6\) and 2 names"):
         Teacher.load(path)
-    with pytest.raises(UserError, match="differ from each other"):
+    with pytest.raises(UserError, match="'bee' is the name of two classes"):
         Teacher(teacher.weight, ["ant", "bee", "bee"])
     with pytest.raises(UserError, match=r"class .ant. has no direction: its row is zero"):
         Teacher(torch.zeros(3, 6), NAMES)
+    with pytest.raises(UserError, match=r"got shape \(3, 0\)"):
+        Teacher(torch.zeros(3, 0), NAMES)
 
 
 @pytest.mark.parametrize("normalized", (True, False))
