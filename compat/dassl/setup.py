@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 setup(
     name="dassl",
-    version="0.6.3.post1",
+    version="0.6.3.post2",
     description="A drop-in for the part of Dassl.pytorch that CoOp-family repositories use",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -36,8 +36,10 @@ from ..utils import (
     AverageMeter,
     MetricMeter,
     count_num_param,
+    load_checkpoint,
     load_pretrained_weights,
     mkdir_if_missing,
+    resume_from_checkpoint,
     save_checkpoint,
     tolist_if_not,
 )
@@ -54,6 +56,8 @@ __all__ = [
     "TrainerBase",
     "TrainerX",
     "TrainerXU",
+    "load_checkpoint",
+    "resume_from_checkpoint",
 ]
 
 BEST = "model-best.pth.tar"
@@ -391,7 +395,10 @@ class SimpleTrainer(TrainerBase):
         """Set dm, train_loader_x, train_loader_u, val_loader, test_loader, num_classes, num_source_domains
         and lab2cname.
         """
-        dm = DataManager(self.cfg)
+        self.take_data(DataManager(self.cfg))
+
+    def take_data(self, dm: Any) -> None:
+        """Set what `build_data_loader` sets, from a DataManager or one's own."""
         self.train_loader_x: Any = dm.train_loader_x
         self.train_loader_u: Any = dm.train_loader_u
         self.val_loader = dm.val_loader

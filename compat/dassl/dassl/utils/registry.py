@@ -46,6 +46,11 @@ class Registry:
         decorator: Callable[[Any], Any] = decorate
         return decorator
 
+    def offer(self, obj: Any) -> Any:
+        """Decorator: register `obj` unless its name is taken, as it is where others bring their own."""
+        self._obj_map.setdefault(obj.__name__, obj)
+        return obj
+
     def get(self, name: str) -> Any:
         """The object of that name; KeyError if there is none."""
         if name not in self._obj_map:

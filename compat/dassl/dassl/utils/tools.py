@@ -130,9 +130,14 @@ def get_most_similar_str_to_a_from_b(a: str, b: Iterable[str]) -> str | None:
     return max(b, key=lambda s: difflib.SequenceMatcher(None, a, s).ratio(), default=None)
 
 
-def check_availability(requested: str, available: Iterable[str]) -> None:
-    """ValueError, with the nearest name that exists, unless `requested` is among `available`."""
+def check_availability(requested: str, available: Iterable[str], left_out: Iterable[str] = ()) -> None:
+    """ValueError, with the nearest name that exists, unless `requested` is among `available`.
+
+    left_out: names that the original has and this drop-in has not, about which the error says so.
+    """
     available = list(available)
+    if requested in left_out and requested not in available:
+        raise ValueError(f"{requested} is not in this drop-in for Dassl (see its README: what is left out)")
     if requested not in available:
         nearest = get_most_similar_str_to_a_from_b(requested, available)
         raise ValueError(

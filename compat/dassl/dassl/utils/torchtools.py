@@ -7,6 +7,7 @@ import shutil
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import partial as partial
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,29 @@ def resume_training(
         print("Loaded scheduler")
     print(f"Previous epoch: {checkpoint['epoch']}")
     return checkpoint
+
+
+def adjust_learning_rate(
+    optimizer: Any,
+    base_lr: float,
+    epoch: int,
+    stepsize: int = 20,
+    gamma: float = 0.1,
+    linear_decay: bool = False,
+    final_lr: float = 0,
+    max_epoch: int = 100,
+) -> None:
+    """base_lr gamma^(epoch // stepsize); with `linear_decay` from base_lr to final_lr at max_epoch."""
+    done = epoch / max_epoch
+    lr = done * final_lr + (1 - done) * base_lr if linear_decay else base_lr * gamma ** (epoch // stepsize)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def set_bn_to_eval(m: nn.Module) -> None:
+    """For model.apply: batch normalisation keeps its running statistics, and its parameters still learn."""
+    if "BatchNorm" in type(m).__name__:
+        m.eval()
 
 
 def open_all_layers(model: nn.Module) -> None:

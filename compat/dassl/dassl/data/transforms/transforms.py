@@ -139,8 +139,10 @@ def build_transform(cfg: CfgNode, is_train: bool = True, choices: Sequence[str] 
     unknown = [choice for choice in choices if choice not in AVAI_CHOICES]
     if unknown:
         raise ValueError(f"unknown transform {unknown[0]!r}; known: {', '.join(AVAI_CHOICES)}")
-    steps = _train_steps(cfg, choices) if is_train else _test_steps(cfg, choices)
-    return import_torchvision().transforms.Compose(steps)
+    height, width = cfg.INPUT.SIZE
+    normalize = import_torchvision().transforms.Normalize(mean=cfg.INPUT.PIXEL_MEAN, std=cfg.INPUT.PIXEL_STD)
+    build = _build_transform_train if is_train else _build_transform_test
+    return build(cfg, choices, f"{height}x{width}", normalize)
 
 
 def build_img0_transform(cfg: CfgNode) -> Any:
@@ -155,7 +157,9 @@ def build_img0_transform(cfg: CfgNode) -> Any:
     return transforms.Compose(steps)
 
 
-def _to_tensor_steps(cfg: CfgNode, choices: Sequence[str], is_train: bool) -> list[Callable]:
+def _to_tensor_steps(
+    cfg: CfgNode, choices: Sequence[str], normalize: Callable, is_train: bool
+) -> list[Callable]:
     """What follows the PIL image."""
     transforms, inputs = import_torchvision().transforms, cfg.INPUT
     print("+ to torch tensor of range [0, 1]")
@@ -165,7 +169,7 @@ def _to_tensor_steps(cfg: CfgNode, choices: Sequence[str], is_train: bool) -> li
         steps.append(Cutout(inputs.CUTOUT_N, inputs.CUTOUT_LEN))
     if "normalize" in choices:
         print(f"+ normalization (mean={inputs.PIXEL_MEAN}, std={inputs.PIXEL_STD})")
-        steps.append(transforms.Normalize(mean=inputs.PIXEL_MEAN, std=inputs.PIXEL_STD))
+        steps.append(normalize)
     if is_train and "gaussian_noise" in choices:
         print(f"+ gaussian noise (mean={inputs.GN_MEAN}, std={inputs.GN_STD})")
         steps.append(GaussianNoise(inputs.GN_MEAN, inputs.GN_STD))
@@ -175,14 +179,16 @@ def _to_tensor_steps(cfg: CfgNode, choices: Sequence[str], is_train: bool) -> li
     return steps
 
 
-def _train_steps(cfg: CfgNode, choices: Sequence[str]) -> list[Callable]:
+def _build_transform_train(
+    cfg: CfgNode, choices: Sequence[str], target_size: str, normalize: Callable
+) -> Any:
     transforms, inputs = import_torchvision().transforms, cfg.INPUT
     height, width = inputs.SIZE
     interpolation = _interpolation(inputs.INTERPOLATION)
     print("Building transform_train")
     steps: list[Callable] = []
     if "random_crop" not in choices and "random_resized_crop" not in choices:
-        print(f"+ resize to {height}x{width}")
+        print(f"+ resize to {target_size}")
         steps.append(transforms.Resize((height, width), interpolation=interpolation))
     if "random_translation" in choices:
         print("+ random translation")
@@ -211,7 +217,7 @@ def _train_steps(cfg: CfgNode, choices: Sequence[str]) -> list[Callable]:
     if "gaussian_blur" in choices:
         print(f"+ gaussian blur (kernel={inputs.GB_K})")
         steps.append(transforms.RandomApply([transforms.GaussianBlur(inputs.GB_K)], p=inputs.GB_P))
-    return steps + _to_tensor_steps(cfg, choices, is_train=True)
+    return transforms.Compose(steps + _to_tensor_steps(cfg, choices, normalize, is_train=True))
 
 
 def _policy_steps(cfg: CfgNode, choices: Sequence[str]) -> list[Callable]:
@@ -239,14 +245,16 @@ def _policy_steps(cfg: CfgNode, choices: Sequence[str]) -> list[Callable]:
     return steps
 
 
-def _test_steps(cfg: CfgNode, choices: Sequence[str]) -> list[Callable]:
+def _build_transform_test(cfg: CfgNode, choices: Sequence[str], target_size: str, normalize: Callable) -> Any:
     transforms = import_torchvision().transforms
     height, width = cfg.INPUT.SIZE
     print("Building transform_test")
     print(f"+ resize the smaller edge to {max(height, width)}")
-    print(f"+ {height}x{width} center crop")
-    return [
-        transforms.Resize(max(height, width), interpolation=_interpolation(cfg.INPUT.INTERPOLATION)),
-        transforms.CenterCrop((height, width)),
-        *_to_tensor_steps(cfg, choices, is_train=False),
-    ]
+    print(f"+ {target_size} center crop")
+    return transforms.Compose(
+        [
+            transforms.Resize(max(height, width), interpolation=_interpolation(cfg.INPUT.INTERPOLATION)),
+            transforms.CenterCrop((height, width)),
+            *_to_tensor_steps(cfg, choices, normalize, is_train=False),
+        ]
+    )

@@ -1,4 +1,4 @@
-"""Heads between backbone and classifier, by name."""
+"""A multi-layer perceptron as a head."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..utils import Registry, check_availability
-
-HEAD_REGISTRY = Registry("HEAD")
+from .build import HEAD_REGISTRY
 
 ACTIVATIONS = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
 
@@ -49,11 +47,3 @@ class MLP(nn.Module):
 @HEAD_REGISTRY.register()
 def mlp(**kwargs: Any) -> MLP:
     return MLP(**kwargs)
-
-
-def build_head(name: str, verbose: bool = True, **kwargs: Any) -> Any:
-    """Call what is registered under `name` with the keyword arguments (MLP's)."""
-    check_availability(name, HEAD_REGISTRY.registered_names())
-    if verbose:
-        print(f"Head: {name}")
-    return HEAD_REGISTRY.get(name)(**kwargs)
