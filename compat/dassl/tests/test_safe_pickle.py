@@ -19,6 +19,7 @@ from torch import nn
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="a process's memory and time are bounded by POSIX")
 
+BESIDE = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}  # the package beside, installed or not
 CHILD = """
 import pickle, resource, sys
 from pathlib import Path
@@ -90,7 +91,9 @@ def test_bombs(tmp_path):
         str(archive_of(tmp_path / str(n), b"\x80\x02" + data + b"."))
         for n, data in enumerate(PROGRAMS.values())
     ]
-    done = subprocess.run([sys.executable, "-c", CHILD, *paths], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, *paths], capture_output=True, text=True, check=False, env=BESIDE
+    )
     lines = done.stdout.splitlines()
     assert len(lines) == len(paths), f"{list(PROGRAMS)[len(lines)]}: {done.returncode} {done.stderr[-500:]}"
     for name, said in zip(PROGRAMS, lines, strict=True):
@@ -256,6 +259,6 @@ def test_random_programs():
     """The fuzzer for a moment; alone it runs as long as one likes."""
     script = Path(__file__).with_name("fuzz_pickle.py")
     words = [sys.executable, str(script), "--most", "150", "--seconds", "120"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=dict(os.environ))
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=BESIDE)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "150 programs" in done.stdout
