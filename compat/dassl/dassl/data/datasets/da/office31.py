@@ -2,28 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from typing import Any
-
 from ..build import DATASET_REGISTRY
-from ..domains import DomainDataset, by_class
+from .office_home import OfficeHome
 
 
 @DATASET_REGISTRY.offer
-class Office31(DomainDataset):
-    """Labelled images of the source domains; the target's are unlabelled, and the test set."""
-
+class Office31(OfficeHome):
     dataset_dir = "office31"
     domains = ("amazon", "webcam", "dslr")
-
-    def read(self, source: Sequence[str], target: Sequence[str]) -> dict[str, Any]:
-        parts = [
-            [
-                item
-                for domain, name in enumerate(names)
-                for item in by_class([os.path.join(self.dataset_dir, name)], domain, lower=False)
-            ]
-            for names in (source, target)
-        ]
-        return {"train_x": parts[0], "train_u": parts[1], "test": parts[1]}
+    lower = False

@@ -15,14 +15,15 @@ class OfficeHome(DomainDataset):
     """Labelled images of the source domains; the target's are unlabelled, and the test set."""
 
     dataset_dir = "office_home"
-    domains = ("art", "clipart", "product", "real_world")
+    domains: Sequence[str] = ("art", "clipart", "product", "real_world")
+    lower = True  # class names
 
     def read(self, source: Sequence[str], target: Sequence[str]) -> dict[str, Any]:
         parts = [
             [
                 item
                 for domain, name in enumerate(names)
-                for item in by_class([os.path.join(self.dataset_dir, name)], domain, lower=True)
+                for item in by_class([os.path.join(self.dataset_dir, name)], domain, lower=self.lower)
             ]
             for names in (source, target)
         ]
