@@ -16,6 +16,7 @@ import itertools
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,8 +124,8 @@ def show(folder: Path) -> None:
         print(f"The same with pictures: {folder / 'report.html'}")
 
 
-def main() -> None:
-    args = parser().parse_intermixed_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_intermixed_args(argv)
     jobs = plan(args)
     todo = [job for job in jobs if not job.finished]
     gpus = args.gpus_per_run
