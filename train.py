@@ -1,6 +1,6 @@
 """CoOp's command line: python train.py --trainer CoOp --config-file FILE ... KEY VALUE"""
 
-from dfzsl.train import cli, main
+from dfzsl.train import cli
 
 if __name__ == "__main__":
-    cli(main)
+    cli()

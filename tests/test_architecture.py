@@ -20,8 +20,7 @@ ROOMS = {
     "recovery": "dfzsl.trainers.recovery",
     "generation": "dfzsl.trainers.generation",
     "trainers": "dfzsl.trainers",
-    "programs": "dfzsl.train dfzsl.launch dfzsl.prepare dfzsl.pictures dfzsl.datasets.extract dfzsl.cli "
-    "dfzsl.building dfzsl.labelled dfzsl.evaluation dfzsl.predict dfzsl.cards",
+    "programs": "dfzsl.train dfzsl.launch dfzsl.prepare dfzsl.predict dfzsl.pictures dfzsl.datasets.extract",
 }
 FLOORS = list(ROOMS)
 # Libraries that only these rooms and modules know.

@@ -1,9 +1,7 @@
-"""Classify images with the classifier of a run: dfzsl predict"""
+"""Classify images with the classifier of a run: python -m dfzsl.predict"""
 
-import sys
-
-from dfzsl.cli import entry
+from dfzsl.predict import main
+from dfzsl.train import cli
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "predict")
-    entry()
+    cli(main)
