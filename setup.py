@@ -31,12 +31,14 @@ setup(
     ],
     package_dir=FOLDERS,
     package_data={
-        "dfzsl": ["py.typed"],
+        "dfzsl": ["py.typed", "*.pyi"],
         "dfzsl.report": ["*.yaml", "*.css"],
         "dfzsl.datasets.shapes": ["*.safetensors", "*.json", "*.csv"],
         "dfzsl.configs": ["*.yaml", "*/*.yaml", "*/*/*.yaml", "*/*/*/*.yaml"],
     },
+    entry_points={"console_scripts": ["dfzsl = dfzsl.cli:entry"]},
     install_requires=[
+        "click>=8.2",
         "torch>=2.4",
         "torchvision",
         "open_clip_torch>=3.3",

@@ -7,10 +7,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from dassl.data.datasets import Datum
@@ -179,6 +179,40 @@ class _Images(torch.utils.data.Dataset):
         except Exception as error:
             said = str(error) or type(error).__name__
             return None, said if isinstance(error, UserError) else f"{self.paths[index]}: {said}"
+
+
+@torch.inference_mode()
+def encode_files(
+    backbone: Any,
+    paths: Sequence[str],
+    batch_size: int = 64,
+    num_workers: int = 4,
+    device: str | torch.device = "cpu",
+) -> Iterator[tuple[list[str], torch.Tensor, list[str]]]:
+    """Features of picture files as they come, batch after batch, and kept nowhere.
+
+    Yields the paths that could be read, their unit features (n, d), and what is wrong with the others.
+    """
+    batches = torch.arange(len(paths)).split(batch_size)
+    loader = torch.utils.data.DataLoader(
+        _Images(paths, backbone.transform),
+        batch_sampler=[batch.tolist() for batch in batches],
+        num_workers=min(num_workers, len(batches)),
+        collate_fn=_sorted_out,
+        generator=torch.Generator(),
+        prefetch_factor=4 if num_workers and batches else None,
+    )
+    with contextlib.closing(_each(loader)) as loaded:
+        for places, (good, images, wrong) in zip(batches, loaded, strict=True):
+            features = backbone.encode_image(images.to(device)) if good else torch.empty(0, backbone.dim)
+            yield [paths[places[0] + place] for place in good], features, wrong
+
+
+def _sorted_out(items: list[tuple[torch.Tensor | None, str]]) -> tuple[list[int], torch.Tensor, list[str]]:
+    """Places and tensors of the pictures that could be read, and what is wrong with the others."""
+    good = [place for place, (image, _) in enumerate(items) if image is not None]
+    images = [image for image, _ in items if image is not None]
+    return good, torch.stack(images) if images else torch.empty(0), [said for _, said in items if said]
 
 
 def _stack(items: list[tuple[torch.Tensor | None, str]]) -> tuple[torch.Tensor | None, str]:

@@ -1,7 +1,44 @@
 """Data-free generalized zero-shot learning (Tang et al., AAAI 2024) for the CoOp/Dassl toolbox.
 
+What a client or owner needs stands here, imported when it is first used:
+
+    load_teacher, fit_teacher, open_oracle, recover, build, Classifier, load_classifier, evaluate
+
 `import dfzsl.trainers` registers every trainer and adds its config keys; `import dfzsl.datasets` does
 the same for the data sets.
 """
 
+import sys
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
 __version__ = "0.1.0"
+
+# The drop-in for Dassl, installed with this package or in its checkout. Last, so that a real Dassl wins.
+for _place in (Path(__file__).parent / "drop_in", Path(__file__).parents[1] / "compat" / "dassl"):
+    if (_place / "dassl").is_dir() and str(_place) not in sys.path:
+        sys.path.append(str(_place))
+        break
+
+_PUBLIC = {
+    "Classifier": "trainers.generation.classifier:Classifier",
+    "build": "building:build",
+    "evaluate": "evaluation:evaluate",
+    "fit_teacher": "trainers.recovery.teacher:fit_teacher",
+    "load_classifier": "trainers.generation.classifier:Classifier.load",
+    "load_teacher": "trainers.recovery.teacher:Teacher.load",
+    "open_oracle": "trainers.recovery.oracles:open_oracle",
+    "recover": "trainers.recovery.recover:recover",
+}
+__all__ = [*_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    return resolve_name(f"{__name__}.{_PUBLIC[name]}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import pickle
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 LONGEST = 2000  # characters of a message
 LISTED = 60  # known names in a message
@@ -34,3 +36,43 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     names = near + [n for n in names if n not in near]
     listed = ", ".join(names[:LISTED] + [f"and {len(names) - LISTED} more"] * (len(names) > LISTED))
     return UserError(f"unknown {kind} '{name}'; known: {listed}")
+
+
+def explain(error: BaseException) -> str | None:
+    """One line for an error that the user can do something about; None for a defect of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    said = str(error)
+    # By its name: this module is imported where torch is not.
+    short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if short or "DefaultCPUAllocator" in said:
+        return (
+            "out of memory; lower DATALOADER.TRAIN_X.BATCH_SIZE, DATALOADER.TEST.BATCH_SIZE, "
+            "RECOVERY.NUM_PER_CLASS or --shots, or use a smaller backbone"
+        )
+    if isinstance(error, RuntimeError) and ("DataLoader worker" in said or "shared memory" in said):
+        return (
+            "a process that decodes images died, most likely for want of memory or of shared memory "
+            "(/dev/shm); set DATALOADER.NUM_WORKERS 0, or --workers 0"
+        )
+    if isinstance(error, OSError | pickle.UnpicklingError):
+        return str(UserError(said))
+    return None
+
+
+def cli(run: Callable[[], object]) -> None:
+    """Entry point: a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        run()
+    except BrokenPipeError:  # whoever read the output has seen enough: `| head`
+        sys.stdout = None
+        raise SystemExit(0) from None
+    except Exception as error:
+        said = explain(error)
+        if said is None:
+            raise
+        print(f"error: {said}", file=sys.__stderr__)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.__stderr__)
+        raise SystemExit(130) from None

@@ -104,6 +104,26 @@ def draw(virtual: VirtualClasses, real: tuple[Tensor, Tensor], shown: int, title
     return figure
 
 
+def draw_confusion(counts: Tensor, classnames: Sequence[str], is_new: Sequence[bool]) -> plt.Figure:
+    """Shares of predicted classes (columns) in each true class (rows) of counts (C, C), base first."""
+    order = sorted(range(len(classnames)), key=lambda c: is_new[c])
+    shares = counts[order][:, order] / counts[order].sum(1, keepdim=True).clamp(min=1)
+    size = min(4 + 0.16 * len(classnames), 24)
+    figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
+    image = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1)
+    border = len(is_new) - sum(is_new) - 0.5
+    if 0 < border < len(is_new) - 1:
+        axes.axhline(border, color="white", linewidth=1)
+        axes.axvline(border, color="white", linewidth=1)
+    if len(classnames) <= 120:
+        names = [classnames[c] for c in order]
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
+        axes.set_yticks(range(len(names)), names, fontsize=6)
+    axes.set(xlabel="predicted", ylabel="true", title="base classes, then new ones")
+    figure.colorbar(image, shrink=0.6, label="share of the true class")
+    return figure
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command. Raises UserError for files that are missing or do not fit together."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,36 +1,124 @@
-"""Classify images: python -m dfzsl.predict IMAGE... --classifier output/.../classifier.safetensors"""
+"""The classes of picture files, for `dfzsl predict`: batch after batch, as they come."""
 
-import argparse
+from __future__ import annotations
+
+import csv
+import glob
+import json
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TextIO
 
 import torch
+from tabulate import tabulate
 
-from dfzsl.datasets.encoding import read_image
-from dfzsl.errors import UserError
-from dfzsl.train import cli
-from dfzsl.trainers.clip.loading import BUILT_IN, load_backbone
-from dfzsl.trainers.generation.classifier import Classifier
+from .datasets.base import IMAGES
+from .datasets.encoding import encode_files
+from .errors import UserError
+from .trainers.generation.classifier import Classifier
 
-
-@torch.no_grad()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("images", nargs="+", metavar="IMAGE")
-    parser.add_argument("--classifier", required=True, help="the classifier.safetensors of a DFZSL run")
-    parser.add_argument("--weights", help="the backbone's weights file, if the run did not use a named tag")
-    args = parser.parse_args()
-    classifier = Classifier.load(args.classifier)
-    tag = "openai" if classifier.backbone == BUILT_IN else classifier.weights
-    if not args.weights and os.path.exists(tag):
-        raise UserError(f"{args.classifier} asks for the file {tag}; give it with --weights if you trust it")
-    backbone = load_backbone(classifier.backbone, args.weights or tag)
-    if backbone.weights_id != classifier.weights:
-        raise UserError(f"--weights: expected weights {classifier.weights}, found {backbone.weights_id}")
-    for path in args.images:
-        features = backbone.encode_image(backbone.transform(read_image(path))[None])
-        probability, label = classifier.logits(features)[0].softmax(0).max(0)
-        print(f"{path}: {classifier.classnames[label]} ({probability:.0%})")
+Best = list[tuple[str, float]]  # (class, probability), the most probable first
 
 
-if __name__ == "__main__":
-    cli(main)
+def find_pictures(given: Iterable[str]) -> list[str]:
+    """The files that paths, folders (with all below them) and globs name, each once, in the order given.
+
+    A file that is named itself is taken whatever its ending. Raises UserError where a glob or folder holds no
+    picture.
+    """
+    found: dict[str, None] = {}
+    for name in given:
+        places = (
+            [name]
+            if os.path.exists(name) or not glob.has_magic(name)
+            else sorted(glob.glob(name, recursive=True))
+        )
+        pictures = [path for place in places for path in (_below(place) if os.path.isdir(place) else [place])]
+        if not pictures:
+            raise UserError(f"{name}: no picture there ({', '.join(IMAGES)})")
+        found |= dict.fromkeys(pictures)
+    return list(found)
+
+
+def _below(folder: str) -> Iterator[str]:
+    for place, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        yield from (
+            os.path.join(place, name)
+            for name in sorted(names)
+            if name.lower().endswith(IMAGES) and name[0] != "."
+        )
+
+
+def predict(
+    classifier: Classifier,
+    backbone: Any,
+    paths: Sequence[str],
+    top: int = 1,
+    batch_size: int = 64,
+    num_workers: int = 4,
+    device: str | torch.device = "cpu",
+) -> Iterator[tuple[list[tuple[str, Best]], list[str]]]:
+    """For each batch: (path, its `top` classes) of pictures, and what is wrong with files that are none."""
+    for good, features, wrong in encode_files(backbone, paths, batch_size, num_workers, device):
+        chances = classifier.logits(features).softmax(1).topk(min(top, len(classifier.classnames)))
+        best = [
+            [(classifier.classnames[label], chance) for chance, label in zip(*row, strict=True)]
+            for row in zip(chances.values.tolist(), chances.indices.tolist(), strict=True)
+        ]
+        yield list(zip(good, best, strict=True)), wrong
+
+
+class Table:
+    """A table at the end."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.rows = file, []  # type: ignore[var-annotated]
+
+    def add(self, path: str, best: Best) -> None:
+        self.rows += [
+            (path if rank == 0 else "", name, f"{chance:.1%}") for rank, (name, chance) in enumerate(best)
+        ]
+
+    def close(self) -> None:
+        if self.rows:
+            text = tabulate(
+                self.rows,
+                headers=("picture", "class", "probability"),
+                disable_numparse=True,
+                colalign=("left", "left", "right"),
+            )
+            self.file.write(text + "\n")
+
+
+class Csv:
+    """A line for each picture and rank."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.writer = csv.writer(file, lineterminator="\n")
+        self.writer.writerow(("picture", "rank", "class", "probability"))
+
+    def add(self, path: str, best: Best) -> None:
+        self.writer.writerows(
+            (path, rank, name, f"{chance:.6f}") for rank, (name, chance) in enumerate(best, 1)
+        )
+
+    def close(self) -> None:
+        pass
+
+
+class Jsonl:
+    """A JSON object for each picture, on a line of its own."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
+
+    def add(self, path: str, best: Best) -> None:
+        classes = [{"class": name, "probability": round(chance, 6)} for name, chance in best]
+        self.file.write(json.dumps({"picture": path, "classes": classes}, ensure_ascii=False) + "\n")
+
+    def close(self) -> None:
+        pass
+
+
+FORMATS: dict[str, Callable[[TextIO], Table | Csv | Jsonl]] = {"table": Table, "csv": Csv, "jsonl": Jsonl}

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import pickle
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.engine import TRAINER_REGISTRY, build_trainer
@@ -21,7 +18,7 @@ from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.recovery.oracles import check_address, is_address
 
 from . import ranks
-from .errors import UserError, unknown
+from .errors import UserError, cli, unknown
 from .files import read_yaml
 from .output import Folder
 from .toolbox import changes
@@ -58,7 +55,7 @@ def setup_cfg(args: argparse.Namespace):
     cfg = get_cfg_default()
     for path in filter(None, (args.dataset_config_file, args.config_file)):
         for source, keys in read_config(path):
-            _merge(source, cfg.merge_from_other_cfg, keys)
+            merge(source, cfg.merge_from_other_cfg, keys)
     overrides = {
         "DATASET.ROOT": args.root,
         "OUTPUT_DIR": args.output_dir,
@@ -76,7 +73,7 @@ def setup_cfg(args: argparse.Namespace):
             cfg.merge_from_list([key, value])
     if args.seed == 0:
         cfg.SEED = 0
-    _merge("command line", cfg.merge_from_list, args.opts)
+    merge("command line", cfg.merge_from_list, args.opts)
     cfg.freeze()
     return cfg
 
@@ -85,7 +82,7 @@ def read_config(path: str) -> list[tuple[str, CfgNode]]:
     """A config file and those it builds on, (path, keys) in the order to merge: its `_BASE_` comes first."""
     chain: list[tuple[str, CfgNode]] = []
     while path:
-        keys = _merge(path, _read_keys, path)
+        keys = merge(path, _read_keys, path)
         base = keys.pop(BASE, "")
         if not isinstance(base, str) or len(chain) == DEEPEST:
             raise UserError(
@@ -104,10 +101,10 @@ def _read_keys(path: str) -> CfgNode:
     return CfgNode(keys)
 
 
-def _merge(source: str, merge, what):
-    """merge(what), telling a user's slip (missing file, bad YAML, unknown key) in one line."""
+def merge(source: str, into, what):
+    """into(what), telling a user's slip (missing file, bad YAML, unknown key) in one line."""
     try:
-        return merge(what)
+        return into(what)
     except (UserError, OSError):
         raise
     except Exception as error:  # yacs and yaml raise nearly anything for a slip in a file
@@ -158,43 +155,5 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer.train()
 
 
-def explain(error: BaseException) -> str | None:
-    """One line for an error that the user can do something about; None for a defect of the program."""
-    if isinstance(error, UserError):
-        return str(error)
-    said = str(error)
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in said:
-        return (
-            "out of memory; lower DATALOADER.TRAIN_X.BATCH_SIZE, DATALOADER.TEST.BATCH_SIZE, "
-            "RECOVERY.NUM_PER_CLASS or --shots, or use a smaller backbone"
-        )
-    if isinstance(error, RuntimeError) and ("DataLoader worker" in said or "shared memory" in said):
-        return (
-            "a process that decodes images died, most likely for want of memory or of shared memory "
-            "(/dev/shm); set DATALOADER.NUM_WORKERS 0, or --workers 0"
-        )
-    if isinstance(error, OSError | pickle.UnpicklingError):
-        return str(UserError(said))
-    return None
-
-
-def cli(run=main) -> None:
-    """Entry point: a user's mistake becomes one line on stderr and exit code 2."""
-    try:
-        run()
-    except BrokenPipeError:  # whoever read the output has seen enough: `| head`
-        sys.stdout = None
-        raise SystemExit(0) from None
-    except Exception as error:
-        said = explain(error)
-        if said is None:
-            raise
-        print(f"error: {said}", file=sys.__stderr__)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoint", file=sys.__stderr__)
-        raise SystemExit(130) from None
-
-
 if __name__ == "__main__":
-    cli()
+    cli(main)

@@ -20,7 +20,8 @@ ROOMS = {
     "recovery": "dfzsl.trainers.recovery",
     "generation": "dfzsl.trainers.generation",
     "trainers": "dfzsl.trainers",
-    "programs": "dfzsl.train dfzsl.launch dfzsl.prepare dfzsl.predict dfzsl.pictures dfzsl.datasets.extract",
+    "programs": "dfzsl.train dfzsl.launch dfzsl.prepare dfzsl.pictures dfzsl.datasets.extract dfzsl.cli "
+    "dfzsl.building dfzsl.labelled dfzsl.evaluation dfzsl.predict dfzsl.cards",
 }
 FLOORS = list(ROOMS)
 # Libraries that only these rooms and modules know.

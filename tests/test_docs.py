@@ -12,13 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from conftest import ROOT
 from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY
 
-from dfzsl import train
+from dfzsl import cli, train
 from dfzsl.datasets import extract
 from dfzsl.launch import __main__ as launch
 from dfzsl.prepare import __main__ as prepare
@@ -66,7 +67,7 @@ def commands() -> list:
     found = []
     for page, body in (param.values for param in blocks("bash")):
         found += [(page, line) for line in body.replace("\\\n", " ").splitlines()]
-    program = re.compile(r"(\w+=\S+ )*(bash|python|pip|torchrun) ")
+    program = re.compile(r"(\w+=\S+ )*(bash|python|pip|torchrun|dfzsl) ")
     found += [(page, span) for page in PAGES for span in spans(page) if program.match(span)]
     cases: dict[str, list[str]] = {}
     for page, line in found:
@@ -127,6 +128,21 @@ def accept_launch(words: list[str]) -> None:
                 train.setup_cfg(train.parser().parse_args(arguments))
 
 
+def accept_click(command: click.Command, words: list[str]) -> None:
+    if words == ["--help"]:
+        return
+    context = command.make_context(command.name, [word for word in words if word != "..."])
+    if isinstance(command, click.Group):
+        _, inner, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        accept_click(inner, rest)
+
+
+def click_flags(command: click.Command) -> set[str]:
+    """Every flag of a command and of those below it."""
+    own = {flag for parameter in command.get_params(click.Context(command)) for flag in parameter.opts}
+    return own.union(*map(click_flags, getattr(command, "commands", {}).values()))
+
+
 class Accepted(Exception):
     """Thrown by a program's argument parser once it has accepted its arguments."""
 
@@ -160,6 +176,8 @@ def test_commands_are_accepted(words, monkeypatch, examples, given):
         for line in runs:
             accept_launch([*shlex.split(line.partition("dfzsl.launch ")[2])[:-1], *arguments])
         assert runs or script in ("scripts/test.sh", "scripts/reliability.sh")
+    elif program == "dfzsl":
+        accept_click(cli.main, rest)
     elif program == "python" and rest[0] == "train.py":
         accept_train(rest[1:])
     elif program == "python" and rest[:2] == ["-m", "dfzsl.launch"]:
@@ -246,5 +264,5 @@ def test_config_keys_exist_and_take_the_values_shown(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_exist(page):
     parsers = [train.parser(), launch.parser(), *(make() for make in PARSERS.values())]
-    known = {flag for parser in parsers for flag in parser._option_string_actions}
+    known = {flag for parser in parsers for flag in parser._option_string_actions} | click_flags(cli.main)
     assert {span.split()[0] for span in spans(page) if span.startswith("--")} <= known

@@ -31,12 +31,14 @@ from dfzsl.toolbox import add_keys, keys_of
 
 from .clip.backbone import FeatureBackbone
 from .clip.loading import load_backbone
-from .recovery.oracles import is_address, open_oracle
+from .clip.texts import ClassTexts
+from .recovery.oracles import Oracle, is_address, open_oracle
 from .recovery.recover import RecoverySettings, recover
 from .recovery.virtual import VirtualClasses
 from .recovery.vmf import fit_classes
 
 add_keys("MODEL.BACKBONE", WEIGHTS="openai")
+add_keys("TEXT", PROMPTS="")
 add_keys("TEACHER", FILE="", ACCESS="logits")
 add_keys("RECOVERY", **keys_of(RecoverySettings))
 
@@ -52,6 +54,7 @@ class CLIPTrainer(TrainerX):
         backbone: the frozen model (trainers/clip/backbone.py).
         classnames: names of this run's classes, in label order.
         template: the data set's prompt, such as "a photo of a {}."
+        texts: what is said of a class, TEXT.PROMPTS or else that prompt (trainers/clip/texts.py).
 
     A run is data-free when `TEACHER.FILE` is set: the data set then knows names and test images only, and
     training batches are drawn from the vMF distributions recovered from the teacher (stage 1).
@@ -82,7 +85,7 @@ class CLIPTrainer(TrainerX):
             backbone = load_backbone(backbone_cfg.NAME, backbone_cfg.WEIGHTS, self.device)
             cfg = self.cfg = _with_input_of(cfg, backbone)
         self.transform = build_transform(cfg, is_train=False)
-        self.dm = DataFreeManager(cfg) if self.data_free else DataManager(cfg, custom_tfm_test=self.transform)
+        self.dm = self.data_manager()
         dataset = self.dm.dataset
         if backbone is None:
             backbone = _feature_backbone(dataset)
@@ -92,14 +95,21 @@ class CLIPTrainer(TrainerX):
         self.folder.add({"backbone": backbone.identity, "test data": test})
         self.classnames = list(dataset.classnames)
         self.template = dataset.template
+        self.texts = ClassTexts.parse(cfg.TEXT.PROMPTS, self.template)
         self.num_classes = self.dm.num_classes
         self.num_source_domains = self.dm.num_source_domains
         self.lab2cname = self.dm.lab2cname
         self.train_loader_u = None
         validates = cfg.TEST.SPLIT == "val" or cfg.TEST.FINAL_MODEL == "best_val"
         self.val_loader = self._feature_loader(dataset.val) if dataset.val and validates else None
-        self.test_loader = self._feature_loader(dataset.test)
+        self.test_loader: Any = self._feature_loader(dataset.test) if dataset.test else None
         self.train_loader_x = None
+
+    def data_manager(self) -> Any:
+        """What the run knows of its data: `dataset`, `num_classes`, `num_source_domains`, `lab2cname`."""
+        if self.data_free:
+            return DataFreeManager(self.cfg)
+        return DataManager(self.cfg, custom_tfm_test=self.transform)
 
     def encode(self, datums: list) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit features (n, d) and labels (n,) of a list of Datum, encoded once and kept on disk."""
@@ -191,7 +201,7 @@ class CLIPTrainer(TrainerX):
             else:
                 # Answers of a server were paid for: they are kept, and an interrupted run goes on from them.
                 journal = output / "answers" if is_address(source) else None
-                oracle = open_oracle(source, self.cfg.TEACHER.ACCESS, journal)
+                oracle = self.open_teacher(journal)
                 if oracle.backbone and oracle.backbone != self.backbone.identity:
                     raise UserError(
                         f"{source}: a teacher of {oracle.backbone} cannot read features of "
@@ -201,9 +211,9 @@ class CLIPTrainer(TrainerX):
                     self.folder.claim()
                 self.virtual = recover(
                     oracle,
-                    self.text_of(self.classnames),
+                    self.text_of(self.classnames).cpu(),
                     self.classnames,
-                    new_text=self.text_of(self.dm.dataset.new_classnames),
+                    new_text=self.text_of(self.dm.dataset.new_classnames).cpu(),
                     generator=self.stage_generator(),
                     **settings,
                 )
@@ -221,13 +231,16 @@ class CLIPTrainer(TrainerX):
         self.stage_seconds["recovery"] = time.perf_counter() - started
         return loader
 
+    def open_teacher(self, journal: Path | None) -> Oracle:
+        return open_oracle(self.cfg.TEACHER.FILE, self.cfg.TEACHER.ACCESS, journal)
+
     def stage_generator(self) -> torch.Generator:
         """A random stream of a stage's own, from the seed of the run."""
         return torch.Generator().manual_seed(max(self.cfg.SEED, 0))
 
     def text_of(self, classnames: list[str]) -> torch.Tensor:
-        """Unit text features (n, d) of classes in the data set's prompt, on the CPU."""
-        return self.backbone.class_features(classnames, [self.template]).cpu()
+        """Unit text features (n, d) of classes: TEXT.PROMPTS, else the data set's prompt."""
+        return self.texts.features(self.backbone, classnames)
 
     def resume_model_if_exist(self, directory: str) -> int:
         """The epoch to go on from; 0 for a trainer whose training has no epochs to resume."""

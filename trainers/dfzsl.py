@@ -6,6 +6,7 @@ Tang et al., Data-Free Generalized Zero-Shot Learning, AAAI 2024.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ class DFZSL(FLPT):
     def text_rows(self, classnames: list[str]) -> torch.Tensor:
         """Unit text features (n, d), in the tuned context where there is one."""
         if not self.tuned:
-            return self.backbone.class_features(classnames, [self.template])
+            return self.text_of(classnames)
         self.set_model_mode("eval")
         rows = self.text_features(classnames).detach()
         return checked(rows, "stage 2 (FLPT)", "tuned text feature", classnames)
@@ -106,7 +107,8 @@ class DFZSL(FLPT):
         shift = self.shift().detach() if self.tuned else None
         assert self.virtual is not None, "stage 1 comes first"
         settings = {key.lower(): value for key, value in self.cfg.GENERATOR.items()}
-        return build_classifier(
+        texts = self.tuned_texts(self.model.prompt_learner) if self.tuned else self.texts
+        classifier = build_classifier(
             self.virtual,
             base_text,
             new_text,
@@ -118,15 +120,14 @@ class DFZSL(FLPT):
             backbone=self.backbone.name,
             weights=self.backbone.weights_id,
         )
+        return replace(classifier, texts=texts)
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
         """Load the classifier; `epoch` means nothing to it. Classes it does not know (another data set's) get
         their text features, in the tuned context where there is one."""
         classifier = Classifier.load(Path(directory) / CLASSIFIER)
         if strangers := [name for name in self.classnames if name not in classifier.classnames]:
-            if self.tuned:
-                super().load_model(directory)
-            classifier = classifier.extend(strangers, self.text_rows(strangers))
+            classifier = classifier.add(strangers, self.backbone, self.texts)
         self.classifier = classifier
 
     def model_inference(self, input: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from dassl.engine import TRAINER_REGISTRY
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from dfzsl.toolbox import add_keys, register
 
 from .clip.learner import PromptLearner
+from .clip.texts import ClassTexts
 from .coop import CoOp, PromptedCLIP
 
 add_keys("TRAINER.FLPT", N_CTX=4, CTX_INIT="a photo of a", PREC="fp16", RESIDUAL_WEIGHT=0.005)
@@ -50,12 +52,19 @@ class FeatureLanguagePromptLearner(PromptLearner):
 
 
 class ShiftedCLIP(PromptedCLIP):
-    """Logits of shifted image features, normalised again."""
+    """Logits of shifted image features, normalised again.
+
+    `beside` (C, d) is added to the text features before they are compared (`ClassTexts.beside`), or None.
+    """
 
     prompt_learner: FeatureLanguagePromptLearner
+    beside: Tensor | None = None
 
     def forward(self, features: Tensor) -> Tensor:
-        return super().forward(F.normalize(features + self.prompt_learner.shift(), dim=-1))
+        features = F.normalize(features + self.prompt_learner.shift(), dim=-1)
+        if self.beside is None:
+            return super().forward(features)
+        return self.logit_scale * features @ F.normalize(self.prompt_learner() + self.beside, dim=-1).T
 
 
 @register(TRAINER_REGISTRY)
@@ -71,12 +80,18 @@ class FLPT(CoOp):
         learner = FeatureLanguagePromptLearner(
             self.backbone, self.classnames, settings.N_CTX, settings.CTX_INIT, settings.RESIDUAL_WEIGHT
         )
-        return ShiftedCLIP(learner, self.backbone.logit_scale)
+        model = ShiftedCLIP(learner, self.backbone.logit_scale)
+        model.beside = self.tuned_texts(learner).beside(self.backbone, self.classnames)
+        return model
+
+    def tuned_texts(self, learner: FeatureLanguagePromptLearner) -> ClassTexts:
+        """What is said of any classes, new ones too, in the tuned context."""
+        return replace(self.texts, context=learner.ctx.detach(), words=self.cfg.TRAINER.FLPT.CTX_INIT)
 
     @torch.no_grad()
     def text_features(self, classnames: Sequence[str]) -> Tensor:
         """Unit text features (n, d) of any classes, new ones too, in the tuned context."""
-        return self.model.prompt_learner.text_features(classnames)
+        return self.tuned_texts(self.model.prompt_learner).features(self.backbone, classnames)
 
     @torch.no_grad()
     def shift(self) -> Tensor:

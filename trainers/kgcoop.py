@@ -26,7 +26,7 @@ class KgCoOp(CoOp):
     recipe = "vit_b16_ep100_ctxv1"
 
     def build_model(self) -> None:
-        self.fixed_text = self.backbone.class_features(self.classnames, [self.template])
+        self.fixed_text = self.text_of(self.classnames)
         super().build_model()
 
     def step(self, features: Tensor, label: Tensor) -> dict[str, float]:

@@ -23,7 +23,7 @@ class TextTeacherMix(CLIPTrainer):
 
     def build_model(self) -> None:
         share = self.cfg.TRAINER.TEXTTEACHERMIX.TEXT
-        rows = self.backbone.class_features(self.classnames, [self.template])
+        rows = self.text_of(self.classnames)
         teacher = Teacher.load(self.cfg.TEACHER.FILE)
         weight, bias = (part.to(rows) for part in teacher.beside_text())
         offset = rows.new_zeros(len(rows))

@@ -32,7 +32,7 @@ class TeacherZeroshot(CLIPTrainer):
             raise UserError("TeacherZeroshot makes a teacher from images: leave TEACHER.FILE empty")
 
     def build_model(self) -> None:
-        self.text = self.backbone.class_features(self.classnames, [self.template])
+        self.text = self.text_of(self.classnames)
         self.teacher: Teacher | None = None
 
     def train(self) -> None:

@@ -25,7 +25,7 @@ class ProGrad(CoOp):
     recipe = "vit_b16_ep100_ctxv1"
 
     def build_model(self) -> None:
-        self.fixed_text = self.backbone.class_features(self.classnames, [self.template])
+        self.fixed_text = self.text_of(self.classnames)
         super().build_model()
 
     def step(self, features: Tensor, label: Tensor) -> dict[str, float]:

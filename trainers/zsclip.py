@@ -15,16 +15,13 @@ from .base import CLIPTrainer
 
 @register(TRAINER_REGISTRY)
 class ZeroshotCLIP(CLIPTrainer):
-    """Cosine to the text feature of the data set's prompt, such as "a photo of a {}, a type of pet."."""
+    """Cosine to the text feature of TEXT.PROMPTS or the data set's "a photo of a {}, a type of pet."."""
 
     recipe = "vit_b16"
     trains = False
 
-    def prompt_templates(self) -> list[str]:
-        return [self.template]
-
     def build_model(self) -> None:
-        self.text_features = self.backbone.class_features(self.classnames, self.prompt_templates())
+        self.text_features = self.text_of(self.classnames)
 
     def model_inference(self, input: torch.Tensor) -> torch.Tensor:
         """Logits (n, C) of images or unit features: exp(logit scale) * cosine."""
@@ -36,5 +33,5 @@ class ZeroshotCLIP(CLIPTrainer):
 class ZeroshotCLIP2(ZeroshotCLIP):
     """Prompt ensembling: the normalised mean text feature over a set of templates."""
 
-    def prompt_templates(self) -> list[str]:
-        return self.dm.dataset.templates
+    def text_of(self, classnames: list[str]) -> torch.Tensor:
+        return self.backbone.class_features(classnames, self.dm.dataset.templates)

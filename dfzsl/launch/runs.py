@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,8 +34,7 @@ class Data:
     def name(self) -> str:
         """The folder name of its results."""
         kind, _, path = self.given.partition(":")
-        place = Path(os.path.abspath(path))
-        return (place.name if place.is_dir() else place.stem) if path else kind
+        return Path(path).stem if path else kind
 
     @property
     def config(self) -> Path:

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .. import train
-from ..errors import UserError
+from ..errors import UserError, explain
 from ..files import atomic
 from ..results import RESULTS
 from .runs import Job
@@ -124,7 +124,7 @@ def work(jobs: Sequence[Job], threads: int, gpus: int = 1, visible: str | None =
                 try:
                     run(job, gpus)
                 except Exception as error:
-                    said = train.explain(error) or f"{type(error).__name__}: {error}"
+                    said = explain(error) or f"{type(error).__name__}: {error}"
                     job.failure.write_text(said + "\n", encoding="utf-8")
 
 

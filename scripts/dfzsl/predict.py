@@ -1,7 +1,9 @@
-"""Classify images with the classifier of a run: python -m dfzsl.predict"""
+"""Classify images with the classifier of a run: dfzsl predict"""
 
-from dfzsl.predict import main
-from dfzsl.train import cli
+import sys
+
+from dfzsl.cli import entry
 
 if __name__ == "__main__":
-    cli(main)
+    sys.argv.insert(1, "predict")
+    entry()

@@ -36,7 +36,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from scipy.io import loadmat, savemat
 
-from dfzsl import report, train
+from dfzsl import errors, report, train
 from dfzsl.datasets import encoding
 from dfzsl.datasets.base import read_fewshot, read_split, relocate
 from dfzsl.errors import UserError, unknown
@@ -258,7 +258,7 @@ def attempt(load: Callable, path: Path) -> str | None:
     try:
         load(path)
     except Exception as error:
-        said = train.explain(error)
+        said = errors.explain(error)
         if said is None:
             raise
         assert said and said.isprintable() and len(said) < 5000, said

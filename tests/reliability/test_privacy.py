@@ -33,7 +33,7 @@ def note(event, arguments):
 
 sys.addaudithook(note)
 from dfzsl import train
-train.cli()
+train.cli(train.main)
 """
 PRESET = ["RECOVERY.NUM_PER_CLASS", "8", "OPTIM.MAX_EPOCH", "1", "DATALOADER.NUM_WORKERS", "0"]
 
@@ -120,6 +120,46 @@ def test_a_data_free_run_opens_no_training_image(run, tried):
     tried("privacy", "files that a data-free run on images opens", len(run.opened), "no training image")
 
 
+def test_the_commands_open_no_training_image(run, tmp_path, tried):
+    """`dfzsl build`, add, predict, evaluate and show, in the folder of the data set."""
+    tests = next(iter(run.tests))
+    labelled = tmp_path / "labelled"
+    for path in sorted(run.tests):
+        (labelled / Path(path).parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, labelled / Path(path).parent.name)
+    record, made = tmp_path / "opened", tmp_path / "classifier.safetensors"
+    program = PROGRAM.partition("from dfzsl import train")[0] + "from dfzsl.cli import entry\nentry()"
+    for words in (
+        [
+            "build",
+            "--teacher",
+            run.given[3],
+            "--new",
+            "zigzagged",
+            "--backbone",
+            "shapes",
+            "-o",
+            made,
+            *PRESET,
+        ],
+        ["add", made, "--new", "polka-dotted"],
+        ["predict", tests, "-c", made, "--workers", "0"],
+        ["evaluate", labelled, "-c", made, "--workers", "0"],
+        ["show", made],
+    ):
+        subprocess.run(
+            [sys.executable, "-c", program, *map(str, (record, *words))],
+            check=True,
+            capture_output=True,
+            cwd=run.given[2],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "DFZSL_CACHE": str(tmp_path / "cache")},
+        )
+    opened = set(record.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+    assert {tests, str(run.given[3])} <= opened, "the record holds what the commands must open"
+    assert not {os.path.realpath(run.given[2] / path) for path in opened} & run.training
+    tried("privacy", "files that the commands of dfzsl open", len(opened), "no training image")
+
+
 def test_a_run_leaves_nothing_but_what_the_client_had(run, tried):
     training = {Path(path).name.encode() for path in run.training}
     user, home = getpass.getuser().encode(), str(Path.home()).encode()
@@ -130,9 +170,10 @@ def test_a_run_leaves_nothing_but_what_the_client_had(run, tried):
     for name in MADE:
         with safe_open(run.folder / name, framework="pt") as file:
             about = {key: json.loads(value) for key, value in file.metadata().items()}
-            assert set(file.keys()) <= {"mu", "kappa", "weight", "is_new", "bias", "shift", "text_shift"}
+            names = {"mu", "kappa", "weight", "is_new", "bias", "shift", "text_shift", "context"}
+            assert set(file.keys()) <= names
         known = {"kind", "classnames", "queries", "method", "level", "backbone"}
-        assert set(about) <= known | {"temperature", "new_bias", "weights"}
+        assert set(about) <= known | {"temperature", "new_bias", "weights", "templates", "prompts", "words"}
         content = (run.folder / name).read_bytes()
         assert str(run.given[2]).encode() not in content and home + b"/" not in content
         assert len(user) < 5 or user not in content

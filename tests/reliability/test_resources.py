@@ -23,7 +23,7 @@ from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import save_checkpoint
 
-from dfzsl import files, train
+from dfzsl import errors, files, train
 from dfzsl.datasets import encoding, extract
 from dfzsl.datasets.encoding import _Images
 from dfzsl.errors import UserError
@@ -100,7 +100,7 @@ def test_a_full_disk_at_each_file_in_turn(world, monkeypatch, capfd, tried):
                 train.main(given)
             except OSError as error:
                 failed += 1
-                assert "No space left" in train.explain(error)
+                assert "No space left" in errors.explain(error)
             else:
                 break
     assert failed >= 3  # virtual classes, classifier, results
@@ -142,7 +142,7 @@ def _write(what: str, folder: Path, size: int) -> None:
             save_checkpoint(state, str(folder))
     except Exception as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        said = train.explain(error) or f"a traceback\n{type(error)} {error}"
+        said = errors.explain(error) or f"a traceback\n{type(error)} {error}"
         (folder / "said.txt").write_text(said, encoding="utf-8")
 
 
@@ -213,7 +213,7 @@ def test_a_loader_process_that_dies(tmp_path, capfd, tried):
     error = RuntimeError(
         "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
     )
-    assert "DATALOADER.NUM_WORKERS 0" in train.explain(error)
+    assert "DATALOADER.NUM_WORKERS 0" in errors.explain(error)
     tried("machine", "/dev/shm missing or full: a loader process dies", 2, "one line that names NUM_WORKERS")
 
 
@@ -305,5 +305,5 @@ def test_new_files_have_the_rights_that_files_have_here(tmp_path):
 
 
 def test_a_mistake_is_told_apart_from_a_defect():
-    assert train.explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
-    assert train.explain(UserError("two\nlines")) is not None
+    assert errors.explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert errors.explain(UserError("two\nlines")) is not None

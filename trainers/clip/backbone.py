@@ -140,6 +140,9 @@ class Backbone(nn.Module):
         size = cfg["size"]
         self.preprocess_cfg = {**cfg, "size": (size, size) if isinstance(size, int) else tuple(size)}
 
+    def __repr__(self) -> str:
+        return f"Backbone({self.identity}, d = {self.dim}, {self.precision} on {self.device})"
+
     def train(self, mode: bool = True) -> Backbone:
         return super().train(False)  # frozen: batch norm statistics and dropout never wake up
 
@@ -243,9 +246,15 @@ class Backbone(nn.Module):
 
     def class_features(self, classnames: Sequence[str], templates: Sequence[str]) -> Tensor:
         """Unit text features (C, d) of classes: the normalised mean over prompts like "a photo of a {}."."""
-        names = [name.replace("_", " ") for name in classnames]
-        mean = torch.stack([self.encode_text([t.format(name) for name in names]) for t in templates]).mean(0)
-        return F.normalize(mean, dim=-1)
+        return self.mean_features(
+            [[t.format(name.replace("_", " ")) for t in templates] for name in classnames]
+        )
+
+    def mean_features(self, texts: Sequence[Sequence[str]]) -> Tensor:
+        """The normalised mean (C, d) of unit text features over the texts of each class, one or more."""
+        rows = self.encode_text([text for of_class in texts for text in of_class])
+        means = [part.mean(0) for part in rows.split([len(of_class) for of_class in texts])]
+        return F.normalize(torch.stack(means), dim=-1)
 
 
 class FeatureBackbone(nn.Module):
@@ -267,6 +276,9 @@ class FeatureBackbone(nn.Module):
         self.logit_scale = logit_scale
         self.weights_id = "features"
         self._text = dict(text_features or {})
+
+    def __repr__(self) -> str:
+        return f"FeatureBackbone({self.identity}, d = {self.dim}, text of {len(self._text)} classes)"
 
     @property
     def identity(self) -> str:

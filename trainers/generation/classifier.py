@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +21,14 @@ from dfzsl.errors import UserError, unknown
 from dfzsl.files import checked_names, load_tensors, save_tensors
 from dfzsl.stages import checked
 
+from ..clip.texts import ClassTexts
+
 TEMPERATURE = 0.01  # CLIP's own, 1 / logit_scale
+TEMPLATE = "a photo of a {}."
 KINDS = {"temperature": float | int, "new_bias": float | int, "backbone": str, "weights": str}  # in a file
 
 
-@dataclass
+@dataclass(repr=False)
 class Classifier:
     """Rows for base and new classes on a backbone's unit features.
 
@@ -35,6 +39,7 @@ class Classifier:
         text_shift: (d,) added to a unit text feature to make the row of a class added later.
         new_bias: the bias of a class added later.
         backbone, weights: ids of the image encoder; `weights` is a tag or the hash of a file.
+        texts: what is said of a class that is added later.
     """
 
     weight: Tensor
@@ -47,6 +52,14 @@ class Classifier:
     new_bias: float = 0.0
     backbone: str = ""
     weights: str = ""
+    texts: ClassTexts = field(default_factory=lambda: ClassTexts((TEMPLATE,)))
+
+    def __repr__(self) -> str:
+        new = int(self.is_new.sum())
+        return (
+            f"Classifier({len(self.classnames) - new} base + {new} new classes, d = {self.weight.shape[1]}, "
+            f"{self.backbone or 'features'} ({self.weights}))"
+        )
 
     def __post_init__(self) -> None:
         names, shape = len(checked_names(self.classnames, "a classifier")), tuple(self.weight.shape)
@@ -102,13 +115,34 @@ class Classifier:
             bias=torch.cat([self.bias, torch.full_like(added, self.new_bias, dtype=self.bias.dtype)]),
         )
 
+    def add(self, classnames: Sequence[str], backbone: Any, texts: ClassTexts | None = None) -> Classifier:
+        """This classifier and new classes by their names; old rows stay as they are.
+
+        `backbone` is the one that the classifier was made on. `texts` say something else of the new classes
+        than was said of the old ones; a tuned context stays.
+        """
+        said = (
+            self.texts
+            if texts is None
+            else replace(texts, context=self.texts.context, words=self.texts.words)
+        )
+        return replace(self.extend(classnames, said.features(backbone, classnames)), texts=said)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         tensors = {"weight": self.weight.float(), "is_new": self.is_new, "bias": self.bias.float()}
         for name in ("shift", "text_shift"):
             if (value := getattr(self, name)) is not None:
                 tensors[name] = value.float()
+        if self.texts.context is not None:
+            tensors["context"] = self.texts.context.float()
         about = ("classnames", "temperature", "new_bias", "backbone", "weights")
-        save_tensors(path, tensors, {"kind": "classifier", **{name: getattr(self, name) for name in about}})
+        said = {
+            "templates": list(self.texts.templates),
+            "prompts": self.texts.spec,
+            "words": self.texts.words,
+        }
+        described = {name: getattr(self, name) for name in about}
+        save_tensors(path, tensors, {"kind": "classifier", **described, **said})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Classifier:
@@ -117,11 +151,14 @@ class Classifier:
         about.pop("kind")
         try:
             names = checked_names(about.pop("classnames"), "its names")
+            templates = checked_names(about.pop("templates", [TEMPLATE]), "its texts")
+            spec, words = (str(about.pop(name, "")) for name in ("prompts", "words"))
+            texts = ClassTexts(tuple(templates), {}, spec, tensors.pop("context", None), words)
             if not all(isinstance(value, KINDS[name]) for name, value in about.items()):
                 raise TypeError
             is_new = tensors.pop("is_new").bool()
             rows = {name: tensor.float() for name, tensor in tensors.items()}
-            return cls(classnames=names, is_new=is_new, **rows, **about)  # type: ignore[arg-type]
+            return cls(classnames=names, is_new=is_new, texts=texts, **rows, **about)  # type: ignore[arg-type]
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except (KeyError, TypeError, ValueError, OverflowError):

@@ -86,6 +86,11 @@ class Oracle:
         self.queries = 0
         self.replayed = 0
 
+    def __repr__(self) -> str:
+        asked = f"{self.queries:,} queries so far"
+        said = f"{self.level} of {len(self.classnames)} classes, d = {self.dim}, {asked}"
+        return f"Oracle({said}, {self.backbone or 'an unknown encoder'})"
+
     def __call__(self, x: Tensor) -> Tensor:
         if x.dim() != 2 or x.shape[1] != self.dim:
             raise UserError(f"the teacher reads features of shape (n, {self.dim}), got {tuple(x.shape)}")

@@ -14,7 +14,7 @@ from dfzsl.files import checked_names, load_tensors, save_tensors
 from dfzsl.stages import checked, unit
 
 
-@dataclass
+@dataclass(repr=False)
 class Teacher:
     """A linear or cosine classifier on image features.
 
@@ -32,6 +32,12 @@ class Teacher:
     backbone: str = ""
     normalized: bool = True
     bias: Tensor | None = None
+
+    def __repr__(self) -> str:
+        kind = "cosine" if self.normalized else "linear"
+        offset = "" if self.bias is None else " with intercepts"
+        of = self.backbone or "an unknown encoder"
+        return f"Teacher({kind}{offset}, {len(self.weight)} classes, d = {self.weight.shape[1]}, {of})"
 
     def __post_init__(self) -> None:
         shape, names = tuple(self.weight.shape), len(self.classnames)

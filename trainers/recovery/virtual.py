@@ -36,7 +36,7 @@ class FeatureMLP(nn.Module):
         return F.normalize(self.output_layer(hidden), dim=2)
 
 
-@dataclass
+@dataclass(repr=False)
 class VirtualClasses:
     """What recovery knows of the base classes.
 
@@ -58,6 +58,11 @@ class VirtualClasses:
     level: str = "weights"
     backbone: str = ""
     network: FeatureMLP | None = None
+
+    def __repr__(self) -> str:
+        kappa = f"mean kappa {float(self.kappa.mean()):.0f}"
+        how = f"{self.method} from {self.level}, {self.queries:,} queries, {kappa}"
+        return f"VirtualClasses({len(self.classnames)} classes, d = {self.mu.shape[1]}; {how})"
     bias: Tensor | None = None
 
     def sample(self, n_per_class: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

@@ -2,20 +2,15 @@
 
 import copy
 import math
-import runpy
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
-from PIL import Image
 from scipy.optimize import minimize
 
 from dfzsl.errors import UserError
 from dfzsl.files import save_tensors
-from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.generation.build import build_classifier
 from dfzsl.trainers.generation.classifier import Classifier, fit_rows, minimise, shift_reliability, text_shift
 from dfzsl.trainers.generation.generators import GENERATORS
@@ -412,41 +407,3 @@ class TestCalibration:
             found[start] = calibrate(x, y, base_text, NEW, StageThreeSettings(), rng())
         assert found[0.0] == pytest.approx(0.0, abs=0.02)
         assert found[0.05] - found[0.0] == pytest.approx(0.05, abs=0.01)
-
-
-class TestPredict:
-    """scripts/dfzsl/predict.py with the built-in model."""
-
-    @pytest.fixture
-    def predict(self, monkeypatch, capfd):
-        def run(*words: object) -> str:
-            monkeypatch.setattr(sys, "argv", ["predict.py", *map(str, words)])
-            runpy.run_path(str(ROOT / "scripts/dfzsl/predict.py"), run_name="__main__")
-            return capfd.readouterr().out
-
-        return run
-
-    def test_names_the_class_of_an_image(self, predict, tmp_path):
-        backbone = load_backbone("shapes")
-        for name, colour in (("red", (230, 20, 20)), ("blue", (20, 20, 230))):
-            Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
-        images = [backbone.transform(Image.open(tmp_path / f"{name}.png")) for name in ("red", "blue")]
-        rows = backbone.encode_image(torch.stack(images)).detach()
-        path = tmp_path / "classifier.safetensors"
-        c = Classifier(
-            weight=rows,
-            classnames=["red", "blue"],
-            is_new=torch.tensor([False, True]),
-            bias=torch.zeros(2),
-            backbone="shapes",
-            weights=backbone.weights_id,
-        )
-        c.save(path)
-        out = predict(tmp_path / "blue.png", tmp_path / "red.png", "--classifier", path)
-        assert [line.split(": ")[1].split()[0] for line in out.splitlines()] == ["blue", "red"]
-
-    def test_mistakes_are_one_line(self, predict, tmp_path, capfd):
-        with pytest.raises(SystemExit) as stopped:
-            predict("x.png", "--classifier", tmp_path / "none.safetensors")
-        assert stopped.value.code == 2
-        assert capfd.readouterr().err.count("\n") == 1

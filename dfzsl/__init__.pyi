@@ -1,0 +1,11 @@
+from .building import build as build
+from .evaluation import evaluate as evaluate
+from .trainers.generation.classifier import Classifier as Classifier
+from .trainers.recovery.oracles import open_oracle as open_oracle
+from .trainers.recovery.recover import recover as recover
+from .trainers.recovery.teacher import Teacher
+from .trainers.recovery.teacher import fit_teacher as fit_teacher
+
+__version__: str
+load_classifier = Classifier.load
+load_teacher = Teacher.load

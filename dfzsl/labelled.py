@@ -1,0 +1,118 @@
+"""Labelled pictures as anybody has them, or a feature file: to fit a teacher, to try a classifier."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .datasets.base import folders_in, images_in
+from .datasets.encoding import encode_files
+from .datasets.features import open_features, unit_rows
+from .datasets.images import read_names
+from .errors import UserError
+
+HOW = "name a folder that holds a folder of pictures for each class, or a feature file (.npz, .safetensors)"
+
+
+@dataclass(repr=False)
+class Labelled:
+    """Unit features (n, d) with labels (n,) into `classnames`.
+
+    `backbone` is whose features they are, where that is known; `wrong` says what is wrong with the pictures
+    that could not be read.
+    """
+
+    features: Tensor
+    labels: Tensor
+    classnames: list[str]
+    backbone: str
+    wrong: list[str]
+
+    def __repr__(self) -> str:
+        n, d = self.features.shape
+        of = self.backbone or "an unknown encoder"
+        return f"Labelled({n:,} features of {len(self.classnames)} classes, d = {d}, {of})"
+
+    def only(self, classnames: Sequence[str]) -> Labelled:
+        """These classes alone, in this order. Raises UserError for one that is not there."""
+        place = {name: label for label, name in enumerate(self.classnames)}
+        if missing := [name for name in classnames if name not in place]:
+            raise UserError(
+                f"there is no class '{missing[0]}'; there are {', '.join(self.classnames[:10])}, ..."
+            )
+        same = self.labels[:, None] == torch.tensor([place[name] for name in classnames])
+        rows = same.any(1)
+        labels = same[rows].int().argmax(1)
+        return Labelled(self.features[rows], labels, list(classnames), self.backbone, self.wrong)
+
+
+def read_labelled(
+    data: str | os.PathLike[str],
+    open_backbone: Callable[[], Any],
+    parts: Sequence[str] = ("test",),
+    *,
+    batch_size: int = 64,
+    num_workers: int = 4,
+    device: str | torch.device = "cpu",
+    quiet: bool = True,
+) -> Labelled:
+    """A folder of class folders, or of a feature file (datasets/features.py) the named parts.
+
+    Class folders are named like their classes, or a file classnames.txt of lines "folder name" says how.
+    `open_backbone` is called where there are pictures. Raises UserError for data that are none.
+    """
+    path = os.fspath(data)
+    if not os.path.isdir(path):
+        return _features(path, parts)
+    files, names = _pictures(path)
+    backbone = open_backbone()
+    place = dict(zip(files, names, strict=True))
+    features, good, wrong = [], [], []
+    with tqdm(total=len(files), unit="img", desc="encode", disable=quiet) as bar:
+        for read, rows, errors in encode_files(backbone, files, batch_size, num_workers, device):
+            features.append(rows.cpu())
+            good += [place[file] for file in read]
+            wrong += errors
+            bar.update(len(read) + len(errors))
+    if not good:
+        raise UserError(f"{path}: no picture could be read ({wrong[0]})")
+    classnames = list(dict.fromkeys(names))
+    labels = torch.tensor([classnames.index(name) for name in good])
+    return Labelled(torch.cat(features), labels, classnames, backbone.identity, wrong)
+
+
+def _pictures(folder: str) -> tuple[list[str], list[str]]:
+    """Paths and class names of all pictures in the class folders of `folder`."""
+    listed = os.path.join(folder, "classnames.txt")
+    called = read_names(listed, HOW) if os.path.exists(listed) else {}
+    pairs = [
+        (path, called.get(name, name))
+        for name in folders_in(folder, HOW)
+        for path in images_in(os.path.join(folder, name))
+    ]
+    if not pairs:
+        raise UserError(f"{folder}: no picture in a folder of it; {HOW}")
+    files, names = zip(*pairs, strict=True)
+    return list(files), list(names)
+
+
+def _features(path: str, parts: Sequence[str]) -> Labelled:
+    arrays, about = open_features(path)
+    there = [part for part in parts if f"x_{part}" in arrays and f"y_{part}" in arrays]
+    if not there or not about.get("classnames"):
+        wanted = " or ".join(f"x_{part}, y_{part}" for part in parts)
+        raise UserError(f"{path}: it has no labelled features ({wanted}, classnames)")
+    features = torch.cat([unit_rows(arrays[f"x_{part}"](), f"{path}: x_{part}") for part in there])
+    labels = torch.cat([arrays[f"y_{part}"]().long() for part in there])
+    names = [str(name) for name in about["classnames"]]
+    if labels.shape != features.shape[:1] or not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
+        raise UserError(f"{path}: its labels must be {len(features)} numbers of 0 to {len(names) - 1}")
+    known = about.get("backbone") and about.get("weights")
+    identity = f"{about['backbone']} ({about['weights']})" if known else ""
+    return Labelled(features, labels, names, identity, [])

@@ -1,0 +1,379 @@
+"""The command `dfzsl` and the functions behind it, on the built-in model: pictures of coloured squares."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import fake_data
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from conftest import ROOT
+from PIL import Image
+
+import dfzsl
+from dfzsl import building, cli, train
+from dfzsl.configs import CONFIGS
+from dfzsl.labelled import Labelled
+from dfzsl.trainers.clip.loading import load_backbone
+from dfzsl.trainers.dfzsl import DFZSL
+from dfzsl.trainers.generation.classifier import Classifier
+from dfzsl.trainers.recovery.oracles import Oracle, open_oracle
+from dfzsl.trainers.recovery.teacher import Teacher
+
+BASE = ["red star", "blue circle", "green square", "striped red circle", "dotted blue star"]
+NEW = ["yellow ring", "black cross"]
+SMALL = ("OPTIM.MAX_EPOCH", "1", "RECOVERY.NUM_PER_CLASS", "16", "DATALOADER.TRAIN_X.BATCH_SIZE", "16")
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("shapes")
+
+
+@pytest.fixture(scope="module")
+def teacher(backbone, tmp_path_factory) -> Path:
+    rows = backbone.class_features(BASE, ["a photo of a {}."])
+    rows = rows - rows.mean(0) + 0.02 * torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+    path = tmp_path_factory.mktemp("owner") / "teacher.safetensors"
+    Teacher(rows, BASE, backbone.identity).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def built(teacher, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("client") / "classifier.safetensors"
+    dfzsl.build(teacher, NEW, settings=SMALL).save(output)
+    return output
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """run(words...) -> (exit code, stdout, stderr) of the console command, in this process."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dfzsl", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            cli.entry()
+        out, err = capfd.readouterr()
+        code = stopped.value.code
+        return int(code or 0), out, err
+
+    return call
+
+
+def pictures(folder: Path, names: list[str], count: int = 2) -> Path:
+    for label, name in enumerate(names):
+        for number in range(count):
+            path = folder / name.replace(" ", "_") / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng((label, number)).integers(0, 256, (64, 64, 3), dtype="uint8")
+            Image.fromarray(pixels).save(path)
+    return folder
+
+
+class TestImports:
+    @pytest.mark.parametrize("module", ["dfzsl", "dfzsl.cli", "dfzsl.cards"])
+    def test_light_modules_import_no_torch(self, module):
+        program = f"import {module}, sys; sys.exit('torch' in sys.modules or 'dassl' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+    def test_every_public_name_is_there_and_listed(self):
+        assert set(dfzsl.__all__) <= set(dir(dfzsl))
+        for name in dfzsl.__all__:
+            assert callable(getattr(dfzsl, name)) and getattr(dfzsl, name).__doc__
+        with pytest.raises(AttributeError, match="no attribute 'unheard_of'"):
+            dfzsl.unheard_of  # noqa: B018
+
+    def test_the_stub_names_what_the_package_gives(self):
+        stub = (ROOT / "dfzsl/__init__.pyi").read_text(encoding="utf-8")
+        assert all(f" as {name}" in stub or f"\n{name} = " in stub for name in dfzsl.__all__)
+
+    def test_every_command_has_help(self):
+        def each(group, words=()):
+            for name, command in group.commands.items():
+                yield (*words, name), command
+                if hasattr(command, "commands"):
+                    yield from each(command, (*words, name))
+
+        commands = dict(each(cli.main))
+        assert {("build",), ("add",), ("predict",), ("evaluate",), ("show",), ("teacher", "fit")} <= set(
+            commands
+        )
+        for words, command in commands.items():
+            assert command.help, words
+            if command.add_help_option:
+                assert "Usage: " in CliRunner().invoke(cli.main, [*words, "--help"]).output
+
+
+class TestBuild:
+    def test_is_the_trainers_classifier_byte_for_byte(self, teacher, tmp_path, run):
+        """train.py with a data set of the same names and `dfzsl build` without any."""
+        names = [*BASE, *NEW]
+        x = F.normalize(torch.randn(len(names), 128), dim=1).numpy()
+        np.savez(tmp_path / "names.npz", x_test=x, y_test=np.arange(7), classnames=names, new=[5, 6])
+        words = ["--trainer", "DFZSL", "--root", str(tmp_path / "names.npz"), "--seed", "3"]
+        words += ["--config-file", str(CONFIGS / "trainers/DFZSL/dfzsl.yaml"), "--backbone", "shapes"]
+        words += ["--dataset-config-file", str(CONFIGS / "datasets/features.yaml")]
+        words += ["--output-dir", str(tmp_path / "run"), "DATASET.SUBSAMPLE_CLASSES", "base"]
+        train.main([*words, "TEACHER.FILE", str(teacher), *SMALL])
+        (tmp_path / "new.txt").write_text("yellow ring\n\nblack cross\n")
+        output = tmp_path / "c.safetensors"
+        code, out, _ = run(
+            "build", "--teacher", teacher, "--new", tmp_path / "new.txt", "--seed", 3, "-o", output, *SMALL
+        )
+        assert code == 0
+        assert output.read_bytes() == (tmp_path / "run/classifier.safetensors").read_bytes()
+        for said in ("129 queries", "5 base + 2 new classes", "FLPT, 1 epochs", "Generator chosen"):
+            assert said in out
+        assert sorted(path.name for path in tmp_path.glob("*c.safetensors*")) == ["c.safetensors"]
+
+    def test_goes_on_where_it_stopped(self, teacher, tmp_path, run, monkeypatch):
+        """What a killed build has asked and tuned is not done again, and the result is the same."""
+        words = ("build", "--teacher", teacher, "--new", ",".join(NEW), *SMALL)
+        assert run(*words, "-o", tmp_path / "whole.safetensors")[0] == 0
+
+        def stop(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(DFZSL, "generate", stop)
+            code, _, err = run(*words, "-o", tmp_path / "again.safetensors")
+        assert code == 130 and err.endswith("goes on from the last checkpoint\n")
+        assert not (tmp_path / "again.safetensors").exists()
+        monkeypatch.setattr(Oracle, "__call__", lambda *_: pytest.fail("asked again"))
+        assert run(*words, "-o", tmp_path / "again.safetensors")[0] == 0
+        whole, again = (tmp_path / f"{name}.safetensors" for name in ("whole", "again"))
+        assert whole.read_bytes() == again.read_bytes()
+        assert not list(tmp_path.glob(".*.build"))
+
+    def test_a_teacher_in_memory(self, teacher, built):
+        made = dfzsl.build(dfzsl.load_teacher(teacher), NEW, settings=SMALL)
+        assert torch.equal(made.weight, Classifier.load(built).weight)
+
+    def test_the_backbone_is_the_teachers_own(self):
+        assert building.named("shapes (bc07)") == ("shapes", "openai")
+        assert building.named("ViT-B-16 (laion2b_s34b_b88k)") == ("ViT-B-16", "laion2b_s34b_b88k")
+
+    def test_names_of_classes(self, tmp_path):
+        (tmp_path / "a.json").write_text('["one", "two words"]')
+        (tmp_path / "a.txt").write_text("one\n two words \n\n")
+        for source in (tmp_path / "a.json", tmp_path / "a.txt", "one,  two words"):
+            assert building.read_classnames(str(source)) == ["one", "two words"]
+
+
+class TestAdd:
+    def test_old_rows_stay_and_the_new_one_is_its_text_in_the_tuned_context(self, built, tmp_path, run):
+        more = tmp_path / "more.safetensors"
+        code, out, _ = run("add", built, "--new", "white arrow", "-o", more)
+        assert code == 0 and "5 base + 3 new classes" in out
+        old, new = Classifier.load(built), Classifier.load(more)
+        assert torch.equal(new.weight[:7], old.weight) and torch.equal(new.bias[:7], old.bias)
+        assert new.classnames == [*BASE, *NEW, "white arrow"]
+        assert float(new.bias[7]) == pytest.approx(old.new_bias)
+        assert torch.equal(new.texts.context, old.texts.context)
+
+    def test_equals_a_name_that_was_there_from_the_start(self, teacher, backbone):
+        """Without a generator and bias a new class's row is its text, whether it came first or last."""
+        plain = (*SMALL, "GENERATOR.NAME", "none", "GENERATOR.CALIBRATE", "False", "GENERATOR.ALIGN", "False")
+        whole = dfzsl.build(teacher, NEW, settings=plain)
+        later = dfzsl.build(teacher, NEW[:1], settings=plain).add(NEW[1:], backbone)
+        assert torch.allclose(whole.weight[5:], later.weight[5:], atol=1e-5)
+
+
+class TestPredict:
+    def test_files_folders_and_globs_each_once(self, built, tmp_path, run):
+        folder = pictures(tmp_path / "p", BASE[:3])
+        (folder / "notes.txt").write_text("no picture")
+        code, out, _ = run("predict", "-c", built, folder / "red_star/0.png", f"{folder}/**/*.png", folder)
+        assert code == 0
+        assert sum(line.startswith(str(folder)) for line in out.splitlines()) == 6
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_a_bad_file_is_named_and_left_out(self, built, tmp_path, run, workers):
+        folder = pictures(tmp_path / "p", BASE[:2])
+        (folder / "broken.png").write_bytes(b"none")
+        words = (
+            "predict",
+            folder,
+            tmp_path / "gone.jpg",
+            "-c",
+            built,
+            "--workers",
+            workers,
+            "--batch-size",
+            2,
+        )
+        code, out, err = run(*words, "--format", "jsonl")
+        assert code == 1
+        assert len(out.splitlines()) == 4
+        lines = [line for line in err.splitlines() if line]
+        assert "broken.png" in lines[0] and "gone.jpg" in lines[1] and lines[2].startswith("2 of 6 files")
+
+    def test_the_formats_say_the_same(self, built, tmp_path, run, backbone):
+        path = pictures(tmp_path / "p", BASE[:1], 1) / "red_star/0.png"
+        words = ("predict", path, "-c", built, "--top", 3)
+        rows = list(csv.DictReader(io.StringIO(run(*words, "--format", "csv")[1])))
+        told = json.loads(run(*words, "--format", "jsonl")[1])
+        table = run(*words)[1]
+        x = backbone.encode_image(backbone.transform(Image.open(path))[None])
+        chances = Classifier.load(built).logits(x).softmax(1)[0].topk(3)
+        names = [[*BASE, *NEW][place] for place in chances.indices.tolist()]
+        assert [row["class"] for row in rows] == [row["class"] for row in told["classes"]] == names
+        assert [float(row["probability"]) for row in rows] == pytest.approx(chances.values.tolist(), abs=1e-5)
+        assert [row["rank"] for row in rows] == ["1", "2", "3"] and told["picture"] == rows[0][
+            "picture"
+        ] == str(path)
+        assert all(name in table for name in names)
+
+    def test_more_classes_than_there_are(self, built, tmp_path, run):
+        folder = pictures(tmp_path / "p", BASE[:1], 1)
+        assert (
+            len(
+                json.loads(run("predict", folder, "-c", built, "--top", 99, "--format", "jsonl")[1])[
+                    "classes"
+                ]
+            )
+            == 7
+        )
+
+
+class TestEvaluate:
+    def test_a_folder_by_class(self, built, tmp_path, run, backbone):
+        folder = pictures(tmp_path / "p", [*BASE, *NEW], 3)
+        (folder / "red_star" / "broken.png").write_bytes(b"none")
+        known = Classifier.load(built)
+        result = dfzsl.evaluate(known, folder, num_workers=0)
+        files = sorted(path for path in folder.glob("*/*.png") if path.name != "broken.png")
+        x = backbone.encode_image(torch.stack([backbone.transform(Image.open(path)) for path in files]))
+        names = [path.parent.name.replace("_", " ") for path in files]
+        for part, joint, own in ((result.base, result.joint_base, BASE), (result.new, result.joint_new, NEW)):
+            mine = [row for row, name in enumerate(names) if name in own]
+            within = [own[c] for c in known.logits(x[mine], own).argmax(1).tolist()]
+            among = [known.classnames[c] for c in known.logits(x[mine]).argmax(1).tolist()]
+            truth = [names[row] for row in mine]
+            assert part == pytest.approx(100 * np.mean(np.array(within) == truth))
+            assert joint == pytest.approx(100 * np.mean(np.array(among) == truth))
+        assert result.confusion.sum() == 21 and len(result.wrong) == 1
+        code, out, err = run("evaluate", folder, "-c", built, "--confusion", tmp_path / "c.png")
+        assert code == 1 and "broken.png" in err and f"{result.joint_h:.1f}" in out
+        assert Image.open(tmp_path / "c.png").size[0] > 300
+
+    def test_a_feature_file(self, built, tmp_path):
+        known = Classifier.load(built)
+        x = known.weight[[0, 0, 5, 6]] - (0 if known.shift is None else known.shift)
+        labels, names = np.array([2, 2, 0, 1]), [*NEW, "red star"]
+        np.savez(tmp_path / "f.npz", x_test=x.numpy(), y_test=labels, classnames=names)
+        result = dfzsl.evaluate(known, tmp_path / "f.npz")
+        assert (result.base, result.new, result.h) == (100, 100, 100)
+        only = dfzsl.evaluate(known, Labelled(x[:2], torch.zeros(2, dtype=torch.long), ["red star"], "", []))
+        assert only.base == 100 and np.isnan(only.new) and "-" in only.table()
+
+
+def test_fit_is_fit_teacher(tmp_path, run):
+    data = np.load(fake_data.make("Features", tmp_path))
+    code, out, _ = run(
+        "teacher", "fit", tmp_path / "features.npz", "-o", tmp_path / "t.safetensors", "--linear"
+    )
+    assert code == 0 and "Teacher(linear, 5 classes" in out
+    x = F.normalize(torch.from_numpy(np.concatenate([data["x_train"], data["x_val"]])).float(), dim=1)
+    y = torch.from_numpy(np.concatenate([data["y_train"], data["y_val"]]))
+    expected = dfzsl.fit_teacher(x, y, list(fake_data.NAMES)).weight
+    assert torch.allclose(Teacher.load(tmp_path / "t.safetensors").weight, expected, atol=1e-5)
+    words = (
+        "teacher",
+        "fit",
+        tmp_path / "features.npz",
+        "--classes",
+        "goldfish, tench",
+        "-o",
+        tmp_path / "two",
+    )
+    assert run(*words)[0] == 0
+    assert Teacher.load(tmp_path / "two").classnames == ["goldfish", "tench"]
+
+
+def test_show_tells_what_a_file_is(teacher, built, tmp_path, run):
+    dfzsl.recover(open_oracle(teacher, "logits"), torch.eye(5, 128), BASE).save(
+        tmp_path / "virtual.safetensors"
+    )
+    for path, said in (
+        (teacher, ("a teacher", "5: red star, blue circle", "shapes (")),
+        (built, ("base classes", "2: yellow ring, black cross", "a photo of a {}.")),
+        (tmp_path / "virtual.safetensors", ("virtual classes", "closed_form", "129")),
+    ):
+        code, out, _ = run("show", path)
+        assert code == 0 and all(word in out for word in said), out
+
+
+def test_every_public_object_says_what_it_is_in_a_line(teacher, built, backbone):
+    oracle = open_oracle(teacher, "logits")
+    virtual = dfzsl.recover(oracle, torch.eye(5, 128), BASE)
+    for thing in (Teacher.load(teacher), Classifier.load(built), oracle, virtual, backbone):
+        said = repr(thing)
+        assert said.startswith(type(thing).__name__) and "\n" not in said and len(said) < 140
+        assert "128" in said
+
+
+MISTAKES = {
+    "no such command": ("bild",),
+    "no such option": ("build", "--techer", "x"),
+    "a missing option": ("build", "--new", "a"),
+    "no such teacher": ("build", "--teacher", "none.safetensors", "--new", "a"),
+    "no such names": ("build", "--teacher", "{teacher}", "--new", "none.txt"),
+    "a name that is a base class": ("build", "--teacher", "{teacher}", "--new", "red star"),
+    "an unknown key": ("build", "--teacher", "{teacher}", "--new", "a", "RECOVERY.NONE", "1"),
+    "half a pair": ("build", "--teacher", "{teacher}", "--new", "a", "RECOVERY.THETA"),
+    "an unknown level": ("build", "--teacher", "{teacher}", "--new", "a", "--access", "all"),
+    "another backbone": (
+        "build",
+        "--teacher",
+        "{teacher}",
+        "--new",
+        "a",
+        "--backbone",
+        "shapes",
+        "--weights",
+        "random",
+    ),
+    "a name that is there": ("add", "{built}", "--new", "yellow ring"),
+    "a classifier that is a teacher": ("add", "{teacher}", "--new", "a"),
+    "an empty folder": ("predict", "{empty}", "-c", "{built}"),
+    "a glob of nothing": ("predict", "{empty}/*.png", "-c", "{built}"),
+    "no such device": ("predict", "{picture}", "-c", "{built}", "--device", "quantum"),
+    "a class that it does not know": ("evaluate", "{unknown}", "-c", "{built}"),
+    "no data": ("evaluate", "{empty}", "-c", "{built}"),
+    "a file of nobody's": ("show", "{picture}"),
+    "a class that is not there": ("teacher", "fit", "{unknown}", "--classes", "x", "--backbone", "shapes"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(mistake, teacher, built, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    unknown = pictures(tmp_path / "unknown", ["zebra", "yak"], 1)
+    places = {"teacher": teacher, "built": built, "empty": tmp_path / "empty", "unknown": unknown}
+    places["picture"] = unknown / "yak/0.png"
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(*(word.format(**places) for word in MISTAKES[mistake]))
+    assert code == 2 and out == ""
+    lines = [line for line in err.splitlines() if line and "img/s" not in line and "encode:" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: "), err
+    if mistake not in ("another backbone", "an unknown level"):
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_scripts_are_wrappers(monkeypatch, capfd, built, tmp_path):
+    folder = pictures(tmp_path / "p", BASE[:1], 1)
+    words = [sys.executable, ROOT / "scripts/dfzsl/predict.py", folder, "-c", built, "--format", "csv"]
+    out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    assert out.startswith("picture,rank,class,probability\n") and len(out.splitlines()) == 2
