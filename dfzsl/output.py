@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from .toolbox import changes
 CONFIG = "config.yaml"
 REMARK = "#: "  # begins its lines that are for a reader
 MADE_OF = "# made of "
+ROOT = re.compile("(?<=^  ROOT: ).*$", re.MULTILINE)  # of DATASET, in the settings
 
 
 class Folder:
@@ -63,12 +65,18 @@ def read(config: Path) -> tuple[dict[str, str], str]:
     return made_of, "".join(line for line in lines if not line.startswith("#"))
 
 
-def refuse_others(config: Path, made_of: Mapping[str, str], flag: str) -> None:
-    """Raise UserError unless the run that wrote `config` is made of `made_of`, as far as it says."""
-    was, _ = read(config)
+def refuse_others(config: Path, made_of: Mapping[str, str], flag: str, root: str = "") -> None:
+    """Raise UserError unless the run that wrote `config` is made of `made_of`.
+
+    What an older version did not note is not compared; in the place of data its `root` is, if one is given.
+    """
+    was, settings = read(config)
+    there = (ROOT.search(settings) or [""])[0].strip()
     for what, value in made_of.items():
-        if was.get(what, value) != value:
+        silent = what not in was and what.endswith("data") and root
+        if was.get(what, value) != value or (silent and os.path.abspath(there) != os.path.abspath(root)):
+            then, now = f"{there}, {was.get(what, 'not noted')[:12]}", f"{root or 'now'}, {value[:12]}"
             raise UserError(
-                f"{config.parent} holds another experiment, made of other {what} ({was[what][:16]}, here "
-                f"{value[:16]}); choose another {flag}"
+                f"{config.parent} holds another experiment, made of other {what} (DATASET.ROOT {then}; here "
+                f"{now}); choose another {flag}"
             )

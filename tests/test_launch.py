@@ -88,7 +88,11 @@ def test_a_data_set_that_brings_its_backbone_keeps_it():
         (["--methods", "cocopp", "shapes"], "unknown method 'cocopp'; known: CoCoOp"),
         (["--methods", "DFZSL+no_flpd", "shapes"], "unknown variant of DFZSL 'no_flpd'; known: no_flpt"),
         (["--methods", "CoOp", "imagnet"], "unknown data set 'imagnet'; known: imagenet"),
-        (["--methods", "CoOp", "shapes", "one"], "after DATASET and seeds come KEY VALUE pairs, not one"),
+        (["--methods", "CoOp", "shapes", "one"], "come KEY VALUE pairs, not one"),
+        (
+            ["--methods", "CoOp", "shapes", "one", "two"],
+            r"\(numbers\) come KEY VALUE pairs, not one two",
+        ),
         (["--methods", "CoOp", "features:/nowhere.npz"], "/nowhere.npz does not exist"),
         (["--methods", "CoOp:nope", "shapes"], "unknown config of CoOp for shapes 'nope'"),
         (["--methods", "CoOp", "shapes", "OPTIM.LRR", "1"], "Non-existent key: OPTIM.LRR"),

@@ -15,6 +15,10 @@ from dfzsl import train
 from dfzsl.datasets.encoding import checksum
 from dfzsl.datasets.extract import open_dataset
 from dfzsl.errors import UserError
+from dfzsl.launch.__main__ import main, parser, plan
+from dfzsl.launch.checks import check
+from dfzsl.launch.runs import Data
+from dfzsl.launch.workers import work
 from dfzsl.trainers.recovery.teacher import Teacher
 
 SMALL = {"RECOVERY.NUM_PER_CLASS": 8, "GENERATOR.NAME": "vmf", "GENERATOR.CLASSIFIER_STEPS": 5}
@@ -135,3 +139,103 @@ def test_the_owner_has_no_teacher_yet(tmp_path):
     path = write_features(tmp_path / "x.npz", per_class=8)
     with pytest.raises(UserError, match=r"leave TEACHER\.FILE empty"):
         train.main([*words("TeacherZeroshot", path, tmp_path / "o"), "TEACHER.FILE", "http://localhost:1/x"])
+
+
+# ---------------------------------------------------------------- sweeps
+
+
+def sweep(folder: Path, data: str, *more: str) -> None:
+    """`python -m dfzsl.launch` for two free methods; raises what it ends with."""
+    jobs = plan(
+        parser().parse_intermixed_args(
+            ["base2new", "--methods", "ZeroshotCLIP,TeacherZeroshot", "--output", str(folder), data, *more]
+        )
+    )
+    check(jobs)
+    work(jobs, 1)
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """Two folders of pictures, of the same name, classes and files."""
+    for place, seed in (("a", 0), ("b", 7)):
+        for label, name in enumerate(("ant", "bee", "cat", "dog")):
+            for number in range(10):
+                fake_data.picture(tmp_path / place / "images" / name / f"{number}.jpg", label, seed + number)
+    return tmp_path
+
+
+def test_a_folder_of_the_same_name_is_refused_and_the_same_one_elsewhere_is_not(images, monkeypatch):
+    keys = ("1", "MODEL.BACKBONE.NAME", "shapes", "DATALOADER.NUM_WORKERS", "0")
+    a, b, out = images / "a/images", images / "b/images", images / "out"
+    sweep(out, f"folder:{a}", *keys)
+    assert len(list(out.rglob("results.json"))) == 4
+    with pytest.raises(UserError, match=f"other test data .*{a}.* here {b}.* choose another --output"):
+        sweep(out, f"folder:{b}", *keys)
+    with pytest.raises(UserError, match="made of other test data"):  # another seed comes into the same table
+        sweep(out, f"folder:{b}", "2", *keys[1:])
+    shutil.copytree(images / "a", images / "c")
+    sweep(out, f"folder:{images / 'c/images'}", *keys)
+    (images / "c/images/ant/0.jpg").rename(images / "c/images/ant/zero.jpg")
+    with pytest.raises(UserError, match="made of other"):
+        sweep(out, f"folder:{images / 'c/images'}", *keys)
+
+
+def test_a_feature_file_that_is_overwritten_is_another_one(tmp_path):
+    path = write_features(tmp_path / "x.npz", per_class=8)
+    arrays = dict(np.load(path))
+    sweep(tmp_path / "out", f"features:{path}", "1")
+    np.savez(path, **{**arrays, "x_val": arrays["x_val"][::-1].copy(), "y_val": arrays["y_val"][::-1].copy()})
+    with pytest.raises(UserError, match=r"TeacherZeroshot.*made of other training data"):
+        sweep(tmp_path / "out", f"features:{path}", "1")
+    write_features(path, seed=1, per_class=8)
+    with pytest.raises(UserError, match="made of other test data"):
+        sweep(tmp_path / "out", f"features:{path}", "1")
+
+
+def test_an_older_sweep_goes_on_with_the_data_of_its_place(tmp_path):
+    path = write_features(tmp_path / "x.npz", per_class=8)
+    sweep(tmp_path / "out", f"features:{path}", "1")
+    for config in (tmp_path / "out").rglob("config.yaml"):
+        lines = config.read_text(encoding="utf-8").splitlines(True)
+        config.write_text("".join(line for line in lines if line[0] != "#"), encoding="utf-8")
+    sweep(tmp_path / "out", f"features:{path}", "1", "2")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(UserError, match="other test data"):
+        sweep(tmp_path / "out", f"features:{shutil.copy(path, tmp_path / 'other')}", "1")
+
+
+def test_versions_in_a_folders_name_are_part_of_it(tmp_path):
+    for name in ("images.v1", "images.v2"):
+        (tmp_path / name).mkdir()
+        assert Data(f"folder:{tmp_path / name}", "").name == name
+    assert Data("features:some/x.v1.npz", "").name == "x.v1"
+
+
+def test_seeds_given_twice_are_run_once(tmp_path):
+    words = ["base2new", "--methods", "ZeroshotCLIP", "--output", str(tmp_path), "shapes", "1", "01", "1"]
+    assert [job.seed for job in plan(parser().parse_intermixed_args(words))] == [1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["dtd", "--root", "nowhere"],
+            "nowhere/dtd: no such folder; get it with: python",
+        ),
+        (["shapes", "--output", "file/out"], "--output file/out: nothing can be written there"),
+        (["shapes", "MODEL.BACKBONE.WEIGHTS", "none.pt"], "none.pt: no such weights file"),
+        (["shapes", "MODEL.BACKBONE.NAME", "ViT-B-33"], "unknown backbone 'ViT-B-33'"),
+    ],
+)
+@pytest.mark.parametrize("dry", [True, False])
+def test_what_is_missing_is_told_before_anything_is_listed(words, said, dry, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    given = ["base2new", "--methods", "ZeroshotCLIP", *words[:1], "1", *words[1:], *(["--dry-run"] * dry)]
+    monkeypatch.setattr("sys.argv", ["launch", *given])
+    with pytest.raises(UserError, match=said):
+        main()
+    assert not capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} <= {"file", "data"}  # the built-in world is drawn there

@@ -14,6 +14,8 @@ import argparse
 import importlib.util
 import itertools
 import os
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -25,7 +27,8 @@ from dassl.engine import TRAINER_REGISTRY
 from dfzsl.trainers.base import CLIPTrainer
 
 from .. import report, train
-from ..errors import UserError
+from ..errors import UserError, one_line
+from .checks import check
 from .forecast import forecast
 from .runs import DEFAULT_SEEDS, FREE, METHODS, OWNER, PROTOCOLS, TARGETS, Data, Job, Method
 from .workers import gpu_shares, launch
@@ -36,8 +39,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
     given, *rest = args.words or [PROTOCOLS[args.protocol].default]
     seeds = list(itertools.takewhile(str.isdecimal, rest))
     opts = rest[len(seeds) :]
-    if len(opts) % 2:
-        raise UserError(f"after DATASET and seeds come KEY VALUE pairs, not {' '.join(opts)}")
+    if len(opts) % 2 or not all(map(re.compile(r"[A-Z]\w*(\.\w+)*").fullmatch, opts[::2])):
+        raise UserError(f"after DATASET and seeds (numbers) come KEY VALUE pairs, not {' '.join(opts)}")
     chosen = args.methods or ",".join([*FREE, "DFZSL"] if args.words else METHODS)
     if chosen == "all":
         registered = map(Method, TRAINER_REGISTRY.registered_names())
@@ -65,14 +68,14 @@ def plan(args: argparse.Namespace) -> list[Job]:
             protocol=args.protocol,
             method=method,
             data=Data(name, args.root),
-            seed=int(seed),
+            seed=seed,
             shots=args.shots,
             teacher_shots=args.teacher_shots,
             output=Path(args.output),
             opts=tuple(opts),
         )
         for name in names
-        for seed in seeds or DEFAULT_SEEDS
+        for seed in dict.fromkeys(map(int, seeds or DEFAULT_SEEDS))
         for method in methods
     ]
     for job in jobs:
@@ -104,7 +107,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--gpus-per-run", type=int, default=1, metavar="N", help="GPUs a run uses, by torchrun if several"
     )
-    flags.add_argument("--dry-run", action="store_true", help="list the runs and stop")
+    flags.add_argument(
+        "--dry-run", action="store_true", help="check data, weights and output, list the runs and stop"
+    )
     flags.add_argument(
         "words",
         nargs="*",
@@ -127,6 +132,7 @@ def show(folder: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_intermixed_args(argv)
     jobs = plan(args)
+    check(jobs)
     todo = [job for job in jobs if not job.finished]
     gpus = args.gpus_per_run
     workers = args.workers or len(gpu_shares(gpus)) or (1 if gpus > 1 else os.cpu_count() or 1)
@@ -136,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         for job in todo:
             for _, arguments in job.parts():
-                print("python train.py", " ".join(arguments))
+                print("python train.py", one_line(shlex.join(arguments)))
         return
     # Either signal ends the workers too; a sweep in the background of a script would ignore the first.
     for number in (signal.SIGINT, signal.SIGTERM):

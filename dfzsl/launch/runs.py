@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +35,8 @@ class Data:
     def name(self) -> str:
         """The folder name of its results."""
         kind, _, path = self.given.partition(":")
-        return Path(path).stem if path else kind
+        place = Path(os.path.abspath(path))
+        return (place.name if place.is_dir() else place.stem) if path else kind
 
     @property
     def config(self) -> Path:

@@ -45,23 +45,56 @@ def load_backbone(
     Raises UserError for an unknown name or tag, weights that cannot be fetched, and files that are broken
     or belong to another model.
     """
-    backbone = _load_built_in(weights or "openai") if name == BUILT_IN else _load_open_clip(name, weights)
+    backbone = _load_built_in(weights) if name == BUILT_IN else _load_open_clip(name, weights)
     backbone = backbone.to(device)
     backbone.use_precision(precision)
     return backbone
+
+
+def identity(name: str, weights: str) -> str:
+    """`Backbone.identity` of what `load_backbone` would load, "features (features)" without a name. Fetches
+    the weights, reads none, and raises UserError as that does."""
+    name = name.replace("/", "-")
+    return f"{name} ({_locate(name, weights)[1]})" if name else "features (features)"
+
+
+def _locate(name: str, weights: str) -> tuple[Path | None, str, Mapping[str, Any] | None]:
+    """The weights' file, fetched if need be (None: random ones), their id, what open_clip knows of a tag."""
+    if name == BUILT_IN:
+        if weights == "random":
+            return None, weights, None
+        # It has one set of weights: the configured default tag means that.
+        path = BUILT_IN_FOLDER / "clip.safetensors" if weights in ("openai", "") else Path(weights)
+        return path, _file_id(path), None
+    open_clip = import_open_clip()
+    known = open_clip.list_models()
+    if name not in known:
+        lowered = {n.lower(): n for n in (*known, BUILT_IN)}
+        near = [lowered[n] for n in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.4)]
+        raise UserError(
+            f"unknown backbone '{name}'; nearest: {', '.join(near) or BUILT_IN}; all: open_clip.list_models()"
+        )
+    tag = open_clip.pretrained.get_pretrained_cfg(name, weights)
+    if os.path.isfile(weights):
+        return Path(weights), _file_id(Path(weights)), tag
+    if tag:
+        return _download(name, weights, tag), weights, tag
+    if weights == "random":
+        return None, weights, None
+    tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+    raise UserError(
+        f"no weights '{weights}' for {name}: neither a file nor a tag; known tags: {tags}; "
+        "set MODEL.BACKBONE.WEIGHTS to one of them or to the path of a file"
+    )
 
 
 def _load_built_in(weights: str) -> Backbone:
     open_clip = import_open_clip()
     open_clip.add_model_config(BUILT_IN_FOLDER / "clip.json")
     model, dim = _random_model("clip")
-    if weights == "random":
-        weights_id = weights
-    else:
-        # It has one set of weights: the configured default tag means that.
-        path = BUILT_IN_FOLDER / "clip.safetensors" if weights == "openai" else Path(weights)
+    path, weights_id, _ = _locate(BUILT_IN, weights)
+    if path:
         _load_state(model, _read_state(path), path)
-        weights_id = _file_id(path)
     length = model.context_length
     return Backbone(
         model, BUILT_IN, weights_id, dim, lambda: open_clip.SimpleTokenizer(context_length=length)
@@ -71,31 +104,7 @@ def _load_built_in(weights: str) -> Backbone:
 def _load_open_clip(name: str, weights: str) -> Backbone:
     open_clip = import_open_clip()
     name = name.replace("/", "-")
-    known = open_clip.list_models()
-    if name not in known:
-        lowered = {n.lower(): n for n in (*known, BUILT_IN)}
-        near = [lowered[n] for n in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.4)]
-        raise UserError(
-            f"unknown backbone '{name}'; nearest: {', '.join(near) or BUILT_IN}; all: open_clip.list_models()"
-        )
-
-    def tokenizer() -> Any:
-        return open_clip.get_tokenizer(name)
-
-    tag = open_clip.pretrained.get_pretrained_cfg(name, weights)
-    path: Path | None = None
-    if os.path.isfile(weights):
-        path, weights_id = Path(weights), _file_id(Path(weights))
-    elif tag:
-        path, weights_id = _download(name, weights, tag), weights
-    elif weights == "random":
-        weights_id = weights
-    else:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
-        raise UserError(
-            f"no weights '{weights}' for {name}: neither a file nor a tag; known tags: {tags}; "
-            "set MODEL.BACKBONE.WEIGHTS to one of them or to the path of a file"
-        )
+    path, weights_id, tag = _locate(name, weights)
     state = _read_state(path) if path and path.suffix != ".npz" else {}
     # OpenAI trained with QuickGELU; a state dict does not tell, so ask its tag or its marks.
     quick_gelu = bool(tag and tag.get("quick_gelu")) or any(mark in state for mark in OPENAI_MARKS)
