@@ -179,7 +179,7 @@ def built(
             if value:
                 cfg.merge_from_list([key, value])
         merge("KEY VALUE", cfg.merge_from_list, list(settings))
-        oracle = open_oracle(teacher, cfg.TEACHER.ACCESS)
+        oracle = open_oracle(teacher, cfg.TEACHER.ACCESS, budget=cfg.TEACHER.BUDGET)
         checked_names(new_classnames, "the new classes", taken=oracle.classnames)
         if not backbone:
             cfg.MODEL.BACKBONE.NAME, tag = named(oracle.backbone)
@@ -219,7 +219,7 @@ def _summary(builder: Builder, classifier: Classifier) -> dict[str, str]:
     epochs = f"FLPT, {builder.max_epoch} epochs" if builder.tuned else builder.notes()[0]
     return {
         "teacher": f"{len(virtual.classnames)} base classes, {virtual.level} of {builder.backbone.identity}",
-        "recovered": f"{virtual.method}, {virtual.queries:,} queries, {kappa}",
+        "recovered": f"{virtual.told}, {kappa}",
         "text": classifier.texts.about,
         "aligned": epochs,
         "decided": "; ".join(builder.decided) or "-",

@@ -39,7 +39,7 @@ from .recovery.vmf import fit_classes
 
 add_keys("MODEL.BACKBONE", WEIGHTS="openai")
 add_keys("TEXT", PROMPTS="")
-add_keys("TEACHER", FILE="", ACCESS="logits")
+add_keys("TEACHER", FILE="", ACCESS="logits", BUDGET=0)
 add_keys("RECOVERY", **keys_of(RecoverySettings))
 
 LOSSES = "losses.json"  # of the epochs so far, beside the checkpoints
@@ -219,6 +219,7 @@ class CLIPTrainer(TrainerX):
                 )
                 self.folder.claim()
                 self.virtual.save(path)
+                print(f"Teacher: {self.virtual.told}")
         self.virtual = self.virtual.ordered_as(self.classnames)
         self.queries = self.virtual.queries
         self.draws = self.stage_generator()
@@ -232,7 +233,8 @@ class CLIPTrainer(TrainerX):
         return loader
 
     def open_teacher(self, journal: Path | None) -> Oracle:
-        return open_oracle(self.cfg.TEACHER.FILE, self.cfg.TEACHER.ACCESS, journal)
+        teacher = self.cfg.TEACHER
+        return open_oracle(teacher.FILE, teacher.ACCESS, journal, teacher.BUDGET)
 
     def stage_generator(self) -> torch.Generator:
         """A random stream of a stage's own, from the seed of the run."""

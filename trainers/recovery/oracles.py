@@ -32,6 +32,7 @@ from torch import Tensor
 from dfzsl.errors import UNPRINTABLE, UserError, unknown
 from dfzsl.files import checked_names, load_tensors, save_tensors
 
+from .extraction import step_of
 from .teacher import Teacher
 
 LEVELS = ("weights", "logits", "probabilities", "labels")
@@ -51,14 +52,17 @@ class Oracle:
         batch_size: rows per call of `answer`.
         journal: a folder that keeps every answer. After a failure the same questions are answered from
             there, and none is paid for twice.
+        budget: rows that may be asked in all; 0 for any number.
         weight, bias: the rows (C, d), required at level "weights", where `answer` is its classifier's logits,
             and the intercepts (C,) or None.
 
     Attributes: `queries`, the rows answered so far, each of which had to be paid for once; `replayed`, those
     of them that came from the journal. At level "weights" nothing is counted.
 
-    Raises UserError for answers of a wrong shape, NaN, rows of probabilities that do not sum to 1, labels out
-    of range, and where `answer` gives up.
+    Probabilities may be rounded, and 0 for classes that the teacher leaves out (all but the k largest).
+
+    Raises UserError for answers of a wrong shape, NaN, rows of probabilities that do not sum to 1 as far as
+    they are told, labels out of range, questions beyond the budget, and where `answer` gives up.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Oracle:
         journal: str | os.PathLike[str] | None = None,
         weight: Tensor | None = None,
         bias: Tensor | None = None,
+        budget: int = 0,
     ) -> None:
         if level not in LEVELS:
             raise unknown("access level (TEACHER.ACCESS)", level, LEVELS)
@@ -81,7 +86,7 @@ class Oracle:
             raise ValueError("`weight` is given at level 'weights' and at no other")
         self.answer, self.level, self.classnames, self.dim = answer, level, list(classnames), dim
         self.normalized, self.backbone, self.batch_size = normalized, backbone, batch_size
-        self.weight, self.bias = weight, bias
+        self.weight, self.bias, self.budget = weight, bias, budget
         self.journal = Path(journal) if journal is not None else None
         self.queries = 0
         self.replayed = 0
@@ -96,6 +101,11 @@ class Oracle:
             raise UserError(f"the teacher reads features of shape (n, {self.dim}), got {tuple(x.shape)}")
         if self.level == "weights":
             return self.answer(x)
+        if self.budget and self.queries + len(x) > self.budget:
+            raise UserError(
+                f"after {self.queries:,} questions to the teacher {len(x):,} more would pass TEACHER.BUDGET "
+                f"{self.budget:,}"
+            )
         with torch.no_grad():
             answers = [self._ask(part.float()) for part in x.detach().split(self.batch_size)]
         return torch.cat(answers).to(x.device)
@@ -138,22 +148,27 @@ class Oracle:
             return answers.long()
         if not torch.isfinite(answers).all():
             raise UserError(f"the teacher answered {self.level} that are not finite")
-        if self.level == "probabilities" and (
-            (answers < 0).any() or ((answers.sum(1) - 1).abs() > 1e-3).any()
-        ):
-            raise UserError("the teacher's probabilities must be at least 0 and sum to 1 for each query")
+        if self.level == "probabilities":
+            total, left_out = answers.sum(1), (answers == 0).any(1)
+            slack = 1e-3 + 0.5 * classes * step_of(answers)
+            faulty = (total > 1 + slack) | ((total < 1 - slack) & ~left_out) | (answers.amax(1) <= 0)
+            if (answers < 0).any() or faulty.any():
+                raise UserError("the teacher's probabilities must be at least 0 and sum to 1 for each query")
         return answers
 
 
 def open_oracle(
-    source: Teacher | str | os.PathLike[str], level: str, journal: str | os.PathLike[str] | None = None
+    source: Teacher | str | os.PathLike[str],
+    level: str,
+    journal: str | os.PathLike[str] | None = None,
+    budget: int = 0,
 ) -> Oracle:
     """The oracle of a Teacher, of a teacher file, or of a model server (http:// or https:// address)."""
     if level not in LEVELS:
         raise unknown("access level (TEACHER.ACCESS)", level, LEVELS)
     if isinstance(source, (str, os.PathLike)):
         if is_address(str(source)):
-            return HTTPTeacher(str(source)).oracle(level, journal)
+            return HTTPTeacher(str(source)).oracle(level, journal, budget)
         source = Teacher.load(source)
     answers: dict[str, Callable[[Tensor], Tensor]] = {
         "weights": source.logits,
@@ -170,6 +185,7 @@ def open_oracle(
         normalized=source.normalized,
         backbone=source.backbone,
         journal=journal,
+        budget=budget,
         weight=source.weight if level == "weights" else None,
         bias=source.bias if level == "weights" else None,
     )
@@ -241,7 +257,7 @@ class HTTPTeacher:
             self.headers["Authorization"] = f"Bearer {token}"
         self.open = urllib.request.build_opener(_NoRedirect).open
 
-    def oracle(self, level: str, journal: str | os.PathLike[str] | None = None) -> Oracle:
+    def oracle(self, level: str, journal: str | os.PathLike[str] | None = None, budget: int = 0) -> Oracle:
         """The oracle of this server; asks it for its class names."""
         if level == "weights":
             raise UserError(
@@ -264,6 +280,7 @@ class HTTPTeacher:
             backbone=str(about.get("backbone", "")),
             batch_size=self.batch_size,
             journal=journal,
+            budget=budget,
         )
 
     def _answer(self, x: Tensor, level: str, classes: int) -> Tensor:

@@ -17,7 +17,7 @@ from tqdm import trange
 from dfzsl.errors import UserError, unknown
 from dfzsl.stages import checked, unit
 
-from .extraction import Ask, extract_rows
+from .extraction import Ask, Extracted, extract_rows
 from .geometry import (
     COHERENCE,
     CONE,
@@ -50,6 +50,7 @@ class RecoverySettings:
     epochs, lr, draws: of simulator, moments and generator; draws per class and epoch.
     coherence: mean cosine of a class's features to their mean; cone: of class means to their common mean.
     rays, bisections: the price of a teacher that answers labels alone.
+    tolerance: relative error of the rows below which no more logits or probabilities are asked for.
     num_per_class, filter, fresh: the virtual-feature loader's (datasets/virtual.py).
     """
 
@@ -64,6 +65,7 @@ class RecoverySettings:
     cone: float = CONE
     rays: float = 1.25
     bisections: int = 12
+    tolerance: float = 0.02
     num_per_class: int = 100
     filter: bool = True
     fresh: bool = True
@@ -76,7 +78,7 @@ class RecoverySettings:
         ):
             if (value := getattr(self, name)) not in known:
                 raise unknown(f"RECOVERY.{name.upper()}", value, known)
-        for name in ("theta", "lr", "epochs", "draws", "bisections", "num_per_class"):
+        for name in ("theta", "lr", "epochs", "draws", "bisections", "tolerance", "num_per_class"):
             if not getattr(self, name) > 0:
                 raise UserError(f"RECOVERY.{name.upper()} must be greater than 0, got {getattr(self, name)}")
         if not self.rays > 1:
@@ -120,21 +122,22 @@ def recover(
             raise UserError(f"{STAGE}: the teacher gives every class the same score: it tells none apart")
         return place[answers] if oracle.level == "labels" else answers[:, order]
 
-    def rows() -> tuple[Tensor, Tensor | None]:
+    def rows() -> Extracted:
         if oracle.weight is not None:
             weight = oracle.weight[order].float()
             bias = None if oracle.bias is None else oracle.bias[order].float()
-            return unit(weight) if oracle.normalized else weight, bias
-        found = extract_rows(
+            return Extracted(unit(weight) if oracle.normalized else weight, bias, 0.0)
+        return extract_rows(
             ask,
             oracle.level,
             names,
             text,
             rays=options.rays,
             bisections=options.bisections,
+            tolerance=options.tolerance,
+            budget=oracle.budget,
             generator=generator,
         )
-        return found, None
 
     if options.concentration == "paper":
         # The released gmm mode looks at the new names as well.
@@ -145,13 +148,14 @@ def recover(
         raise UserError(f"RECOVERY.THETA {options.theta} makes the concentration infinite; lower it")
     kappa = torch.full((len(names),), options.theta * rule)
 
-    network = bias = None
-    if options.method == "simulator":
+    network = bias = None  # the methods that compare cosines know of no intercept
+    known = None if options.method == "simulator" else rows()
+    if known is None:
         weight = simulate(ask, oracle, text, kappa, options, generator)
     elif options.method == "moments":
-        weight = simulate_moments(rows()[0], text, kappa, options)
+        weight = simulate_moments(known.weight, text, kappa, options)
     else:
-        weight, bias = rows()
+        weight, bias = known.weight, known.bias
     if options.method == "generator":
         network = train_generator(weight, bias, text, options, generator)
         mu = text
@@ -163,7 +167,17 @@ def recover(
         mu = class_directions(weight, common_direction(all_text), options.cone)
     checked(mu, STAGE, "mean direction", names)
     return VirtualClasses(
-        mu, kappa, names, weight, oracle.queries, options.method, oracle.level, oracle.backbone, network, bias
+        mu,
+        kappa,
+        names,
+        weight,
+        oracle.queries,
+        options.method,
+        oracle.level,
+        oracle.backbone,
+        network,
+        bias,
+        error=known.error if known else None,
     )
 
 
@@ -186,6 +200,11 @@ def simulate(
         raise UserError(
             "the simulator compares cosines: it needs a cosine teacher that answers logits, or its weights; "
             "set RECOVERY.METHOD to closed_form"
+        )
+    if oracle.budget and (wanted := options.epochs * options.draws * len(text)) > oracle.budget:
+        raise UserError(
+            f"the simulator asks {wanted:,} questions, TEACHER.BUDGET is {oracle.budget:,}; set "
+            "RECOVERY.METHOD to closed_form, or lower RECOVERY.EPOCHS or DRAWS"
         )
     mu = nn.Parameter(text.clone())
     labels = torch.arange(len(text)).repeat(options.draws)

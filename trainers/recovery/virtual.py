@@ -47,6 +47,7 @@ class VirtualClasses:
         queries: what they cost. method, level: how they were got. backbone: whose features they model.
         network: the trained MLP of `generator` mode, which is then sampled in place of the vMF.
         bias: (C,) the teacher's intercepts on the scale of `weight`, or None for none.
+        error: estimated relative error of `weight`, or None where there is no estimate.
     """
 
     mu: Tensor
@@ -63,7 +64,16 @@ class VirtualClasses:
         kappa = f"mean kappa {float(self.kappa.mean()):.0f}"
         how = f"{self.method} from {self.level}, {self.queries:,} queries, {kappa}"
         return f"VirtualClasses({len(self.classnames)} classes, d = {self.mu.shape[1]}; {how})"
+
     bias: Tensor | None = None
+    error: float | None = None
+
+    @property
+    def told(self) -> str:
+        """One line on what the teacher's rows rest on."""
+        sure = "" if self.error is None else f", relative error {self.error:.1g} as estimated"
+        asked = f" from {self.queries:,} answers" if self.queries else ""
+        return f"{len(self.classnames)} classes by {self.method} at access level {self.level}{asked}{sure}"
 
     def sample(self, n_per_class: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Unit rows (C * n_per_class, d), class after class, and their labels."""
@@ -107,7 +117,8 @@ class VirtualClasses:
         if self.network is not None:
             tensors |= {f"network.{name}": value for name, value in self.network.state_dict().items()}
         about = {
-            name: getattr(self, name) for name in ("classnames", "queries", "method", "level", "backbone")
+            name: getattr(self, name)
+            for name in ("classnames", "queries", "method", "level", "backbone", "error")
         }
         save_tensors(path, tensors, {"kind": "virtual", **about})
 
@@ -119,6 +130,7 @@ class VirtualClasses:
         try:
             queries = int(about["queries"])  # type: ignore[call-overload]
             method, level, backbone = (str(about[name]) for name in ("method", "level", "backbone"))
+            off = None if about.get("error") is None else float(about["error"])  # type: ignore[arg-type]
             mu, kappa, weight = (tensors.pop(name).float() for name in ("mu", "kappa", "weight"))
             bias = tensors.pop("bias").float() if "bias" in tensors else None
             if (
@@ -143,7 +155,7 @@ class VirtualClasses:
             raise UserError(
                 f"{path}: an incomplete file of virtual classes ({error}); recover again"
             ) from None
-        return cls(mu, kappa, names, weight, queries, method, level, backbone, network, bias)
+        return cls(mu, kappa, names, weight, queries, method, level, backbone, network, bias, off)
 
 
 def matching_order(theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
