@@ -132,7 +132,7 @@ class TestBuild:
         )
         assert code == 0
         assert output.read_bytes() == (tmp_path / "run/classifier.safetensors").read_bytes()
-        for said in ("129 queries", "5 base + 2 new classes", "FLPT, 1 epochs", "Generator chosen"):
+        for said in ("131 queries", "5 base + 2 new classes", "FLPT, 1 epochs", "Generator chosen"):
             assert said in out
         assert sorted(path.name for path in tmp_path.glob("*c.safetensors*")) == ["c.safetensors"]
 
@@ -308,7 +308,7 @@ def test_show_tells_what_a_file_is(teacher, built, tmp_path, run):
     for path, said in (
         (teacher, ("a teacher", "5: red star, blue circle", "shapes (")),
         (built, ("base classes", "2: yellow ring, black cross", "a photo of a {}.")),
-        (tmp_path / "virtual.safetensors", ("virtual classes", "closed_form", "129")),
+        (tmp_path / "virtual.safetensors", ("virtual classes", "closed_form", "131")),
     ):
         code, out, _ = run("show", path)
         assert code == 0 and all(word in out for word in said), out

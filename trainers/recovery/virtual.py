@@ -72,7 +72,7 @@ class VirtualClasses:
     def told(self) -> str:
         """One line on what the teacher's rows rest on."""
         sure = "" if self.error is None else f", relative error {self.error:.1g} as estimated"
-        asked = f" from {self.queries:,} answers" if self.queries else ""
+        asked = f" from {self.queries:,} queries" if self.queries else ""
         return f"{len(self.classnames)} classes by {self.method} at access level {self.level}{asked}{sure}"
 
     def sample(self, n_per_class: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
