@@ -85,16 +85,19 @@ class Features(ClassDataset):
         if not train:
             train, val = val, []
         widths = {
-            row.feature.shape[0] for row in [*train[:1], *val[:1], *test[:1]] if row.feature is not None
+            f"x_{part}": parts[0].feature.shape[0]
+            for part, parts in (("train", train), ("val", val), ("test", test))
+            if parts and parts[0].feature is not None
         }
         if "text" in arrays:
             text = unit_rows(arrays["text"](), f"{path}: text")
             if len(text) != len(classnames):
                 raise UserError(f"{path}: {len(text)} text rows for {len(classnames)} class names")
-            widths.add(text.shape[1])
+            widths["text"] = text.shape[1]
             self.text_features = dict(zip(classnames, text, strict=True))
-        if len(widths) > 1:
-            raise UserError(f"{path}: features of different dimensions: {sorted(widths)}")
+        if len(set(widths.values())) > 1:
+            each = ", ".join(f"{name} {width}" for name, width in widths.items())
+            raise UserError(f"{path}: features of different dimensions: {each}")
         new = None
         if "new" in arrays:
             labels = arrays["new"]()

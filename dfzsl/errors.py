@@ -6,7 +6,9 @@ import difflib
 import pickle
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable
+from types import TracebackType
 
 LONGEST = 2000  # characters of a message
 LISTED = 60  # known names in a message
@@ -55,6 +57,8 @@ def explain(error: BaseException) -> str | None:
             "a process that decodes images died, most likely for want of memory or of shared memory "
             "(/dev/shm); set DATALOADER.NUM_WORKERS 0, or --workers 0"
         )
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return str(UserError(f"{error.filename}: {error.strerror}"))
     if isinstance(error, OSError | pickle.UnpicklingError):
         return str(UserError(said))
     return None
@@ -62,6 +66,10 @@ def explain(error: BaseException) -> str | None:
 
 def cli(run: Callable[[], object]) -> None:
     """Entry point: a user's mistake becomes one line on stderr and exit code 2."""
+    # A thread's trouble with a disk is told by whoever waits for the thread.
+    threading.excepthook = lambda told: (
+        None if isinstance(told.exc_value, OSError) else threading.__excepthook__(told)
+    )
     try:
         run()
     except BrokenPipeError:  # whoever read the output has seen enough: `| head`
@@ -76,3 +84,18 @@ def cli(run: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.__stderr__)
         raise SystemExit(130) from None
+
+
+def tell_mistakes() -> None:
+    """In somebody else's program, such as CoOp's train.py, a user's mistake ends as in ours: in one line."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not isinstance(error, UserError):
+            before(kind, error, trace)
+            return
+        print(f"error: {error}", file=sys.__stderr__)
+        if not hasattr(sys, "ps1"):  # not of a person at Python's prompt
+            raise SystemExit(2)
+
+    sys.excepthook = hook

@@ -28,20 +28,44 @@ NUMBERS |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it becomes `path` if the block ends well, else it goes.
 
-    A reader therefore sees the old file or the new one, never a part of either.
+    A reader therefore sees the old file or the new one, never a part of either, also after a power cut: the
+    file is on the disk before it gets its name, and the name before this returns.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    # With the rights that any new file gets here; a writer may put a file with others in its place.
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # With the rights that any new file gets here; a writer may put a file with others in its place.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        try:
+            rights = temporary.stat().st_mode
+            yield temporary
+            os.chmod(temporary, rights)
+            _to_disk(temporary, os.O_RDWR)
+            os.replace(temporary, target)
+            if os.name == "posix":  # elsewhere a folder cannot be opened
+                _to_disk(target.parent, os.O_RDONLY)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path, flags: int) -> None:
+    file = os.open(path, flags)
     try:
-        rights = temporary.stat().st_mode
-        yield temporary
-        os.chmod(temporary, rights)
-        os.replace(temporary, target)
+        os.fsync(file)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(file)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An error of the system in this block says that it is about `path`: of a full disk it says nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and not error.filename:
+            error.filename = os.fspath(path)
+        raise
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:

@@ -7,6 +7,9 @@ the packages beside them are what trainers are made of.
 import importlib
 import pkgutil
 
+from dfzsl.errors import tell_mistakes
+
 for _module in pkgutil.iter_modules(__path__):
     if not _module.ispkg:
         importlib.import_module(f"{__name__}.{_module.name}")
+tell_mistakes()

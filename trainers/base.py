@@ -24,7 +24,7 @@ from dfzsl.datasets.features import FeatureDatum
 from dfzsl.datasets.loader import FeatureLoader
 from dfzsl.datasets.virtual import DataFreeManager, VirtualLoader
 from dfzsl.errors import UserError
-from dfzsl.files import read_json, write_json
+from dfzsl.files import naming, read_json, write_json
 from dfzsl.output import Folder
 from dfzsl.results import RESULTS, peak_memory, per_class_counts, write_results
 from dfzsl.toolbox import add_keys, keys_of
@@ -167,7 +167,8 @@ class CLIPTrainer(TrainerX):
             self.draws.manual_seed(max(self.cfg.SEED, 0) * 1_000_003 + self.epoch + 1)
 
     def write_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
-        super().write_scalar(tag, scalar_value, global_step)
+        with naming(Path(self.output_dir) / "tensorboard"):
+            super().write_scalar(tag, scalar_value, global_step)
         if tag == "train/loss":
             self.losses[self.epoch] = float(scalar_value)  # the epoch's mean so far
 
@@ -180,7 +181,8 @@ class CLIPTrainer(TrainerX):
 
     def init_writer(self, log_dir: str) -> None:
         if ranks.mine() == 0:
-            super().init_writer(log_dir)
+            with naming(log_dir):
+                super().init_writer(log_dir)
 
     def after_epoch(self) -> None:
         super().after_epoch()

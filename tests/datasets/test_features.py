@@ -97,7 +97,7 @@ BROKEN = {
     "x_val must be a table": {"x_val": np.ones((10, 16), "int64")},
     "zero or not finite": {"x_test": np.zeros((15, 16), "float32")},
     "4 text rows for 5": {"text": np.ones((4, 16), "float32")},
-    "of different dimensions": {"text": np.ones((5, 8), "float32")},
+    "of different dimensions: x_train 16, x_val 16, x_test 16, text 8": {"text": np.ones((5, 8), "float32")},
     "'new' must name some": {"new": np.array([7])},
     "no training image": {"y_train": np.zeros(20, int)},
     "'y_val' is not a readable array": {"y_val": np.array([{"a": 1}], dtype=object)},

@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -307,3 +308,69 @@ def test_new_files_have_the_rights_that_files_have_here(tmp_path):
 def test_a_mistake_is_told_apart_from_a_defect():
     assert errors.explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
     assert errors.explain(UserError("two\nlines")) is not None
+
+
+FULL = """
+import subprocess
+import sys
+from dassl.utils import Logger
+from dfzsl.errors import cli
+
+def run():
+    sys.stdout = Logger("/dev/full")
+    print("x" * 10_000)
+
+cli(run)
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's disk that is always full")
+def test_a_log_on_a_full_disk_is_one_line_that_names_it(tried):
+    ended = subprocess.run([sys.executable, "-c", FULL], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (2, "error: /dev/full: No space left on device\n")
+    tried("machine", "disk full at the log", 1, "one line that names the file")
+
+
+def test_a_full_disk_is_told_with_the_file_it_was_for(tmp_path, monkeypatch):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"a\.json") as error:
+        write_json(tmp_path / "a.json", 1)
+    assert explain(error.value) == f"{tmp_path / 'a.json'}: No space left on device"
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, tried):
+    """A power cut takes nothing that has its name. The order of calls is what can be tested."""
+    done: list[str] = []
+
+    def note(what: str, real):
+        def call(first, *rest):
+            if what == "replace":
+                done.append("name")
+            elif what == "fsync":
+                done.append("folder" if os.path.isdir(f"/proc/self/fd/{first}") else "file")
+            return real(first, *rest)
+
+        return call
+
+    for what in ("fsync", "replace"):
+        monkeypatch.setattr(os, what, note(what, getattr(os, what)))
+    write_json(tmp_path / "a.json", 1)
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {"kind": "test"})
+    save_checkpoint({"state_dict": {}, "epoch": 1}, str(tmp_path / "model"))
+    order = ["file", "name", *(["folder"] if os.name == "posix" else [])]
+    assert done == order * 4  # a checkpoint is two files
+    tried("machine", "power cut: flushed before the name is given, and the name", 4, "file, name, folder")
+
+
+def test_a_mistake_in_somebody_elses_program_is_one_line():
+    """CoOp's train.py knows nothing of `cli`."""
+    program = "import dfzsl.trainers; from dfzsl.errors import UserError; raise UserError('a mistake')"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (2, "error: a mistake\n")
+    ended = subprocess.run(
+        [sys.executable, "-c", program.replace("UserError(", "KeyError(")], capture_output=True, text=True
+    )
+    assert ended.returncode == 1 and "Traceback" in ended.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -38,9 +39,16 @@ class Logger:
 
     def write(self, msg: str) -> int:
         if self.file is not None:
-            self.file.write(msg)
-            # Line by line, so that a killed run leaves its whole log.
-            self.file.flush()
+            try:
+                self.file.write(msg)
+                # Line by line, so that a killed run leaves its whole log.
+                self.file.flush()
+            except OSError as error:  # the disk is full: what the buffer holds must not fail again at the end
+                error.filename = error.filename or self.file.name
+                with contextlib.suppress(OSError):
+                    self.close()
+                self.file = None
+                raise
         return self.console.write(msg)
 
     def flush(self) -> None:

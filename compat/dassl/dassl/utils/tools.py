@@ -65,14 +65,25 @@ def write_json(obj: Any, fpath: str) -> None:
 
 
 def replace_file(fpath: str, write: Callable[[str], Any]) -> None:
-    """Call `write` on a path beside `fpath`, then move it there: whoever looks sees all of it or nothing."""
+    """Call `write` on a path beside `fpath`, then move it there: all of it is seen there, or nothing."""
     partial = f"{fpath}.partial-{os.getpid()}"
     try:
         write(partial)
+        _to_disk(partial, os.O_RDWR)
         os.replace(partial, fpath)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            _to_disk(os.path.dirname(fpath) or ".", os.O_RDONLY)
     finally:
         if os.path.exists(partial):
             os.remove(partial)
+
+
+def _to_disk(path: str, flags: int) -> None:
+    file = os.open(path, flags)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
 
 
 def set_random_seed(seed: int) -> None:
