@@ -338,7 +338,7 @@ def test_a_full_disk_is_told_with_the_file_it_was_for(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match=r"a\.json") as error:
         write_json(tmp_path / "a.json", 1)
-    assert explain(error.value) == f"{tmp_path / 'a.json'}: No space left on device"
+    assert errors.explain(error.value) == f"{tmp_path / 'a.json'}: No space left on device"
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, tried):
