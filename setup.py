@@ -16,6 +16,9 @@ FOLDERS = {
     "dfzsl.safe_pickle": "compat/dassl/dassl/utils/safe_pickle",  # also where Dassl is the original
 }
 
+# Found where no Dassl is installed (dfzsl/__init__.py).
+DROP_IN = {"dfzsl.drop_in.dassl": "compat/dassl/dassl"}
+
 setup(
     name="dfzsl",
     version="0.1.0",
@@ -26,10 +29,10 @@ setup(
     python_requires=">=3.10",
     packages=[
         ".".join([package, *inner])
-        for package, folder in FOLDERS.items()
+        for package, folder in (FOLDERS | DROP_IN).items()
         for inner in [(), *((name,) for name in find_packages(folder))]
     ],
-    package_dir=FOLDERS,
+    package_dir=FOLDERS | DROP_IN,
     package_data={
         "dfzsl": ["py.typed", "*.pyi"],
         "dfzsl.report": ["*.yaml", "*.css"],
@@ -43,7 +46,11 @@ setup(
         "torchvision",
         "open_clip_torch>=3.3",
         "filelock",
+        "matplotlib",
         "numpy",
+        "onnx",
+        "onnxruntime",
+        "onnxscript",
         "pillow",
         "pyyaml",
         "safetensors",
@@ -56,10 +63,10 @@ setup(
         "yacs",
     ],
     extras_require={
-        "report": ["matplotlib"],
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": [
-            *["pytest", "pytest-xdist", "hypothesis", "matplotlib", "ruff", "mypy"],
+            *["nbclient", "nbformat", "ipykernel"],  # of the notebook
+            *["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
             *["mkdocs-material", "mkdocstrings[python]"],
             *["playwright", "axe-playwright-python", "colorspacious"],  # of the HTML page, in a Chromium
         ],

@@ -232,6 +232,33 @@ def evaluate(
 
 
 @main.command()
+@click.argument("classifier", type=FILE)
+@click.option("--with-encoder", is_flag=True, help="The image encoder too: pictures in, logits out.")
+@options("weights")
+@click.option("-o", "--output", type=FILE, default=Path("classifier.onnx"), show_default=True)
+def export(classifier: Path, with_encoder: bool, weights: str, output: Path) -> None:
+    """Write a classifier for other programs.
+
+    As ONNX (.onnx), checked against onnxruntime; or as a zero-shot weight matrix (.pt) of shape (d, C), which
+    open_clip and CLIP_benchmark take, with its class names beside it (.txt).
+    """
+    if output.suffix not in (".onnx", ".pt") or (with_encoder and output.suffix == ".pt"):
+        raise UserError(f"{output}: give a file that ends in .onnx, or without --with-encoder in .pt")
+    from .building import backbone_of
+    from .export import export_matrix, export_onnx
+    from .trainers.generation.classifier import Classifier
+
+    known = Classifier.load(classifier)
+    if output.suffix == ".pt":
+        left = export_matrix(known, output)
+        click.echo(f"Saved to {output}" + (f"; left out: {', '.join(left)}" if left else ""))
+        return
+    backbone = backbone_of(known, weights, where=classifier) if with_encoder else None
+    off = export_onnx(known, output, backbone)
+    click.echo(f"Saved to {output}; onnxruntime differs by at most {off:.1e} in a logit")
+
+
+@main.command()
 @click.argument("file", type=FILE)
 def show(file: Path) -> None:
     """Tell what a file is.

@@ -52,7 +52,9 @@ def on_config(config):
 def on_files(files, config):
     theirs = [file for file in files if file.src_dir != config.docs_dir]  # the theme's
     paths = [
-        f"docs/{file.src_uri}" for file in files if file not in theirs and not file.src_uri.endswith(".py")
+        f"docs/{file.src_uri}"
+        for file in files
+        if file not in theirs and not file.src_uri.endswith((".py", ".ipynb", ".sh"))
     ]
     paths += ELSEWHERE
     mine = [File(path, str(ROOT), config.site_dir, config.use_directory_urls) for path in paths]

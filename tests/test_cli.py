@@ -377,3 +377,34 @@ def test_the_scripts_are_wrappers(monkeypatch, capfd, built, tmp_path):
     words = [sys.executable, ROOT / "scripts/dfzsl/predict.py", folder, "-c", built, "--format", "csv"]
     out = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     assert out.startswith("picture,rank,class,probability\n") and len(out.splitlines()) == 2
+
+
+class TestExport:
+    @pytest.mark.parametrize("encoder", [False, True])
+    def test_onnx_says_what_the_classifier_says(self, built, tmp_path, run, backbone, encoder):
+        import onnxruntime
+
+        path = tmp_path / "c.onnx"
+        code, out, _ = run("export", built, "-o", path, *["--with-encoder"] * encoder)
+        assert code == 0 and "onnxruntime differs by at most" in out
+        session = onnxruntime.InferenceSession(str(path))
+        about = session.get_modelmeta().custom_metadata_map
+        assert json.loads(about["classnames"]) == [*BASE, *NEW]
+        for n in (1, 5):
+            x = torch.rand(n, *((3, 64, 64) if encoder else (128,)))
+            features = backbone.encode_image(x) if encoder else x
+            made = session.run(["logits"], {"pictures" if encoder else "features": x.numpy()})[0]
+            assert made == pytest.approx(Classifier.load(built).logits(features).numpy(), abs=1e-2)
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["c.onnx"]
+
+    def test_a_matrix_for_open_clip(self, built, tmp_path, run):
+        code, out, _ = run("export", built, "-o", tmp_path / "m.pt")
+        assert code == 0 and "left out: the shift of image features" in out
+        matrix = torch.load(tmp_path / "m.pt", weights_only=True)
+        assert torch.equal(matrix.T, Classifier.load(built).weight)
+        assert (tmp_path / "m.txt").read_text().splitlines() == [*BASE, *NEW]
+
+    def test_mistakes_are_one_line(self, built, tmp_path, run):
+        for words in (("-o", tmp_path / "c.tflite"), ("-o", tmp_path / "m.pt", "--with-encoder")):
+            code, out, err = run("export", built, *words)
+            assert (code, out, err.count("\n")) == (2, "", 1)

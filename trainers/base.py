@@ -215,7 +215,7 @@ class CLIPTrainer(TrainerX):
                     oracle,
                     self.text_of(self.classnames).cpu(),
                     self.classnames,
-                    new_text=self.text_of(self.dm.dataset.new_classnames).cpu(),
+                    new_text=self.text_of(self.announced).cpu(),
                     generator=self.stage_generator(),
                     **settings,
                 )
@@ -233,6 +233,11 @@ class CLIPTrainer(TrainerX):
         )
         self.stage_seconds["recovery"] = time.perf_counter() - started
         return loader
+
+    @property
+    def announced(self) -> list[str]:
+        """The new classes, as far as their names are known while the base classes are recovered."""
+        return self.dm.dataset.new_classnames
 
     def open_teacher(self, journal: Path | None) -> Oracle:
         teacher = self.cfg.TEACHER

@@ -74,6 +74,10 @@ class DFZSL(FLPT):
         new = [name for name in self.dm.dataset.new_classnames if name not in self.classnames]
         return list(self.cfg.TRAINER.DFZSL.NEW_CLASSES) or new
 
+    @property
+    def announced(self) -> list[str]:
+        return list(self.cfg.TRAINER.DFZSL.NEW_CLASSES) or super().announced
+
     def before_train(self) -> None:
         checked_names(self.new_classnames, "the new classes", taken=self.classnames)
         super().before_train()

@@ -124,7 +124,7 @@ def _load_open_clip(name: str, weights: str) -> Backbone:
 def _random_model(name: str, quick_gelu: bool = False) -> tuple[Any, int]:
     """The model and its d; its random weights neither depend on nor disturb the run's random stream."""
     open_clip = import_open_clip()
-    with torch.random.fork_rng(devices=[]), _quiet():
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
         # Some configs ask for QuickGELU themselves, so a False must not overrule them.
         model = open_clip.create_model(name, pretrained=None, force_quick_gelu=quick_gelu)
@@ -254,8 +254,8 @@ def _broken(path: Path):
 
 
 @contextlib.contextmanager
-def _quiet():
-    """Keep open_clip's account of what it builds out of the run's log."""
+def quiet():
+    """Keep a library's account of what it builds out of the run's log."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

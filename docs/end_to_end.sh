@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# From an empty folder to a classifier, on the built-in world: bash docs/end_to_end.sh FOLDER
+set -euo pipefail
+mkdir -p "${1:?name a folder}" && cd "$1"
+
+# The world: the owner's pictures and others to try the classifier on, a folder for each class, and the names.
+python - <<'PYTHON'
+from pathlib import Path
+
+from dfzsl.datasets.shapes import rows, write_part
+
+for part in ("train", "test"):
+    write_part(Path("world"), part)
+    names = {Path(row.path).parent.name: row.classname for row in rows("world", part)}
+    Path("world", part, "classnames.txt").write_text("".join(f"{key} {name}\n" for key, name in names.items()))
+every = list(names.values())
+Path("base.txt").write_text("\n".join(every[:60]))
+Path("new.txt").write_text("\n".join(every[60:-1]))
+Path("one.txt").write_text(every[-1])
+PYTHON
+
+# The owner fits a teacher on pictures of the base classes.
+dfzsl teacher fit world/train --classes base.txt --backbone shapes
+dfzsl show teacher.safetensors
+
+# The client asks it for labels alone, and builds one classifier for base and new classes without a picture.
+dfzsl build --teacher teacher.safetensors --access labels --new new.txt
+dfzsl add classifier.safetensors --new one.txt
+
+# What the classifier does.
+dfzsl predict world/test/119* --top 3
+dfzsl evaluate world/test --confusion confusion.png
+dfzsl export classifier.safetensors --with-encoder
