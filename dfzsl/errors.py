@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import difflib
+import os
 import pickle
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable
 from types import TracebackType
 
 LONGEST = 2000  # characters of a message
 LISTED = 60  # known names in a message
+TOKEN = "DFZSL_TEACHER_TOKEN"  # in the environment: for the teacher's server, and for nobody else
 # Control characters, line separators, marks that turn the direction of writing, halves of characters.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
+def scrubbed(text: str) -> str:
+    """`text` without the token, which a server may have put into what it said."""
+    token = os.environ.get(TOKEN, "").strip()
+    return text.replace(token, "[token]") if len(token) > 3 else text
+
+
 def one_line(text: str) -> str:
-    """`text` on one line with what is unprintable spelt out: words from a file must not steer a terminal."""
+    """`text` on one line, scrubbed, with what is unprintable spelt out: it must not steer a terminal."""
+    text = scrubbed(text)
     return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], " ".join(text.split()))
 
 
@@ -77,8 +87,9 @@ def cli(run: Callable[[], object]) -> None:
         raise SystemExit(0) from None
     except Exception as error:
         said = explain(error)
-        if said is None:
-            raise
+        if said is None:  # a defect of the program
+            print(scrubbed(traceback.format_exc()), end="", file=sys.__stderr__)
+            raise SystemExit(1) from None
         print(f"error: {said}", file=sys.__stderr__)
         raise SystemExit(2) from None
     except KeyboardInterrupt:

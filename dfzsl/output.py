@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .errors import UserError
 from .files import atomic, digest, read_text
@@ -15,6 +18,8 @@ from .toolbox import changes
 CONFIG = "config.yaml"
 REMARK = "#: "  # begins its lines that are for a reader
 MADE_OF = "# made of "
+HELD = ".running"
+HALF = re.compile(r"\..+\.[0-9a-f]{8}\.tmp|.+\.partial-\d+")  # files that are being written
 ROOT = re.compile("(?<=^  ROOT: ).*$", re.MULTILINE)  # of DATASET, in the settings
 
 
@@ -46,6 +51,35 @@ class Folder:
         if self.path.exists():
             refuse_others(self.path, made_of, "--output-dir")
         self.made_of.update(made_of)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the folder against other processes, and remove what killed ones left half written in it.
+
+        Raises UserError while another process is at work there. Where a disk knows no locks, nothing is held
+        and nothing is removed.
+        """
+        folder = self.path.parent
+        lock = FileLock(folder / HELD)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"another process is at work in {folder}; wait for it, or choose another --output-dir"
+            ) from None
+        except NotImplementedError:
+            yield
+            return
+        try:
+            # A folder in it that has been held is another run's.
+            for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+                if place == folder or not (place / HELD).exists():
+                    for left in filter(HALF.fullmatch, os.listdir(place)):
+                        (place / left).unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
 
     def claim(self) -> None:
         """Write config.yaml, when all that the run reads was read: a mistake must not mark the folder."""

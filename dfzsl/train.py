@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,6 +139,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_random_seed(cfg.SEED)
     elif ranks.count() > 1:
         raise UserError("several processes need a --seed, to draw the same batches")
+    with folder.held() if ranks.mine() == 0 else contextlib.nullcontext():
+        _run(args, cfg, folder)
+
+
+def _run(args: argparse.Namespace, cfg: CfgNode, folder: Folder) -> None:
     if ranks.mine() == 0:
         setup_logger(cfg.OUTPUT_DIR)
     print(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import socket
+import subprocess
 from pathlib import Path
 
 import fake_data
@@ -14,11 +17,13 @@ from conftest import ROOT, write_features
 from dfzsl import train
 from dfzsl.datasets.encoding import checksum
 from dfzsl.datasets.extract import open_dataset
-from dfzsl.errors import UserError
+from dfzsl.errors import UserError, cli
+from dfzsl.launch import workers
 from dfzsl.launch.__main__ import main, parser, plan
 from dfzsl.launch.checks import check
 from dfzsl.launch.runs import Data
-from dfzsl.launch.workers import work
+from dfzsl.launch.workers import launch, work
+from dfzsl.output import Folder
 from dfzsl.trainers.recovery.teacher import Teacher
 
 SMALL = {"RECOVERY.NUM_PER_CLASS": 8, "GENERATOR.NAME": "vmf", "GENERATOR.CLASSIFIER_STEPS": 5}
@@ -239,3 +244,81 @@ def test_what_is_missing_is_told_before_anything_is_listed(words, said, dry, tmp
         main()
     assert not capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} <= {"file", "data"}  # the built-in world is drawn there
+
+
+def test_what_killed_runs_left_half_written_goes_and_nothing_else(tmp_path):
+    path = write_features(tmp_path / "x.npz", per_class=8)
+    out = tmp_path / "out"
+    ours = [".a.json.0123abcd.tmp", "answers/.b.safetensors.00000000.tmp", "model/model.pth.tar-1.partial-77"]
+    others = [
+        ".notes.tmp",
+        "answers/b.tmp",
+        "run/.a.json.0123abcd.tmp",
+        "run/.running",
+        "a/b/.c.0123abcd.tmp",
+    ]
+    for name in (*ours, *others):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("", encoding="utf-8")
+    train.main(words("ZeroshotCLIP", path, out, "--eval-only"))
+    assert not [name for name in ours if (out / name).exists()]
+    assert all((out / name).exists() for name in others)
+
+
+def test_two_runs_in_one_folder_at_once_are_refused(tmp_path):
+    path = write_features(tmp_path / "x.npz", per_class=8)
+    given = words("ZeroshotCLIP", path, tmp_path / "out", "--eval-only")
+    folder = Folder(train.setup_cfg(train.parser().parse_args(given)))
+    with folder.held(), pytest.raises(UserError, match=r"another process is at work in .*out"):
+        train.main(given)
+    train.main(given)
+
+
+def test_folders_of_workers_that_are_gone_are_removed(tmp_path, monkeypatch):
+    """Of this machine's, by processes that are no more; a slurm job may still wait for its files."""
+    path = write_features(tmp_path / "x.npz", per_class=8)
+    gone, host = subprocess.Popen(["true"]), socket.gethostname()
+    gone.wait()
+    kept = [f"local-{host}-{os.getppid()}", f"local-elsewhere-{gone.pid}", f"slurm-{host}-{gone.pid}"]
+    names = [*kept, f"local-{host}-{gone.pid}"]
+    for name in names:
+        (tmp_path / "out/.workers" / name).mkdir(parents=True)
+        (tmp_path / "out/.workers" / name / f"{gone.pid}_0_log.err").write_text("", encoding="utf-8")
+    given = [
+        "base2new",
+        "--methods",
+        "ZeroshotCLIP",
+        "--output",
+        str(tmp_path / "out"),
+        f"features:{path}",
+        "1",
+    ]
+    launch(plan(parser().parse_intermixed_args(given)), "local", 1, 1, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out/.workers").iterdir()) == sorted(kept)
+
+
+def test_the_token_is_in_no_failure_note_and_no_traceback(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("DFZSL_TEACHER_TOKEN", "S3CRET-t0ken")
+    path = write_features(tmp_path / "x.npz", per_class=8)
+
+    def echo(*_: object) -> None:
+        raise RuntimeError("BAD Bearer S3CRET-t0ken")
+
+    monkeypatch.setattr(workers, "run", echo)
+    given = [
+        "base2new",
+        "--methods",
+        "ZeroshotCLIP",
+        "--output",
+        str(tmp_path / "out"),
+        f"features:{path}",
+        "1",
+    ]
+    work(plan(parser().parse_intermixed_args(given)), 1)
+    (note,) = (tmp_path / "out").rglob("failed.txt")
+    assert note.read_text(encoding="utf-8") == "RuntimeError: BAD Bearer [token]\n"
+    assert "S3CRET" not in str(UserError("BAD Bearer S3CRET-t0ken"))
+    with pytest.raises(SystemExit) as left:
+        cli(echo)
+    said = capfd.readouterr().err
+    assert left.value.code == 1 and "Traceback" in said and "[token]" in said and "S3CRET" not in said

@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .. import train
-from ..errors import UserError, explain
+from ..errors import UserError, explain, one_line
 from ..files import atomic
 from ..results import RESULTS
 from .runs import Job
@@ -124,7 +125,7 @@ def work(jobs: Sequence[Job], threads: int, gpus: int = 1, visible: str | None =
                 try:
                     run(job, gpus)
                 except Exception as error:
-                    said = explain(error) or f"{type(error).__name__}: {error}"
+                    said = explain(error) or one_line(f"{type(error).__name__}: {error}")
                     job.failure.write_text(said + "\n", encoding="utf-8")
 
 
@@ -149,6 +150,22 @@ def _errors_into(path: Path) -> Iterator[None]:
         os.close(console)
 
 
+def _workers_in(folder: Path) -> set[str]:
+    """submitit calls a local worker's files by its process."""
+    return {path.name.partition("_")[0] for path in folder.iterdir()}
+
+
+def _alive(process: str) -> bool:
+    """Whether there is such a process on this machine; a word that is none is of nobody."""
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
+
+
 def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path) -> None:
     """Run the jobs on `workers` processes and show their progress. Failures are in each job's failed.txt."""
     open_jobs = [job for job in jobs if not job.finished]
@@ -162,7 +179,12 @@ def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path
         return
     import submitit
 
-    folder = output / ".workers" / str(os.getpid())
+    here = f"{launcher}-{socket.gethostname()}-"
+    folder = output / ".workers" / f"{here}{os.getpid()}"
+    if launcher == "local":
+        for left in folder.parent.glob(f"{here}*"):  # by sweeps that were killed
+            if not any(map(_alive, [left.name.removeprefix(here), *_workers_in(left)])):
+                shutil.rmtree(left, ignore_errors=True)
     executor = submitit.AutoExecutor(folder=folder, cluster=launcher)
     executor.update_parameters(timeout_min=7 * 24 * 60, cpus_per_task=threads)
     # submitit's own choice on one machine would be the first GPU for every worker.

@@ -29,14 +29,13 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from dfzsl.errors import UNPRINTABLE, UserError, unknown
+from dfzsl.errors import TOKEN, UNPRINTABLE, UserError, unknown
 from dfzsl.files import checked_names, load_tensors, save_tensors
 
 from .extraction import step_of
 from .teacher import Teacher
 
 LEVELS = ("weights", "logits", "probabilities", "labels")
-TOKEN = "DFZSL_TEACHER_TOKEN"
 # Bytes of the longest replies: a server's description, a reply without its numbers, a number.
 DESCRIPTION, ENVELOPE, NUMBER = 1 << 26, 1 << 16, 40
 
