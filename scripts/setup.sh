@@ -6,7 +6,9 @@ complete() {
     "$1" - <<'PYTHON' 2>/dev/null
 import importlib.util as util
 import os
-for name in "torch torchvision open_clip dassl yacs tabulate pytest xdist hypothesis matplotlib ruff mypy".split():
+needed = "torch torchvision open_clip dassl yacs tabulate matplotlib click onnx onnxruntime onnxscript"
+tools = "pytest xdist hypothesis ruff mypy nbclient ipykernel"
+for name in f"{needed} {tools}".split():
     assert util.find_spec(name), name
 # Another checkout's installation would run another checkout's code.
 assert os.path.samefile(util.find_spec("dfzsl.trainers").origin, "trainers/__init__.py")
