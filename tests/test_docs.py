@@ -129,7 +129,7 @@ def accept_launch(words: list[str]) -> None:
 
 
 def accept_click(command: click.Command, words: list[str]) -> None:
-    if words == ["--help"]:
+    if not words or words == ["--help"]:  # named in a sentence
         return
     context = command.make_context(command.name, [word for word in words if word != "..."])
     if isinstance(command, click.Group):
