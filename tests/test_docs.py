@@ -143,7 +143,7 @@ def click_flags(command: click.Command) -> set[str]:
     return own.union(*map(click_flags, getattr(command, "commands", {}).values()))
 
 
-class Accepted(Exception):
+class Accepted(BaseException):  # not to be explained to a user
     """Thrown by a program's argument parser once it has accepted its arguments."""
 
 
