@@ -96,10 +96,10 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     results = read_json(path)
     if not isinstance(results, dict) or "schema" not in results:
         raise UserError(f"{path}: not a results file of this project")
-    if results["schema"] != SCHEMA:
-        raise UserError(
-            f"{path}: schema {results['schema']}, this version reads {SCHEMA}; delete it to repeat the run"
-        )
+    if (schema := results["schema"]) != SCHEMA:
+        newer = isinstance(schema, int) and schema > SCHEMA
+        how = "update this project" if newer else "delete it to repeat the run"
+        raise UserError(f"{path}: schema {schema}, this version reads {SCHEMA}; {how}")
     return results
 
 

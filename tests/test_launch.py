@@ -160,6 +160,9 @@ def test_results_of_another_schema_are_told_before_anything_runs(tmp_path):
     finished(jobs(*words)[0], 1.0, schema=0)
     with pytest.raises(UserError, match=r"results\.json: schema 0, this version reads 1; delete it"):
         jobs(*words)
+    finished(jobs("--output", str(tmp_path / "b"), *words[:2], *words[4:])[0], 1.0, schema=2)
+    with pytest.raises(UserError, match="schema 2, this version reads 1; update this project"):
+        jobs("--output", str(tmp_path / "b"), *words[:2], *words[4:])
 
 
 def test_a_job_is_locked_against_others(tmp_path):

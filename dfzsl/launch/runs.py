@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,12 @@ DEFAULT_SEEDS = ("1", "2", "3")
 TARGETS = ["caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101"]
 TARGETS += ["fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"]
 XD_TARGETS = (*TARGETS, "imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+
+
+@functools.cache
+def _shipped(config: Path) -> dict:
+    """The keys of a config that is part of the project; a sweep of a thousand runs asks for them often."""
+    return yaml.safe_load(config.read_text(encoding="utf-8")) or {}
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Data:
 
     def overrides(self) -> list[str]:
         """The backbone of a data set that brings its own stands above the trainer's."""
-        model = (yaml.safe_load(self.config.read_text(encoding="utf-8")) or {}).get("MODEL", {})
+        model = _shipped(self.config).get("MODEL", {})
         backbone = model.get("BACKBONE", {})
         return [word for key, value in backbone.items() for word in (f"MODEL.BACKBONE.{key}", value)]
 
@@ -99,7 +106,7 @@ class Method:
 
     @property
     def variants(self) -> dict[str, list]:
-        return yaml.safe_load((CONFIGS / "ablations.yaml").read_text(encoding="utf-8")).get(self.trainer, {})
+        return _shipped(CONFIGS / "ablations.yaml").get(self.trainer, {})
 
     @property
     def name(self) -> str:

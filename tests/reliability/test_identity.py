@@ -36,7 +36,7 @@ def words(trainer: str, data: Path, output: Path, *more: object) -> list[str]:
     return [str(word) for word in (*given, *more, *(word for pair in pairs.items() for word in pair))]
 
 
-def test_other_test_data_under_the_same_path_is_refused(tmp_path):
+def test_other_test_data_under_the_same_path_is_refused(tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     given = words("ZeroshotCLIP", path, tmp_path / "out", "--eval-only")
     train.main(given)
@@ -44,9 +44,10 @@ def test_other_test_data_under_the_same_path_is_refused(tmp_path):
     write_features(path, seed=1, per_class=8)
     with pytest.raises(UserError, match="out holds another experiment, made of other test data"):
         train.main(given)
+    tried("identity", "data overwritten or another of the same name", 1, "refused, both named")
 
 
-def test_other_training_data_is_refused_where_it_is_read(tmp_path):
+def test_other_training_data_is_refused_where_it_is_read(tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     arrays = dict(np.load(path))
     train.main(words("TeacherZeroshot", path, tmp_path / "owner"))
@@ -58,9 +59,10 @@ def test_other_training_data_is_refused_where_it_is_read(tmp_path):
     train.main(client)  # it has not read them
     with pytest.raises(UserError, match="made of other training data"):
         train.main(words("TeacherZeroshot", path, tmp_path / "owner"))
+    tried("identity", "data overwritten or another of the same name", 1, "refused, both named")
 
 
-def test_an_older_folder_that_does_not_say_is_gone_on_with(tmp_path):
+def test_an_older_folder_that_does_not_say_is_gone_on_with(tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     given = words("ZeroshotCLIP", path, tmp_path / "out", "--eval-only")
     train.main(given)
@@ -71,10 +73,11 @@ def test_an_older_folder_that_does_not_say_is_gone_on_with(tmp_path):
     config.write_text("".join(lines), encoding="utf-8")
     train.main(given)
     assert config.read_text(encoding="utf-8") == whole
+    tried("identity", "outputs of an older version", 1, "gone on with")
 
 
 @pytest.mark.parametrize("kind", ["Folder", "Csv", "Features", "OxfordPets", "AWA2"])
-def test_data_is_known_by_its_content_and_not_by_its_place(kind, tmp_path):
+def test_data_is_known_by_its_content_and_not_by_its_place(kind, tmp_path, tried):
     config = {"Folder": "folder", "Csv": "csv", "Features": "features", "OxfordPets": "oxford_pets"}
 
     def sums(root: Path) -> list[str]:
@@ -91,10 +94,11 @@ def test_data_is_known_by_its_content_and_not_by_its_place(kind, tmp_path):
         picture.write_bytes(picture.read_bytes()[:-1] + b"x")  # as long as it was
         (test, training), (other_test, other_training) = sums(root), sums(moved)
         assert test != other_test and training == other_training
+    tried("identity", "data moved, and one picture changed", 1, "the same; another")
 
 
 @pytest.mark.parametrize("wrong", ["of another encoder", "of other classes"])
-def test_a_failed_start_claims_nothing(wrong, tmp_path):
+def test_a_failed_start_claims_nothing(wrong, tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     train.main(words("TeacherZeroshot", path, tmp_path / "owner"))
     right = tmp_path / "owner/teacher.safetensors"
@@ -111,6 +115,7 @@ def test_a_failed_start_claims_nothing(wrong, tmp_path):
     assert not (tmp_path / "out/config.yaml").exists()
     train.main([*words("DFZSL", path, tmp_path / "out"), "TEACHER.FILE", str(right)])
     assert (tmp_path / "out/results.json").exists()
+    tried("identity", "a wrong teacher, then the right one", 1, "the folder is free")
 
 
 def test_no_new_class_is_a_legal_task(tmp_path):
@@ -131,13 +136,14 @@ def test_no_new_class_is_a_legal_task(tmp_path):
         ("(1,2)", "no list of class names"),
     ],
 )
-def test_names_of_new_classes_are_looked_at_before_any_work(names, said, tmp_path):
+def test_names_of_new_classes_are_looked_at_before_any_work(names, said, tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     Teacher(torch.randn(4, 32), ["ant", "bee", "cat", "dog"]).save(tmp_path / "t.safetensors")
     given = words("DFZSL", path, tmp_path / "out", "TEACHER.FILE", tmp_path / "t.safetensors")
     with pytest.raises(UserError, match=said):
         train.main([*given, "TRAINER.DFZSL.NEW_CLASSES", names])
     assert not list((tmp_path / "out").rglob("*.safetensors"))
+    tried("hostile files", "names of new classes, before any work", 1, "refused, one line")
 
 
 def test_the_owner_has_no_teacher_yet(tmp_path):
@@ -170,7 +176,7 @@ def images(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_folder_of_the_same_name_is_refused_and_the_same_one_elsewhere_is_not(images, monkeypatch):
+def test_a_folder_of_the_same_name_is_refused_and_the_same_one_elsewhere_is_not(images, monkeypatch, tried):
     keys = ("1", "MODEL.BACKBONE.NAME", "shapes", "DATALOADER.NUM_WORKERS", "0")
     a, b, out = images / "a/images", images / "b/images", images / "out"
     sweep(out, f"folder:{a}", *keys)
@@ -184,9 +190,10 @@ def test_a_folder_of_the_same_name_is_refused_and_the_same_one_elsewhere_is_not(
     (images / "c/images/ant/0.jpg").rename(images / "c/images/ant/zero.jpg")
     with pytest.raises(UserError, match="made of other"):
         sweep(out, f"folder:{images / 'c/images'}", *keys)
+    tried("identity", "data overwritten or another of the same name", 3, "refused, both named")
 
 
-def test_a_feature_file_that_is_overwritten_is_another_one(tmp_path):
+def test_a_feature_file_that_is_overwritten_is_another_one(tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     arrays = dict(np.load(path))
     sweep(tmp_path / "out", f"features:{path}", "1")
@@ -196,9 +203,10 @@ def test_a_feature_file_that_is_overwritten_is_another_one(tmp_path):
     write_features(path, seed=1, per_class=8)
     with pytest.raises(UserError, match="made of other test data"):
         sweep(tmp_path / "out", f"features:{path}", "1")
+    tried("identity", "data overwritten or another of the same name", 2, "refused, both named")
 
 
-def test_an_older_sweep_goes_on_with_the_data_of_its_place(tmp_path):
+def test_an_older_sweep_goes_on_with_the_data_of_its_place(tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     sweep(tmp_path / "out", f"features:{path}", "1")
     for config in (tmp_path / "out").rglob("config.yaml"):
@@ -208,6 +216,7 @@ def test_an_older_sweep_goes_on_with_the_data_of_its_place(tmp_path):
     (tmp_path / "other").mkdir()
     with pytest.raises(UserError, match="other test data"):
         sweep(tmp_path / "out", f"features:{shutil.copy(path, tmp_path / 'other')}", "1")
+    tried("identity", "outputs of an older version", 1, "gone on with")
 
 
 def test_versions_in_a_folders_name_are_part_of_it(tmp_path):
@@ -235,7 +244,9 @@ def test_seeds_given_twice_are_run_once(tmp_path):
     ],
 )
 @pytest.mark.parametrize("dry", [True, False])
-def test_what_is_missing_is_told_before_anything_is_listed(words, said, dry, tmp_path, monkeypatch, capsys):
+def test_what_is_missing_is_told_before_anything_is_listed(
+    words, said, dry, tmp_path, monkeypatch, capsys, tried
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     given = ["base2new", "--methods", "ZeroshotCLIP", *words[:1], "1", *words[1:], *(["--dry-run"] * dry)]
@@ -244,9 +255,10 @@ def test_what_is_missing_is_told_before_anything_is_listed(words, said, dry, tmp
         main()
     assert not capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} <= {"file", "data"}  # the built-in world is drawn there
+    tried("machine", "sweep without data, weights or an output to write to", 1, "told before any run")
 
 
-def test_what_killed_runs_left_half_written_goes_and_nothing_else(tmp_path):
+def test_what_killed_runs_left_half_written_goes_and_nothing_else(tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     out = tmp_path / "out"
     ours = [".a.json.0123abcd.tmp", "answers/.b.safetensors.00000000.tmp", "model/model.pth.tar-1.partial-77"]
@@ -263,15 +275,17 @@ def test_what_killed_runs_left_half_written_goes_and_nothing_else(tmp_path):
     train.main(words("ZeroshotCLIP", path, out, "--eval-only"))
     assert not [name for name in ours if (out / name).exists()]
     assert all((out / name).exists() for name in others)
+    tried("killed", "half-written files of killed runs", len(ours), "removed by the next")
 
 
-def test_two_runs_in_one_folder_at_once_are_refused(tmp_path):
+def test_two_runs_in_one_folder_at_once_are_refused(tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     given = words("ZeroshotCLIP", path, tmp_path / "out", "--eval-only")
     folder = Folder(train.setup_cfg(train.parser().parse_args(given)))
     with folder.held(), pytest.raises(UserError, match=r"another process is at work in .*out"):
         train.main(given)
     train.main(given)
+    tried("killed", "two runs in one folder at once", 1, "refused, one line")
 
 
 def test_folders_of_workers_that_are_gone_are_removed(tmp_path, monkeypatch):
@@ -297,7 +311,7 @@ def test_folders_of_workers_that_are_gone_are_removed(tmp_path, monkeypatch):
     assert sorted(path.name for path in (tmp_path / "out/.workers").iterdir()) == sorted(kept)
 
 
-def test_the_token_is_in_no_failure_note_and_no_traceback(tmp_path, monkeypatch, capfd):
+def test_the_token_is_in_no_failure_note_and_no_traceback(tmp_path, monkeypatch, capfd, tried):
     monkeypatch.setenv("DFZSL_TEACHER_TOKEN", "S3CRET-t0ken")
     path = write_features(tmp_path / "x.npz", per_class=8)
 
@@ -322,3 +336,4 @@ def test_the_token_is_in_no_failure_note_and_no_traceback(tmp_path, monkeypatch,
         cli(echo)
     said = capfd.readouterr().err
     assert left.value.code == 1 and "Traceback" in said and "[token]" in said and "S3CRET" not in said
+    tried("HTTP teacher", "token echoed in an error, a note, a traceback", 3, "in none of them")
