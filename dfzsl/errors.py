@@ -88,7 +88,10 @@ def cli(run: Callable[[], object]) -> None:
     except Exception as error:
         said = explain(error)
         if said is None:  # a defect of the program
-            print(scrubbed(traceback.format_exc()), end="", file=sys.__stderr__)
+            told = traceback.format_exc()
+            if (shown := scrubbed(told)) == told:
+                raise
+            print(shown, end="", file=sys.__stderr__)
             raise SystemExit(1) from None
         print(f"error: {said}", file=sys.__stderr__)
         raise SystemExit(2) from None

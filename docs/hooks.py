@@ -17,7 +17,8 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"dfzsl": "dfzsl", "trainers": "dfzsl.trainers", "datasets": "dfzsl.datasets"}
-ELSEWHERE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md", "compat/dassl/README.md")
+ELSEWHERE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.md")
+ELSEWHERE += ("compat/dassl/README.md",)
 LINK = re.compile(r"\[([^]]+)\]\((?![a-z]+:|#)([^)#]+)(#[^)]*)?\)")
 
 
