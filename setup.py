@@ -59,14 +59,16 @@ setup(
         "submitit",
         "tabulate>=0.10",
         "tensorboard",
+        "starlette",
         "tqdm",
+        "uvicorn",
         "yacs",
     ],
     extras_require={
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": [
             *["nbclient", "nbformat", "ipykernel"],  # of the notebook
-            *["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
+            *["pytest", "pytest-xdist", "hypothesis", "httpx", "ruff", "mypy"],
             *["mkdocs-material", "mkdocstrings[python]"],
             *["playwright", "axe-playwright-python", "colorspacious"],  # of the HTML page, in a Chromium
         ],

@@ -21,7 +21,8 @@ ROOMS = {
     "generation": "dfzsl.trainers.generation",
     "trainers": "dfzsl.trainers",
     "programs": "dfzsl.train dfzsl.launch dfzsl.prepare dfzsl.pictures dfzsl.datasets.extract dfzsl.cli "
-    "dfzsl.building dfzsl.labelled dfzsl.evaluation dfzsl.predict dfzsl.cards dfzsl.export",
+    "dfzsl.building dfzsl.labelled dfzsl.evaluation dfzsl.predict dfzsl.cards dfzsl.export dfzsl.serve "
+    "dfzsl.importing",
 }
 FLOORS = list(ROOMS)
 # Libraries that only these rooms and modules know.

@@ -24,6 +24,7 @@ from dfzsl.datasets import extract
 from dfzsl.launch import __main__ as launch
 from dfzsl.prepare import __main__ as prepare
 from dfzsl.report import __main__ as report
+from dfzsl.trainers.recovery.teacher import Teacher
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
 PAGES += [ROOT / "compat/dassl/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -202,6 +203,10 @@ def test_python_blocks_run(page, code, monkeypatch, tmp_path):
     monkeypatch.setattr(TRAINER_REGISTRY, "_obj_map", dict(TRAINER_REGISTRY._obj_map))
     rows, text, new_text = torch.randn(3, 4, 512, generator=torch.Generator().manual_seed(0)).unbind()
     # What the text around the block says is there.
+    Teacher(rows, list("abcd")).save("teacher.safetensors")
+    torch.save(torch.nn.Linear(512, 4).state_dict(), "probe.pt")
+    Path("names.txt").write_text("a\nb\nc\nd\n")
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
     names = {
         "__name__": "dfzsl.trainers.mine",
         "classnames": list("abcd"),

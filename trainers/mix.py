@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from dassl.engine import TRAINER_REGISTRY
 
+from dfzsl.errors import UserError
 from dfzsl.toolbox import add_keys, register
 
 from .base import CLIPTrainer
+from .recovery.oracles import is_address
 from .recovery.teacher import Teacher
 
 add_keys("TRAINER.TEXTTEACHERMIX", TEXT=0.7)
@@ -24,6 +26,11 @@ class TextTeacherMix(CLIPTrainer):
     def build_model(self) -> None:
         share = self.cfg.TRAINER.TEXTTEACHERMIX.TEXT
         rows = self.text_of(self.classnames)
+        if is_address(self.cfg.TEACHER.FILE):
+            raise UserError(
+                f"TextTeacherMix mixes the teacher's rows with text: it needs a file, and "
+                f"{self.cfg.TEACHER.FILE} answers questions only; leave it out of --methods"
+            )
         teacher = Teacher.load(self.cfg.TEACHER.FILE)
         weight, bias = (part.to(rows) for part in teacher.beside_text())
         offset = rows.new_zeros(len(rows))

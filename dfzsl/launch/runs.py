@@ -200,11 +200,24 @@ class Job:
             str(self.shots_seen),
             *data.overrides(),
         ]
-        if self.method.data_free:
+        if self.waits_for_owner:
             owner = self.teacher.folder(f"train_{PROTOCOLS[self.protocol].train}")
             words += ["TEACHER.FILE", str(owner / "teacher.safetensors")]
         words += map(str, self.method.variants.get(self.method.variant, []))
-        return words + list(self.opts)
+        return words + list(self.settled)
+
+    @property
+    def settled(self) -> tuple[str, ...]:
+        """The KEY VALUE pairs that are this job's: a client's teacher is no affair of who has images."""
+        if self.method.data_free:
+            return self.opts
+        pairs = zip(self.opts[::2], self.opts[1::2], strict=True)
+        return tuple(word for pair in pairs if not pair[0].startswith("TEACHER.") for word in pair)
+
+    @property
+    def waits_for_owner(self) -> bool:
+        """Whether the sweep's own owner makes the teacher, and no KEY VALUE names another."""
+        return self.method.data_free and "TEACHER.FILE" not in self.opts[::2]
 
     def parts(self) -> list[tuple[Path, list[str]]]:
         """(output folder, train.py arguments) of every part, in order."""
@@ -233,7 +246,7 @@ class Job:
             if (folder / RESULTS).exists():
                 read_results(folder / RESULTS)
         if self.settings.exists():
-            was, now = self.settings.read_text(encoding="utf-8"), " ".join(self.opts)
+            was, now = self.settings.read_text(encoding="utf-8"), " ".join(self.settled)
             if was != now:
                 was, now = (f"with settings '{opts}'" if opts else "without settings" for opts in (was, now))
                 raise UserError(f"{self.settings.parent} was run {was}, not {now}; choose another --output")

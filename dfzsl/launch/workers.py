@@ -27,7 +27,7 @@ from .runs import Job
 
 def run(job: Job, gpus: int = 1) -> None:
     """Run what is not finished, each part on `gpus` GPUs. A teacher that is missing is made first."""
-    if job.method.data_free:
+    if job.waits_for_owner:
         with locked(job.teacher, wait=True):
             run(job.teacher, gpus)
     for folder, arguments in job.parts():
@@ -63,7 +63,7 @@ def _claimed(job: Job) -> Iterator[None]:
     """Write the job's `settings`, and take them back if nothing comes of them but an error."""
     was_there = job.settings.exists()
     with atomic(job.settings) as temporary:
-        temporary.write_text(" ".join(job.opts), encoding="utf-8")
+        temporary.write_text(" ".join(job.settled), encoding="utf-8")
     try:
         yield
     except Exception:

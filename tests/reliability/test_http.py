@@ -9,6 +9,7 @@ import json
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from pathlib import Path
@@ -440,6 +441,28 @@ def test_the_token_is_sent_and_kept_nowhere(world, tmp_path, monkeypatch, capfd,
         len(files),
         "in none of them",
     )
+
+
+ECHOES: dict[str, Callable[[Handler], None]] = {
+    "status line": lambda handler: handler.wfile.write(f"BAD Bearer {SECRET}\r\n\r\n".encode()) and None,
+    "version": lambda handler: handler.wfile.write(f"HTTP/{SECRET} 200 OK\r\n\r\n".encode()) and None,
+    "reason": lambda handler: handler.wfile.write(f"HTTP/1.0 418 {SECRET}\r\n\r\n".encode()) and None,
+    "redirect": lambda handler: reply(handler, b"", 302, Location=f"http://host/{SECRET}"),
+    "length": lambda handler: reply(handler, SECRET.encode(), length=999),
+    "level": lambda handler: reply(handler, json.dumps({SECRET: [SECRET]}).encode()),
+}
+
+
+@pytest.mark.parametrize("way", ECHOES)
+def test_a_server_that_repeats_the_token_is_not_quoted(world, monkeypatch, way, tried):
+    monkeypatch.setenv(oracles.TOKEN, SECRET)
+    asking = oracle(world, retries=0)
+    world.faults[:] = [lambda handler, _: ECHOES[way](handler)] * 5
+    with pytest.raises(UserError) as error:
+        asking(questions())
+    shown = "".join(traceback.format_exception(error.value))
+    assert SECRET not in str(error.value) + shown
+    tried("HTTP teacher", "the token in status lines, headers and bodies of replies", 1, "not quoted")
 
 
 def test_an_address_in_capitals_is_an_address(world, tmp_path):

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from dfzsl.errors import TOKEN, UNPRINTABLE, UserError, unknown
-from dfzsl.files import checked_names, load_tensors, save_tensors
+from dfzsl.files import checked_names, load_tensors, read_json, save_tensors, write_json
 
 from .extraction import step_of
 from .teacher import Teacher
@@ -221,7 +221,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class HTTPTeacher:
     """A model server. GET url describes it, POST url answers.
 
-    GET returns {"classnames": [...], "dim": d, "normalized": bool, "backbone": str}. POST takes
+    GET returns {"classnames": [...], "dim": d, "normalized": bool, "backbone": str} and may add "budget", the
+    queries that it will still answer, and "batch", those that a request may have. POST takes
     {"level": "logits" | "probabilities" | "labels", "features": [[...], ...]} and returns
     {LEVEL: answers}. A request carries its body's SHA-256 as `Idempotency-Key`, so that a server that bills
     by the query can tell a retry from a new question, and the environment variable DFZSL_TEACHER_TOKEN, where
@@ -266,7 +267,7 @@ class HTTPTeacher:
             about = self._request(None, DESCRIPTION)
         except OSError as error:
             raise UserError(f"the teacher does not describe itself ({error})") from error
-        names, dim = about.get("classnames"), about.get("dim")
+        names, dim, batch = (about.get(name) for name in ("classnames", "dim", "batch"))
         if not isinstance(names, list) or type(dim) is not int or not names or dim < 1:
             raise UserError(f"{self.url}: the server's description lacks 'classnames' or 'dim'")
         names = checked_names(names, self.url)
@@ -277,10 +278,27 @@ class HTTPTeacher:
             dim,
             normalized=bool(about.get("normalized", True)),
             backbone=str(about.get("backbone", "")),
-            batch_size=self.batch_size,
+            batch_size=min(self.batch_size, batch) if type(batch) is int and batch > 0 else self.batch_size,
             journal=journal,
-            budget=budget,
+            budget=self._affordable(budget, about, journal),
         )
+
+    def _affordable(self, budget: int, about: dict[str, Any], journal: str | os.PathLike[str] | None) -> int:
+        """The client's budget, or what the server says is left of its own, if that is less.
+
+        What a run plans follows from it: it stays in the journal, for a run that goes on.
+        """
+        kept = Path(journal) / "budget.json" if journal is not None else None
+        if kept and kept.exists():
+            return int(read_json(kept))  # type: ignore[call-overload]
+        left = about.get("budget")
+        if type(left) is int and left >= 0:
+            if left == 0:
+                raise UserError(f"{self.url}: the budget that the server gives is used up")
+            budget = min(budget, left) if budget else left
+        if kept and budget:
+            write_json(kept, budget)
+        return budget
 
     def _answer(self, x: Tensor, level: str, classes: int) -> Tensor:
         numbers = len(x) * (1 if level == "labels" else classes)
@@ -321,7 +339,9 @@ class HTTPTeacher:
                 if wait > self.longest:
                     raise OSError(f"{said}; it wants no question for {wait:,.0f} seconds") from None
             # A connection that breaks while the reply is read raises HTTPException, which is no OSError.
-            except (OSError, http.client.HTTPException) as error:
+            except http.client.HTTPException as error:
+                said = f"{self.url}: a reply that is not HTTP's ({type(error).__name__})"
+            except OSError as error:
                 said = f"{self.url}: {error}"
             if attempt == self.retries:
                 raise OSError(said)

@@ -1,0 +1,228 @@
+"""A linear classifier of another toolbox as a teacher: its rows, its intercepts, its classes' names."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from .errors import UserError, unknown
+from .files import bounded, checked_names, read_json, read_text
+from .safe_pickle import load as load_checkpoint
+from .trainers.recovery.teacher import Teacher
+
+# Heads by name, as torch, scikit-learn, torchvision, timm and Hugging Face call them.
+HEADS = (
+    *("weight", "coef_", "fc.weight", "classifier.weight", "head.weight", "heads.head.weight"),
+    *("classifier.1.weight", "head.fc.weight", "linear.weight", "score.weight", "last_linear.weight"),
+)
+NAME_COLUMNS = ("name", "class", "classname", "class_name", "label")
+
+
+def import_teacher(
+    path: str | os.PathLike[str],
+    *,
+    classnames: str | os.PathLike[str] | Sequence[str] = (),
+    backbone: str = "",
+    normalized: bool = False,
+    weight: str = "",
+    bias: str = "",
+) -> Teacher:
+    """A teacher from a file of another toolbox.
+
+    Args:
+        path: a state dict of torch (.pt, .pth, .bin, .ckpt; read as data, nothing in it runs), .safetensors,
+            a scikit-learn classifier as .npz (coef_, intercept_, perhaps classes_) or .skops.
+        classnames: a list, or a file: text (a name a line), JSON (a list, or Hugging Face's id2label), CSV (a
+            column called name, class or label, or the only one). Left out, classes_ of scikit-learn.
+        backbone: id of the image encoder whose features it reads, as `Backbone.identity` says it.
+        normalized: serve it as a cosine classifier, cos(x, w) + b, and not as the linear one, x.w + b.
+        weight, bias: names of its two tensors in the file; by default the names of common heads, or the only
+            matrix there is. A head without intercept has none.
+
+    One row is a binary classifier, whose score is positive for the second class: it becomes two rows.
+    Raises UserError for a file that holds no such classifier, and for names that do not fit it.
+    """
+    tensors = _tensors(Path(path))
+    name = weight or _head(tensors, path)
+    rows = _tensor(tensors, name, path)
+    if bias:
+        offset: Tensor | None = _tensor(tensors, bias, path)
+    else:
+        offset = tensors.get(name.removesuffix("weight") + "bias" if name != "coef_" else "intercept_")
+    rows = rows.reshape(1, -1) if rows.dim() == 1 else rows
+    if rows.dim() != 2:
+        raise UserError(
+            f"{path}: '{name}' has shape {tuple(rows.shape)}; a head's weight is (classes, features)"
+        )
+    offset = None if offset is None else offset.reshape(-1)
+    if offset is not None and len(offset) != len(rows):
+        raise UserError(f"{path}: '{name}' has {len(rows)} rows, but there are {len(offset)} intercepts")
+    if len(rows) == 1:
+        rows = torch.cat([-rows, rows]) * (1.0 if normalized else 0.5)
+        offset = None if offset is None else torch.cat([-offset, offset]) * (1.0 if normalized else 0.5)
+    names = _names(classnames, tensors.get("classes_"), path)
+    if len(names) != len(rows):
+        raise UserError(f"{path}: a classifier of {len(rows)} classes, but {len(names)} names were given")
+    try:
+        return Teacher(
+            rows.float().contiguous(),
+            names,
+            backbone,
+            normalized,
+            bias=None if offset is None else offset.float().contiguous(),
+        )
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _tensors(path: Path) -> dict[str, Any]:
+    """All arrays of a file as tensors, by name, and "classes_" as a list of texts."""
+    kind = path.suffix.lower()
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with bounded(path):
+            if kind == ".npz":
+                found = _from_npz(path)
+            elif kind == ".skops":
+                found = _from_skops(path)
+            elif kind == ".safetensors":
+                found = load_file(path)
+            elif kind in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
+                found = load_checkpoint(path)
+            else:
+                raise UserError(
+                    f"{path}: a teacher is imported from .pt, .pth, .bin, .safetensors, .npz or .skops; a "
+                    "pickle or joblib file runs what it likes: save coef_ and intercept_ with numpy.savez"
+                )
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        zipfile.BadZipFile,
+        OSError,
+        ValueError,
+        KeyError,
+    ) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: it cannot be read as {kind} ({error})") from None
+    while isinstance(found, Mapping) and not any(isinstance(value, Tensor) for value in found.values()):
+        inner = [found[key] for key in ("state_dict", "model", "model_state_dict") if key in found]
+        if not inner:
+            break
+        found = inner[0]
+    if not isinstance(found, Mapping):
+        raise UserError(f"{path}: it holds no state dict but a {type(found).__name__}")
+    kept = {
+        str(key).removeprefix("module."): value.detach() if isinstance(value, Tensor) else value
+        for key, value in found.items()
+        if isinstance(value, Tensor) or key == "classes_"
+    }
+    return kept
+
+
+def _from_npz(path: Path) -> dict[str, Any]:
+    with np.load(path, allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    classes = arrays.pop("classes_", None)
+    found: dict[str, Any] = {
+        name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind == "f"
+    }
+    return found if classes is None else found | {"classes_": [str(name) for name in classes.tolist()]}
+
+
+def _from_skops(path: Path) -> dict[str, Any]:
+    try:
+        from skops.io import load
+        from skops.io.exceptions import UntrustedTypesFoundException
+    except ImportError:
+        raise UserError(
+            f"{path}: reading it takes skops (pip install skops), or save coef_ as .npz"
+        ) from None
+    try:
+        model = load(path, trusted=[])
+    except UntrustedTypesFoundException as error:
+        raise UserError(f"{path}: it holds types that are not scikit-learn's own ({error})") from None
+    if not hasattr(model, "coef_"):
+        raise UserError(f"{path}: a {type(model).__name__} is no linear classifier with a coef_")
+    found: dict[str, Any] = {"coef_": torch.from_numpy(np.asarray(model.coef_, dtype=np.float64))}
+    if np.any(getattr(model, "intercept_", 0.0)):
+        found["intercept_"] = torch.from_numpy(np.asarray(model.intercept_, dtype=np.float64))
+    return found | {"classes_": [str(name) for name in np.asarray(model.classes_).tolist()]}
+
+
+def _head(tensors: Mapping[str, Any], path: object) -> str:
+    # A binary head's weight may be one vector.
+    shapes = {name: value.dim() for name, value in tensors.items() if isinstance(value, Tensor)}
+    matrices = [name for name, dim in shapes.items() if dim == 2 or (dim == 1 and name in HEADS)]
+    known = [name for name in HEADS if name in matrices]
+    if len(known) == 1 or (known and len(matrices) == 1):
+        return known[0]
+    if len(matrices) == 1:
+        return matrices[0]
+    said = ", ".join(matrices[:20]) or "none"
+    raise UserError(f"{path}: which matrix is the head? name it with --weight; there are: {said}")
+
+
+def _tensor(tensors: Mapping[str, Any], name: str, path: object) -> Tensor:
+    if not isinstance(tensors.get(name), Tensor):
+        raise unknown(f"tensor of {path}", name, [key for key in tensors if key != "classes_"])
+    return tensors[name]
+
+
+def _names(
+    given: str | os.PathLike[str] | Sequence[str], classes: Sequence[str] | None, path: object
+) -> list[str]:
+    if not isinstance(given, str | os.PathLike):
+        if not given and classes is None:
+            raise UserError(f"{path}: it does not name its classes; give their names with --classes")
+        return checked_names(list(given or classes or ()), path)
+    where = Path(given)
+    if where.suffix.lower() == ".json":
+        names = read_json(where)
+        if isinstance(names, dict):
+            if isinstance(names.get("id2label"), dict):  # Hugging Face's config.json
+                names = names["id2label"]
+            try:
+                pairs = sorted((int(key), value) for key, value in names.items())
+            except (ValueError, TypeError):
+                raise UserError(
+                    f"{where}: class names are a JSON list, or an object from 0, 1, ..."
+                ) from None
+            if [key for key, _ in pairs] != list(range(len(pairs))):
+                raise UserError(f"{where}: the classes of the object are not numbered 0, 1, ...")
+            names = [value for _, value in pairs]
+    elif where.suffix.lower() == ".csv":
+        names = _column(where)
+    else:
+        names = [line.strip() for line in read_text(where).splitlines() if line.strip()]
+    return checked_names(names, where)
+
+
+def _column(path: Path) -> list[str]:
+    rows = [row for row in csv.reader(io.StringIO(read_text(path))) if any(cell.strip() for cell in row)]
+    if not rows:
+        raise UserError(f"{path}: it names no class")
+    heads = [cell.strip().lower() for cell in rows[0]]
+    at = next((heads.index(name) for name in NAME_COLUMNS if name in heads), None)
+    if at is not None:
+        rows = rows[1:]
+    elif len(heads) == 1:
+        at = 0
+    else:
+        raise UserError(f"{path}: no column is called {', '.join(NAME_COLUMNS[:-1])} or {NAME_COLUMNS[-1]}")
+    if any(len(row) <= at for row in rows):
+        raise UserError(f"{path}: a row has no column {at + 1}")
+    return [row[at].strip() for row in rows]

@@ -1,0 +1,186 @@
+"""Classifiers of other toolboxes as teachers: every decision is theirs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+
+from dfzsl.errors import UserError
+from dfzsl.importing import import_teacher
+from dfzsl.trainers.recovery.oracles import open_oracle
+from dfzsl.trainers.recovery.recover import recover
+
+NAMES, DIM = ["ant", "bee", "cat"], 8
+
+
+def features(n: int = 200) -> torch.Tensor:
+    return F.normalize(torch.randn(n, DIM, generator=torch.Generator().manual_seed(0)), dim=1)
+
+
+@pytest.fixture
+def head() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(DIM, 3)
+
+
+def kept(path: Path, state: dict) -> Path:
+    if path.suffix == ".safetensors":
+        save_file({key: value.detach().contiguous() for key, value in state.items()}, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".safetensors"])
+@pytest.mark.parametrize("prefix", ["", "fc.", "head.", "classifier.", "module.fc.", "heads.head.", "probe."])
+def test_a_linear_layer_of_any_toolbox(head, tmp_path, suffix, prefix):
+    state = {prefix + key: value for key, value in head.state_dict().items()}
+    teacher = import_teacher(kept(tmp_path / f"head{suffix}", state), classnames=NAMES, backbone="b (w)")
+    torch.testing.assert_close(teacher.logits(features()), head(features()).detach())
+    assert (teacher.classnames, teacher.backbone, teacher.normalized) == (NAMES, "b (w)", False)
+
+
+def test_the_head_of_a_whole_model(head, tmp_path):
+    state = {"body.weight": torch.randn(DIM, DIM), "body.bias": torch.randn(DIM)}
+    state |= {f"fc.{key}": value for key, value in head.state_dict().items()}
+    path = kept(tmp_path / "model.pt", {"state_dict": state, "epoch": 3})
+    torch.testing.assert_close(
+        import_teacher(path, classnames=NAMES).logits(features()), head(features()).detach()
+    )
+    state = {f"a.{key}": value for key, value in state.items()}
+    path = kept(tmp_path / "other.pt", state)
+    with pytest.raises(
+        UserError, match=r"which matrix is the head\? name it with --weight; there are: a\.body"
+    ):
+        import_teacher(path, classnames=NAMES)
+    named = import_teacher(path, classnames=NAMES, weight="a.fc.weight")
+    torch.testing.assert_close(named.logits(features()), head(features()).detach())
+    shifted = import_teacher(path, classnames=NAMES, weight="a.fc.weight", bias="a.fc.bias")
+    assert torch.equal(shifted.bias, named.bias)
+    with pytest.raises(UserError, match=r"unknown tensor of .*'a\.fc\.wieght'; known: a\.fc\.weight"):
+        import_teacher(path, classnames=NAMES, weight="a.fc.wieght")
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("suffix", [".npz", ".skops"])
+def test_scikit_learns_classifiers_of_two_and_more_classes(tmp_path, classes, suffix):
+    x = features()
+    names = np.array(NAMES[:classes])
+    y = names[torch.randn(DIM, classes, generator=torch.Generator().manual_seed(1)).T.matmul(x.T).argmax(0)]
+    model = LogisticRegression().fit(x.double().numpy(), y)
+    model.intercept_ += np.linspace(0, 1, len(model.intercept_))
+    path = tmp_path / f"probe{suffix}"
+    if suffix == ".npz":
+        np.savez(path, coef_=model.coef_, intercept_=model.intercept_, classes_=model.classes_)
+    else:
+        pytest.importorskip("skops.io").dump(model, path)
+    teacher = import_teacher(path)
+    assert teacher.classnames == model.classes_.tolist()
+    probabilities = torch.from_numpy(model.predict_proba(x.double().numpy())).float()
+    torch.testing.assert_close(teacher.logits(x).softmax(1), probabilities)
+
+
+def test_a_binary_cosine_head_and_one_without_intercept(tmp_path):
+    row = torch.randn(DIM)
+    path = kept(tmp_path / "one.pt", {"weight": row, "bias": torch.tensor(0.2)})
+    teacher = import_teacher(path, classnames=["no", "yes"], normalized=True)
+    score = F.cosine_similarity(features(), row[None]) + 0.2
+    assert torch.equal(teacher.logits(features()).argmax(1) == 1, score > 0)
+    assert (
+        import_teacher(kept(tmp_path / "none.pt", {"weight": torch.randn(3, DIM)}), classnames=NAMES).bias
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("names.txt", "ant\nbee\n\ncat\n"),
+        ("names.json", '["ant", "bee", "cat"]'),
+        ("config.json", json.dumps({"id2label": {"1": "bee", "0": "ant", "2": "cat"}, "hidden_size": 8})),
+        ("labels.json", '{"0": "ant", "2": "cat", "1": "bee"}'),
+        ("names.csv", "id,name\n0,ant\n1,bee\n2,cat\n"),
+        ("one.csv", "ant\nbee\ncat\n"),
+    ],
+)
+def test_names_of_classes_from_files(head, tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    path = kept(tmp_path / "head.pt", head.state_dict())
+    assert import_teacher(path, classnames=tmp_path / name).classnames == NAMES
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("names.txt", "ant\nbee\n", "a classifier of 3 classes, but 2 names were given"),
+        ("names.txt", "ant\nbee\nant\n", "'ant' is the name of two classes"),
+        ("names.json", '{"0": "ant", "2": "bee"}', r"not numbered 0, 1"),
+        ("names.json", '{"ant": 0}', "a JSON list, or an object from 0"),
+        ("names.json", "3", "no list of class names"),
+        ("names.csv", "id,animal\n0,ant\n", "no column is called name"),
+        ("names.csv", "id,name\n0\n", "a row has no column 2"),
+        ("names.csv", "", "it names no class"),
+    ],
+)
+def test_names_that_do_not_fit(head, tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=said):
+        import_teacher(kept(tmp_path / "head.pt", head.state_dict()), classnames=tmp_path / name)
+
+
+class Trap:
+    def __reduce__(self):
+        return (Path.touch, (Path("trapped"),))
+
+
+def test_files_that_are_no_classifier(head, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = head.state_dict()
+    Path("trap.pt").write_bytes(pickle.dumps({"weight": Trap()}))
+    Path("half.safetensors").write_bytes(kept(tmp_path / "t.safetensors", state).read_bytes()[:50])
+    Path("broken.npz").write_bytes(b"PK\3\4 nothing")
+    np.savez("objects.npz", coef_=np.array([Trap()], dtype=object))
+    Path("model.joblib").write_bytes(b"x")
+    kept(Path("deep.pt"), {"weight": torch.ones(3, 2, 2)})
+    kept(Path("short.pt"), {"weight": torch.ones(3, DIM), "bias": torch.ones(2)})
+    kept(Path("zero.pt"), {"weight": torch.zeros(3, DIM)})
+    kept(Path("nan.pt"), {"weight": torch.full((3, DIM), torch.nan)})
+    kept(Path("number.pt"), {"epoch": 3})
+    np.savez("empty.npz", x=np.arange(3))
+    for name, said in {
+        "trap.pt": "cannot be read as .pt",
+        "half.safetensors": "cannot be read as .safetensors",
+        "broken.npz": "cannot be read as .npz",
+        "objects.npz": "cannot be read as .npz",
+        "model.joblib": "runs what it likes: save coef_",
+        "deep.pt": "there are: none",
+        "short.pt": "'weight' has 3 rows, but there are 2 intercepts",
+        "zero.pt": "its row is zero",
+        "nan.pt": "not finite",
+        "number.pt": "there are: none",
+        "empty.npz": "there are: none",
+        "missing.pt": "no such file",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            import_teacher(name, classnames=NAMES)
+    assert not Path("trapped").exists()
+    with pytest.raises(UserError, match="does not name its classes; give their names"):
+        import_teacher(kept(Path("head.pt"), state))
+
+
+def test_what_was_imported_is_recovered_with_its_intercept(head, tmp_path):
+    teacher = import_teacher(kept(tmp_path / "head.pt", head.state_dict()), classnames=NAMES)
+    teacher.save(tmp_path / "teacher.safetensors")
+    oracle = open_oracle(tmp_path / "teacher.safetensors", "logits")
+    virtual = recover(oracle, features(3), new_text=features(5)[3:])
+    torch.testing.assert_close(virtual.weight, head.weight.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(virtual.bias, head.bias.detach(), rtol=1e-4, atol=1e-5)
