@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -166,6 +167,17 @@ def _alive(process: str) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Somebody who presses Ctrl-C twice must not leave workers behind."""
+    was = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in was.items():
+            signal.signal(number, handler)
+
+
 def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path) -> None:
     """Run the jobs on `workers` processes and show their progress. Failures are in each job's failed.txt."""
     open_jobs = [job for job in jobs if not job.finished]
@@ -201,8 +213,9 @@ def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path
                 bar.update(sum(job.finished or job.failure.exists() for job in open_jobs) - bar.n)
             bar.update(sum(job.finished or job.failure.exists() for job in open_jobs) - bar.n)
     except BaseException:
-        for task in tasks:
-            task.cancel()
+        with _uninterrupted():
+            for task in tasks:
+                task.cancel()
         raise
     early = [task for task in tasks if task.exception()]
     for task in early:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -337,3 +338,24 @@ def test_the_token_is_in_no_failure_note_and_no_traceback(tmp_path, monkeypatch,
     said = capfd.readouterr().err
     assert left.value.code == 1 and "Traceback" in said and "[token]" in said and "S3CRET" not in said
     tried("HTTP teacher", "token echoed in an error, a note, a traceback", 3, "in none of them")
+
+
+def test_ctrl_c_twice_leaves_no_worker_behind(tmp_path, monkeypatch, tried):
+    class Task:
+        cancelled = 0
+
+        def done(self) -> bool:
+            raise KeyboardInterrupt
+
+        def cancel(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            Task.cancelled += 1
+
+    monkeypatch.setattr("submitit.AutoExecutor.submit", lambda *_: Task())
+    monkeypatch.chdir(tmp_path)
+    jobs = plan(parser().parse_intermixed_args(["base2new", "--methods", "ZeroshotCLIP", "shapes", "1", "2"]))
+    with pytest.raises(KeyboardInterrupt):
+        launch(jobs, "local", 2, 1, tmp_path / "out")
+    assert Task.cancelled == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    tried("killed", "Ctrl-C twice in a sweep", 1, "every worker ended")
