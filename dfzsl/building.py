@@ -211,6 +211,14 @@ def named(identity: str) -> tuple[str, str]:
     return match[1], "openai" if match[1] == BUILT_IN else match[2]
 
 
+def identity_of(backbone: str, weights: str) -> str:
+    """The `identity` of a backbone; it is loaded only where its weights are a file, which it is known by."""
+    tag = weights or "openai"
+    if backbone == BUILT_IN or os.path.isfile(tag):
+        return load_backbone(backbone, tag).identity
+    return f"{backbone.replace('/', '-')} ({tag})"
+
+
 def _summary(builder: Builder, classifier: Classifier) -> dict[str, str]:
     virtual = builder.virtual
     assert virtual is not None

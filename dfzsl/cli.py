@@ -272,7 +272,7 @@ def show(file: Path) -> None:
 
 @main.group(cls=Ordered)
 def teacher() -> None:
-    """The owner's side: fit a teacher."""
+    """The owner's side: fit, import, serve."""
 
 
 @teacher.command()
@@ -335,6 +335,107 @@ def fit(
     )
     made.save(output)
     click.echo(f"{output}: {made!r}")
+
+
+@teacher.command("import")
+@click.argument("file", type=FILE)
+@click.option(
+    "--classes", default="", metavar="NAMES", help="In the order of the rows: a file, or 'one, another'."
+)
+@click.option("--backbone", default="", help="open_clip's name of the model whose features it reads.")
+@options("weights")
+@click.option("--cosine", is_flag=True, help="Serve cosines and intercepts instead of x.w + b.")
+@click.option("--weight", default="", help="Name of the matrix in the file; by default that of common heads.")
+@click.option("--bias", default="", help="Name of the intercepts in the file.")
+@click.option("-o", "--output", type=FILE, default=Path("teacher.safetensors"), show_default=True)
+def import_(
+    file: Path,
+    classes: str,
+    backbone: str,
+    weights: str,
+    cosine: bool,
+    weight: str,
+    bias: str,
+    output: Path,
+) -> None:
+    """Take over a classifier of another toolbox.
+
+    FILE is a state dict of torch (nothing in it runs), .safetensors, or a scikit-learn classifier as .npz
+    (coef_, intercept_) or .skops; --classes may be text, JSON or CSV.
+    """
+    from .building import identity_of
+    from .importing import import_teacher
+
+    made = import_teacher(
+        file,
+        classnames=classes
+        if os.path.exists(classes)
+        else [n.strip() for n in classes.split(",") if n.strip()],
+        backbone=identity_of(backbone, weights) if backbone else "",
+        normalized=cosine,
+        weight=weight,
+        bias=bias,
+    )
+    made.save(output)
+    click.echo(f"{output}: {made!r}")
+
+
+@teacher.command()
+@click.argument("file", type=FILE)
+@click.option(
+    "--access",
+    default="labels",
+    show_default=True,
+    help="The most that is told.",
+)
+@click.option("--decimals", type=int, help="Round scores to so many places.")
+@click.option("--top", type=int, default=0, help="Tell the probabilities of so many classes; 0: of all.")
+@click.option(
+    "--noise",
+    type=float,
+    default=0.0,
+    help="Standard deviation added to the logits; the same for equal questions.",
+)
+@click.option("--budget", type=int, default=0, help="Queries of all clients together; 0: any number.")
+@click.option("--token-budget", type=int, default=0, help="Queries of each token; 0: any number.")
+@click.option("--rate", type=float, default=0.0, help="Queries a second of each token; 0: any number.")
+@click.option("--ledger", default="", help="SQLite file of tokens and budgets; by default beside FILE.")
+@click.option("--log", "log_file", default="", help="Where the access log goes; by default to stderr.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True)
+def serve(file: Path, **terms: Any) -> None:
+    """Answer questions about a teacher over HTTP.
+
+    The protocol stands in docs/black_box.md and on the server's own page, /docs. As long as no token was
+    issued (dfzsl teacher token), everybody is one client.
+    """
+    from .serve import serve as run
+
+    run(file, **terms)
+
+
+@teacher.command()
+@click.argument("file", type=FILE)
+@click.argument("name")
+@click.option("--budget", type=click.IntRange(0), help="Queries of this token, in place of --token-budget.")
+@click.option("--revoke", is_flag=True, help="Refuse the client's token from now on.")
+@click.option("--ledger", default="", help="SQLite file of tokens and budgets; by default beside FILE.")
+def token(file: Path, name: str, budget: int | None, revoke: bool, ledger: str) -> None:
+    """Issue a client's token, or revoke it.
+
+    FILE is the teacher that is served. The token is shown this once; only its hash is kept. The client sets
+    it as DFZSL_TEACHER_TOKEN.
+    """
+    from .serve import Ledger, default_ledger
+
+    if not ledger and not file.is_file():
+        raise UserError(f"{file}: no such teacher file")
+    kept = Ledger(ledger or default_ledger(file))
+    if revoke:
+        kept.revoke(name)
+        click.echo(f"{name}: revoked")
+    else:
+        click.echo(kept.issue(name, budget))
 
 
 @main.command(context_settings=RAW, add_help_option=False)

@@ -23,8 +23,16 @@ PYTHON
 dfzsl teacher fit world/train --classes base.txt --backbone shapes
 dfzsl show teacher.safetensors
 
-# The client asks it for labels alone, and builds one classifier for base and new classes without a picture.
-dfzsl build --teacher teacher.safetensors --access labels --new new.txt
+# The owner keeps the teacher, and answers with labels alone, to whom has a token.
+DFZSL_TEACHER_TOKEN=$(dfzsl teacher token teacher.safetensors client)
+export DFZSL_TEACHER_TOKEN
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+dfzsl teacher serve teacher.safetensors --access labels --budget 200000 --port "$port" --log access.log &
+trap "kill $! 2>/dev/null" EXIT
+until python -c "import socket; socket.create_connection(('127.0.0.1', $port))" 2>/dev/null; do sleep 1; done
+
+# The client asks it, and builds one classifier for base and new classes without a picture.
+dfzsl build --teacher "http://127.0.0.1:$port" --access labels --backbone shapes --new new.txt
 dfzsl add classifier.safetensors --new one.txt
 
 # What the classifier does.

@@ -408,3 +408,35 @@ class TestExport:
         for words in (("-o", tmp_path / "c.tflite"), ("-o", tmp_path / "m.pt", "--with-encoder")):
             code, out, err = run("export", built, *words)
             assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_import_takes_over_a_linear_layer(backbone, tmp_path, run):
+    layer = torch.nn.Linear(128, 3)
+    torch.save(layer.state_dict(), tmp_path / "head.pt")
+    output = tmp_path / "t.safetensors"
+    words = (
+        "teacher",
+        "import",
+        tmp_path / "head.pt",
+        "--classes",
+        "a, b, c",
+        "--backbone",
+        "shapes",
+        "-o",
+        output,
+    )
+    code, out, _ = run(*words)
+    assert code == 0 and "Teacher(linear with intercepts, 3 classes" in out
+    made, x = Teacher.load(output), torch.randn(4, 128)
+    assert made.backbone == backbone.identity
+    assert torch.allclose(made.logits(x), layer(x), atol=1e-5)
+
+
+def test_a_token_is_shown_once_and_revoked(teacher, tmp_path, run):
+    ledger = ("--ledger", tmp_path / "l.ledger")
+    code, token, _ = run("teacher", "token", teacher, "client", *ledger)
+    assert code == 0 and len(token.strip()) > 30
+    assert token.strip().encode() not in (tmp_path / "l.ledger").read_bytes()
+    assert run("teacher", "token", teacher, "client", *ledger)[0] == 2
+    assert run("teacher", "token", teacher, "client", "--revoke", *ledger)[1] == "client: revoked\n"
+    assert run("teacher", "token", teacher, "client", *ledger)[0] == 0

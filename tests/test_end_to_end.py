@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +21,25 @@ from dfzsl.configs import CONFIGS
 from dfzsl.results import read_results
 
 pytestmark = pytest.mark.slow
+
+
+@contextlib.contextmanager
+def served(teacher: Path, ledger: Path) -> Iterator[str]:
+    """The address of `dfzsl teacher serve`, for as long as the block runs."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["-m", "dfzsl.cli", "teacher", "serve", teacher, "--port", port, "--ledger", ledger]
+    server = subprocess.Popen([sys.executable, *map(str, words)], stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def test_the_script_does_what_the_trainer_does(tmp_path):
@@ -36,11 +59,14 @@ def test_the_script_does_what_the_trainer_does(tmp_path):
     words = ["--trainer", "DFZSL", "--seed", "1"]
     words += ["--dataset-config-file", str(CONFIGS / "datasets/shapes.yaml")]
     words += ["--config-file", str(CONFIGS / "trainers/DFZSL/dfzsl.yaml"), "--backbone", "shapes"]
-    words += ["--root", str(tmp_path / "data"), "TEACHER.FILE", str(folder / "teacher.safetensors")]
-    words += ["TEACHER.ACCESS", "labels", "TRAINER.DFZSL.NEW_CLASSES"]
+    words += ["--root", str(tmp_path / "data"), "TEACHER.ACCESS", "labels", "TRAINER.DFZSL.NEW_CLASSES"]
     words += [repr(tuple(read_classnames(str(folder / "new.txt"))))]
-    # The class that came later is one that the trained model does not know.
-    for part, more in (("base", []), ("new", ["--eval-only", "--model-dir", str(tmp_path / "base")])):
-        output = ["--output-dir", str(tmp_path / part)]
-        train.main([*more, *output, *words, "DATASET.SUBSAMPLE_CLASSES", part])
-        assert said[part] == f"{read_results(tmp_path / part / 'results.json')['accuracy']:.1f}"
+    log = (folder / "access.log").read_text()
+    assert '"status": 200' in log and os.environ.get("DFZSL_TEACHER_TOKEN", "Bearer") not in log
+    with served(folder / "teacher.safetensors", tmp_path / "other.ledger") as address:
+        words += ["TEACHER.FILE", address]
+        # The class that came later is one that the trained model does not know.
+        for part, more in (("base", []), ("new", ["--eval-only", "--model-dir", str(tmp_path / "base")])):
+            output = ["--output-dir", str(tmp_path / part)]
+            train.main([*more, *output, *words, "DATASET.SUBSAMPLE_CLASSES", part])
+            assert said[part] == f"{read_results(tmp_path / part / 'results.json')['accuracy']:.1f}"
