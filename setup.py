@@ -68,7 +68,7 @@ setup(
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": [
             *["nbclient", "nbformat", "ipykernel"],  # of the notebook
-            *["pytest", "pytest-xdist", "hypothesis", "httpx", "ruff", "mypy"],
+            *["pytest", "pytest-xdist", "hypothesis", "httpx", "skops", "ruff", "mypy"],
             *["mkdocs-material", "mkdocstrings[python]"],
             *["playwright", "axe-playwright-python", "colorspacious"],  # of the HTML page, in a Chromium
         ],

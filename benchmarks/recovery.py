@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from dfzsl.trainers.recovery.geometry import (
     geometry_concentration,
     paper_concentration,
 )
-from dfzsl.trainers.recovery.oracles import open_oracle
+from dfzsl.trainers.recovery.oracles import Oracle, open_oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import fit_teacher
 
@@ -91,7 +92,7 @@ def recovery_table(data: RealSet) -> str:
         taken = time.perf_counter() - started
         seen = rows - rows.mean(0) if level in ("probabilities", "labels") else rows
         near = cosine(virtual.weight, seen)
-        agree = ((features @ virtual.weight.T).argmax(1) == (features @ rows.T).argmax(1)).float().mean()
+        agree = (virtual.logits(features).argmax(1) == (features @ rows.T).argmax(1)).float().mean()
         table.append(
             (
                 level,
@@ -107,6 +108,49 @@ def recovery_table(data: RealSet) -> str:
     return tabulate(
         table, headers, tablefmt="github", floatfmt=("", "", "", "", ".5f", ".5f", ".1f"), intfmt=","
     )
+
+
+BUDGETS = (1_000, 5_000, 20_000, 80_000, 200_000)
+ANSWERS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "logits, 2 decimals": ("logits", lambda answers: answers.round(decimals=2)),
+    "probabilities, 4 decimals": ("probabilities", lambda answers: answers.round(decimals=4)),
+    "labels": ("labels", lambda answers: answers),
+}
+
+
+def budget_table(data: RealSet) -> str:
+    """The rows' error, estimated and true, and the recovered teacher's accuracy, by what may be asked."""
+    rows = F.normalize(data.teacher.weight, dim=1)
+    true = rows - rows.mean(0)
+    features, labels = data.test
+    table = []
+    for name, (level, change) in ANSWERS.items():
+        answer = open_oracle(data.teacher, level).answer
+        for budget in BUDGETS:
+            oracle = Oracle(
+                lambda x, answer=answer, change=change: change(answer(x)),
+                level,
+                data.classnames,
+                rows.shape[1],
+                budget=budget,
+            )
+            row: list = [name, f"{budget:,}"]
+            try:
+                virtual = recover(oracle, data.text, generator=torch.Generator().manual_seed(0))
+            except UserError:
+                table.append([*row, f"{oracle.queries:,}", "", "", "", ""])
+                continue
+            found = virtual.weight - virtual.weight.mean(0)
+            scale = (found * true).sum() / found.square().sum()  # labels show none
+            top = virtual.logits(features).argmax(1)
+            same = (top == (features @ rows.T).argmax(1)).float().mean()
+            right = (top == labels).float().mean()
+            error = (scale * found - true).norm() / true.norm()
+            told = "" if virtual.error is None else f"{virtual.error:.3f}"
+            row += [f"{virtual.queries:,}", told, f"{error:.3f}", f"{100 * same:.1f}", f"{100 * right:.1f}"]
+            table.append(row)
+    headers = ("answers", "budget", "queries", "error, estimated", "error", "same answer %", "accuracy %")
+    return tabulate(table, headers, tablefmt="github", disable_numparse=True)
 
 
 def concentration_table(sets: list[RealSet]) -> str:
@@ -178,6 +222,7 @@ def main() -> None:
     for data in sets:
         print(f"\n{data.name}: {len(data.classnames)} base classes, d = {data.text.shape[1]}\n")
         print(recovery_table(data), flush=True)
+        print("\n" + budget_table(data), flush=True)
     print("\nConcentration\n\n" + concentration_table(sets))
     print("\nDirections\n\n" + directions_table(sets))
 
