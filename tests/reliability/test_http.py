@@ -174,6 +174,7 @@ ABOUT = {
     "escapes": json.dumps({"classnames": ["ant", "\x1b[2J"], "dim": 8}).encode(),
     "no dimension": b'{"classnames": ["a"], "dim": "8"}',
     "true for a number": b'{"classnames": ["a"], "dim": true}',
+    "a word for false": b'{"classnames": ["a"], "dim": 8, "normalized": "false"}',
     "a list": b"[]",
     "brackets": b'{"a":' * 10**5,
 }

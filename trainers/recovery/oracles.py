@@ -271,12 +271,14 @@ class HTTPTeacher:
         if not isinstance(names, list) or type(dim) is not int or not names or dim < 1:
             raise UserError(f"{self.url}: the server's description lacks 'classnames' or 'dim'")
         names = checked_names(names, self.url)
+        if not isinstance(normalized := about.get("normalized", True), bool):
+            raise UserError(f"{self.url}: 'normalized' in the server's description is not true or false")
         return Oracle(
             lambda x: self._answer(x, level, len(names)),
             level,
             names,
             dim,
-            normalized=bool(about.get("normalized", True)),
+            normalized=normalized,
             backbone=str(about.get("backbone", "")),
             batch_size=min(self.batch_size, batch) if type(batch) is int and batch > 0 else self.batch_size,
             journal=journal,
