@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,6 @@ from tabulate import tabulate
 
 from dfzsl.trainers.generation.build import build_classifier
 from dfzsl.trainers.generation.generators import build_generator
-from dfzsl.trainers.generation.rehearsal import calibrate, choose_generator
 from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.oracles import open_oracle
 from dfzsl.trainers.recovery.recover import recover
@@ -51,27 +49,26 @@ def main() -> None:
         yield
         stages.append([name, time.perf_counter() - wall, time.process_time() - cpu])
 
-    settings = StageThreeSettings(num_per_class=VIRTUAL, num_generated=VIRTUAL, calibrate=False)
-    with stage("recovery from logits, d + 1 queries"):
-        virtual = recover(oracle, text[:BASE], new_text=text[BASE:], generator=generator)
-    with stage(f"sampling {BASE * VIRTUAL:,} features"):
-        features, labels = virtual.sample(VIRTUAL, generator)
-    with stage("choosing the generator, 20 rehearsals"):
-        name = choose_generator(features, labels, text[:BASE], NEW, settings, generator)
-    settings = replace(settings, name="vmf")
-    with stage(f"alignment, generator vmf ({name} was chosen), classifier"):
+    def build(**settings: object) -> None:
         build_classifier(
             virtual,
             text[:BASE],
             text[BASE:],
             new_classnames=names[BASE:],
-            settings=settings,
+            settings=StageThreeSettings(**settings),  # type: ignore[arg-type]
             generator=generator,
         )
-    with stage("calibration, 5 rehearsals"):
-        calibrate(features, labels, text[:BASE], NEW, settings, generator)
+
+    with stage("recovery from logits, d + 1 queries"):
+        virtual = recover(oracle, text[:BASE], new_text=text[BASE:], generator=generator)
+    with stage("stage 3 in closed form, balanced on 5 rehearsals"):
+        build()
     wall, cpu = (sum(column) for column in list(zip(*stages, strict=True))[1:])
     stages.append(["all of it", wall, cpu])
+    with stage(f"beside it: sampling {BASE * VIRTUAL:,} features"):
+        features, labels = virtual.sample(VIRTUAL, generator)
+    with stage("beside it: generator vmf and a trained classifier"):
+        build(name="vmf", num_per_class=VIRTUAL, num_generated=VIRTUAL, calibrate=False)
     few = torch.arange(20 * 64) * len(features) // (20 * 64)
     for name in ("cvae", "clswgan", "tfvaegan"):
         with stage(f"beside it: {name}, 20 steps"):

@@ -1,16 +1,18 @@
-"""Stage 3 on real image features: python benchmarks/real_features.py FILE.npz... [--shots 16] [--splits 5]
+"""Accuracy on real image features: python benchmarks/real_features.py FILE.npz... [--geometry FILE...]
 
-Files as the data set `Features` reads them (x_val, y_val, x_test, y_test, text, classnames). The owner fits a
-teacher on the val features of the base classes; the client gets its rows, the names' text features and
-nothing else. Prints base-to-new (accuracy in %) and GZSL (per-class means over the joint label space), mean
-over seeds, against the free baselines:
+Files as the data set `Features` reads them (x_val, y_val, x_test, y_test, text, classnames). For each file,
+each split of its classes into base and new (the official one and --splits random ones) and each kind of
+teacher, the owner fits on the val features of the base classes; the client gets the teacher, the texts of all
+names and nothing else. Base-to-new (accuracy in %) and GZSL (means over classes in the joint label space) on
+test features.
 
-    zero-shot         text rows
-    teacher + zero    the teacher for base, text rows for new
-    mix + zero        unit rows of 0.7 text + 0.3 teacher for base, text rows for new
+The grid is held against what costs nothing: text alone, the teacher for base and text for new, and text + g
+teacher (unit rows, the teacher's intercepts too) for g = 0.1, 0.2, 0.3, 0.43 and 1. `over best` is the mean H
+above the fixed baseline that is best on average over all that is shown, `of its kind` above the one that is
+best for that kind of teacher, `of the cell` above the best one in each cell, `worst` the worst of these.
 
-GZSL rows in brackets had the scale of base rows against new ones and the offset between them chosen by the
-TEST labels: the best that the baseline could do if somebody set its scales for it.
+--geometry takes a geometry file, or feature files of other pictures (x, and y if labelled) to measure one on;
+the same teachers are then tried without and with it.
 """
 
 from __future__ import annotations
@@ -18,9 +20,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-from dataclasses import fields
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,12 +29,15 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
+from dfzsl.geometry import geometry_of
 from dfzsl.trainers.generation.build import build_classifier
-from dfzsl.trainers.generation.classifier import Classifier
-from dfzsl.trainers.generation.training import StageThreeSettings
+from dfzsl.trainers.recovery.geometry import Geometry
 from dfzsl.trainers.recovery.oracles import open_oracle
-from dfzsl.trainers.recovery.recover import RecoverySettings, recover
-from dfzsl.trainers.recovery.teacher import fit_teacher
+from dfzsl.trainers.recovery.recover import recover
+from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
+
+WEIGHTS = (0.1, 0.2, 0.3, 0.43, 1.0)
+BASELINES = ("zero-shot", "teacher + zero-shot", *(f"text + {g} teacher" for g in WEIGHTS))
 
 
 def harmonic(a: float, b: float) -> float:
@@ -43,13 +47,13 @@ def harmonic(a: float, b: float) -> float:
 class Task:
     """One data set with a base/new split: `order` lists its classes, base ones first."""
 
-    def __init__(self, path: Path, order: np.ndarray | None) -> None:
+    def __init__(self, path: Path, split: int) -> None:
         with np.load(path) as file:
             array = {name: file[name] for name in file.files}
         count = len(array["text"])
-        order = np.arange(count) if order is None else order[:count]
+        order = np.random.default_rng(split - 1).permutation(count) if split else np.arange(count)
         place = np.argsort(order)
-        self.base = (count + 1) // 2
+        self.base, self.seed = (count + 1) // 2, split
         self.names = [str(array["classnames"][i]) for i in order]
         self.text = F.normalize(torch.from_numpy(array["text"][order]).float(), dim=1)
         self.x_val, self.x_test = (
@@ -57,82 +61,187 @@ class Task:
         )
         self.y_val, self.y_test = (torch.from_numpy(place[array[name]]) for name in ("y_val", "y_test"))
 
-    def teacher(self, shots: int, generator: torch.Generator):
-        mine = self.y_val < self.base
-        names = self.names[: self.base]
-        return fit_teacher(self.x_val[mine], self.y_val[mine], names, shots=shots, generator=generator)
+    def train(self, shots: int = 0) -> tuple[Tensor, Tensor]:
+        """Features and labels of base classes, at most so many of each."""
+        x, y = self.x_val[self.y_val < self.base], self.y_val[self.y_val < self.base]
+        if not shots:
+            return x, y
+        rng = torch.Generator().manual_seed(self.seed)
+        rows = [(y == c).nonzero().flatten() for c in range(self.base)]
+        kept = torch.cat([own[torch.randperm(len(own), generator=rng)[:shots]] for own in rows])
+        return x[kept], y[kept]
 
-    def base_to_new(self, logits: Tensor) -> list[float]:
+    def base_to_new(self, base: Tensor, new: Tensor) -> tuple[float, float]:
+        """Accuracy of logits of base (n, C) and new classes (n, K) within each part."""
         seen = self.y_test < self.base
-        base = logits[seen, : self.base].argmax(1) == self.y_test[seen]
-        new = logits[~seen, self.base :].argmax(1) == self.y_test[~seen] - self.base
-        b, n = 100 * base.double().mean().item(), 100 * new.double().mean().item()
-        return [b, n, harmonic(b, n)]
+        hit_base = base[seen].argmax(1) == self.y_test[seen]
+        hit_new = new[~seen].argmax(1) == self.y_test[~seen] - self.base
+        return 100 * hit_base.double().mean().item(), 100 * hit_new.double().mean().item()
 
-    def gzsl(self, logits: Tensor) -> list[float]:
-        hit = (logits.argmax(1) == self.y_test).double()
+    def gzsl(self, base: Tensor, new: Tensor) -> float:
+        hit = (torch.cat([base, new], 1).argmax(1) == self.y_test).double()
         count = torch.bincount(self.y_test, minlength=len(self.names))
-        rate = 100 * torch.zeros_like(count).double().index_add_(0, self.y_test, hit) / count.clamp(min=1)
-        held = count > 0
-        u, s = (
-            rate[self.base :][held[self.base :]].mean().item(),
-            rate[: self.base][held[: self.base]].mean().item(),
-        )
-        return [u, s, harmonic(u, s)]
-
-    def gzsl_at_best(self, base: Tensor, new: Tensor) -> list[float]:
-        """GZSL of base and new rows with the scale and the offset that the test labels like best."""
-        left, right = self.x_test @ base.T, self.x_test @ new.T
-        center = left.mean(1, keepdim=True)
-        best = [0.0, 0.0, 0.0]
-        for scale in (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0):
-            scaled = scale * (left - center)
-            # New rows relative to the mean of all texts, so that offsets near 0 are tried.
-            other = right - (self.x_test @ self.text.T).mean(1, keepdim=True)
-            for offset in np.linspace(-0.06, 0.08, 36):
-                best = max(best, self.gzsl(torch.cat([scaled, other + offset], 1)), key=lambda r: r[2])
-        return best
+        rate = 100 * torch.zeros(len(count)).double().index_add_(0, self.y_test, hit) / count.clamp(min=1)
+        seen, unseen = rate[: self.base][count[: self.base] > 0], rate[self.base :][count[self.base :] > 0]
+        return harmonic(seen.mean().item(), unseen.mean().item())
 
 
-def run(task: Task, shots: int, seed: int, recovery: dict, settings: dict) -> dict[str, list[float]]:
-    """Rows of the table for one task and seed: B, N, H and U, S, H."""
-    generator = torch.Generator().manual_seed(seed)
-    teacher = task.teacher(shots, generator)
-    base_text, new_text = task.text[: task.base], task.text[task.base :]
+def sgd_head(x: Tensor, y: Tensor, classes: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A linear head with intercepts, as most linear probes: SGD with momentum, 60 epochs, linear decay."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        head = torch.nn.Linear(x.shape[1], classes)
+        optimizer = torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9, weight_decay=1e-4)
+        for epoch in range(60):
+            optimizer.param_groups[0]["lr"] = 1 - epoch / 60
+            for rows in torch.randperm(len(x)).split(256):
+                optimizer.zero_grad()
+                F.cross_entropy(head(x[rows]), y[rows]).backward()
+                optimizer.step()
+    return head.weight.detach(), head.bias.detach()
+
+
+def anchored(x: Tensor, y: Tensor, text: Tensor, pull: float = 1.0) -> Tensor:
+    """Rows trained from the text, CE(100 x.r) + pull/2 |r - t|^2: the teacher of someone who knows CLIP."""
+    rows = text.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS([rows], max_iter=200, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(100 * x @ rows.T, y) + 0.5 * pull * (rows - text).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    return rows.detach()
+
+
+def teachers(task: Task) -> dict[str, Callable[[], Teacher]]:
+    """How each kind of teacher comes about."""
+    names, text = task.names[: task.base], task.text[: task.base]
+
+    def paper(shots: int) -> Teacher:
+        return fit_teacher(*task.train(shots), names)
+
+    def tuned(shots: int) -> Teacher:
+        return fit_teacher(*task.train(shots), names, text=text)
+
+    def means() -> Teacher:
+        x, y = task.train()
+        return Teacher(torch.stack([x[y == c].mean(0) for c in range(len(names))]), names)
+
+    def sgd() -> Teacher:
+        weight, bias = sgd_head(*task.train(), len(names), task.seed)
+        return Teacher(weight, names, normalized=False, bias=bias)
+
+    return {
+        "paper's, all images": lambda: paper(0),
+        "paper's, 16": lambda: paper(16),
+        "paper's, 4": lambda: paper(4),
+        "paper's, 1": lambda: paper(1),
+        "owner's, all images": lambda: tuned(0),
+        "owner's, 16": lambda: tuned(16),
+        "owner's, 4": lambda: tuned(4),
+        "class means": means,
+        "SGD head with intercepts": sgd,
+        "trained from text": lambda: Teacher(anchored(*task.train(), text), names),
+    }
+
+
+def run(task: Task, teacher: Teacher, geometry: Geometry | None) -> dict[str, tuple[float, float, float]]:
+    """(base, new, GZSL's H) of every baseline and of DFZSL."""
+    text, base = task.text, task.base
+    by_text = task.x_test @ text.T
+    old, new = by_text[:, :base], by_text[:, base:]
     rows = F.normalize(teacher.weight, dim=1)
-    mix = F.normalize(0.7 * base_text + 0.3 * rows, dim=1)
-    virtual = recover(
-        open_oracle(teacher, "weights"), base_text, new_text=new_text, generator=generator, **recovery
-    )
+    own = task.x_test @ rows.T
+    if teacher.bias is not None:
+        own = own + teacher.bias / teacher.weight.norm(dim=1)
+    alone = teacher.logits(task.x_test)
+    scores = dict(zip(BASELINES, [old, alone, *(old + g * own for g in WEIGHTS)], strict=True))
+    table = {name: (*task.base_to_new(score, new), task.gzsl(score, new)) for name, score in scores.items()}
+    generator = torch.Generator().manual_seed(task.seed)
     with contextlib.redirect_stdout(io.StringIO()):
-        ours: Classifier = build_classifier(
-            virtual,
-            base_text,
-            new_text,
-            new_classnames=task.names[task.base :],
-            settings=StageThreeSettings(**settings),
+        virtual = recover(
+            open_oracle(teacher, "weights"),
+            text[:base],
+            new_text=text[base:],
             generator=generator,
+            geometry=geometry,
         )
-    table = {}
-    for name, base in (("zero-shot", base_text), ("teacher + zero", rows), ("mix + zero", mix)):
-        logits = task.x_test @ torch.cat([base, new_text]).T
-        table[name] = task.base_to_new(logits) + task.gzsl(logits)
-        if name != "zero-shot":
-            table[f"[{name}, scales in hindsight]"] = task.base_to_new(logits) + task.gzsl_at_best(
-                base, new_text
-            )
+        ours = build_classifier(
+            virtual, text[:base], text[base:], new_classnames=task.names[base:], generator=generator
+        )
     logits = ours.logits(task.x_test)
-    table["DFZSL"] = task.base_to_new(logits) + task.gzsl(logits)
+    score = logits[:, :base], logits[:, base:]
+    table["DFZSL"] = (*task.base_to_new(*score), task.gzsl(*score))
     return table
 
 
-def overrides(words: list[str], cls: type) -> dict:
-    """KEY VALUE pairs as field values of the settings dataclass."""
-    defaults: dict[str, Any] = {field.name: field.default for field in fields(cls)}
-    values = {}
-    for key, word in zip(words[::2], words[1::2], strict=True):
-        values[key] = word == "True" if isinstance(defaults[key], bool) else type(defaults[key])(word)
-    return values
+def cells(paths: list[Path], splits: int, kinds: list[str]) -> Iterator[tuple[str, int, str, Task, Teacher]]:
+    for path in paths:
+        for split in range(splits + 1):
+            task = Task(path, split)
+            for kind, make in teachers(task).items():
+                if not kinds or kind in kinds:
+                    yield path.stem, split, kind, task, make()
+
+
+def summary(results: list[dict]) -> str:
+    """One line for each kind of teacher, and one for all of them."""
+    kinds = list(dict.fromkeys(result["kind"] for result in results))
+    h = {
+        name: np.array([harmonic(*result["table"][name][:2]) for result in results])
+        for name in (*BASELINES, "DFZSL")
+    }
+    free = np.stack([h[name] for name in BASELINES])
+    gzsl = {
+        name: np.array([result["table"][name][2] for result in results]) for name in ("zero-shot", "DFZSL")
+    }
+    best = int(free.mean(1).argmax())
+    lines = []
+    for kind in [*kinds, "all"]:
+        own = np.array([kind in (result["kind"], "all") for result in results])
+        mine = h["DFZSL"][own]
+        of_kind = int(free[:, own].mean(1).argmax())
+        over_cell = mine - free[:, own].max(0)
+        rise = (gzsl["DFZSL"] - gzsl["zero-shot"])[own]
+        lines.append(
+            [
+                kind,
+                h["zero-shot"][own].mean(),
+                h["teacher + zero-shot"][own].mean(),
+                free[:, own].mean(1).max(),
+                mine.mean(),
+                mine.mean() - free[best, own].mean(),
+                mine.mean() - free[of_kind, own].mean(),
+                over_cell.mean(),
+                over_cell.min(),
+                gzsl["zero-shot"][own].mean(),
+                gzsl["DFZSL"][own].mean(),
+                rise.min(),
+            ]
+        )
+    headers = ["teacher", "zero-shot", "teacher + zero-shot", "best fixed", "DFZSL", "over best"]
+    headers += ["of its kind", "of the cell", "worst", "GZSL: zero-shot", "DFZSL", "worst"]
+    signed = "+.2f"
+    formats = ("", ".1f", ".1f", ".1f", ".1f", signed, signed, signed, signed, ".1f", ".1f", signed)
+    return f"Best fixed baseline on average: {BASELINES[best]}\n\n" + tabulate(
+        lines, headers, tablefmt="github", floatfmt=formats
+    )
+
+
+def official(results: list[dict]) -> str:
+    """Base / new / H and GZSL on the official split, for the paper's and for the owner's best teacher."""
+    lines = []
+    for result in results:
+        if result["split"] or not result["kind"].endswith("all images"):
+            continue
+        for name in ("zero-shot", "teacher + zero-shot", "text + 0.2 teacher", "DFZSL"):
+            base, new, gzsl = result["table"][name]
+            lines.append([result["set"], result["kind"], name, base, new, harmonic(base, new), gzsl])
+    headers = ["data set", "teacher", "method", "base", "new", "H", "GZSL H"]
+    return tabulate(lines, headers, tablefmt="github", floatfmt=".1f")
 
 
 def main() -> None:
@@ -140,42 +249,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("files", nargs="+", type=Path)
-    parser.add_argument("--shots", type=int, default=0, help="teacher images per class; 0: all")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument(
-        "--splits", type=int, default=0, help="this many random class splits, not the official one"
-    )
-    parser.add_argument(
-        "--generator", nargs="*", default=[], metavar="KEY VALUE", help="GENERATOR.* settings"
-    )
-    parser.add_argument("--recovery", nargs="*", default=[], metavar="KEY VALUE", help="RECOVERY.* settings")
+    parser.add_argument("--splits", type=int, default=5, help="random class splits beside the official one")
+    parser.add_argument("--kinds", nargs="*", default=[], metavar="KIND", help="these teachers alone")
+    parser.add_argument("--geometry", nargs="*", default=[], type=Path, metavar="FILE")
     args = parser.parse_args()
-    settings = overrides(args.generator, StageThreeSettings)
-    recovery = overrides(args.recovery, RecoverySettings)
-    for path in args.files:
-        rows: dict[str, list[list[float]]] = {}
-        for seed in range(args.seeds):
-            for split in range(max(args.splits, 1)):
-                order = None
-                if args.splits:
-                    with np.load(path) as file:
-                        order = np.random.default_rng(split).permutation(len(file["text"]))
-                for name, row in run(Task(path, order), args.shots, seed, recovery, settings).items():
-                    rows.setdefault(name, []).append(row)
-        mean = [[name, *np.mean(values, 0)] for name, values in rows.items()]
-        spread = np.std(rows["DFZSL"], 0)
-        teacher = f"{args.shots} shots" if args.shots else "all val images"
-        split_name = f"{args.splits} random splits" if args.splits else "official split"
-        print(f"\n{path.stem}: {split_name}, teacher on {teacher}, {args.seeds} seeds")
-        print(
-            tabulate(
-                [*mean, ["  (standard deviation)", *spread]],
-                headers=["", "base", "new", "H", "GZSL U", "S", "H"],
-                floatfmt=".1f",
-                tablefmt="github",
-            ),
-            flush=True,
-        )
+    geometry = None
+    if args.geometry:
+        files = args.geometry
+        geometry = Geometry.load(files[0]) if files[0].suffix == ".safetensors" else geometry_of(files)
+    tables: dict[str, list[dict]] = {"Without a geometry": []}
+    if geometry is not None:
+        tables[f"With {geometry}"] = []
+    for name, split, kind, task, teacher in cells(args.files, args.splits, args.kinds):
+        for results, known in zip(tables.values(), (None, geometry), strict=False):
+            results.append({"set": name, "split": split, "kind": kind, "table": run(task, teacher, known)})
+    for title, results in tables.items():
+        print(f"{title}, {len(results)} cells", summary(results), official(results), sep="\n\n", end="\n\n")
 
 
 if __name__ == "__main__":

@@ -32,15 +32,18 @@ class VirtualLoader:
         batch_size: the last incomplete batch of a pass is dropped, as Dassl does in training, unless it is
             the only one.
         num_per_class: features of each class in a pass.
-        filter: keep only draws that the recovered teacher assigns to their own class (each is replaced).
+        filter: keep only draws that the recovered teacher assigns to their own class (each is replaced). A
+            class that it disowns keeps the draws it has, and is named in `unfiltered`.
         fresh: draw anew for every pass, else once.
         generator: decides the draws and their order.
 
-    `kept_share` is the share of draws the filter has let through so far. Raises UserError naming the class
-    for which the filter lets through too little.
+    Nothing is drawn before the first pass. `kept_share` is the share of draws the filter has let through.
     """
 
-    TRIES = 50  # draws of a class for each one that is needed, before giving up
+    TRIES = 50  # draws of a class for each one that is needed, before it is left unfiltered
+    HOPELESS = (
+        0.02  # share that the filter lets through at first, below which a class is left unfiltered at once
+    )
 
     def __init__(
         self,
@@ -56,63 +59,74 @@ class VirtualLoader:
         self.virtual, self.batch_size, self.num_per_class = virtual, batch_size, num_per_class
         self.filter, self.fresh, self.generator = filter, fresh, generator
         self._drawn = self._kept = 0
-        self._features, self._labels = self.draw()
-        filtered = f"the teacher keeps {self.kept_share:.1%}" if filter else "not filtered"
-        print(f"Virtual features: {len(virtual.classnames)} classes x {num_per_class}, {filtered}")
+        self.unfiltered: list[str] = []
+        self._pass: tuple[Tensor, Tensor] | None = None
 
     @property
     def kept_share(self) -> float:
-        return self._kept / self._drawn
+        return self._kept / max(self._drawn, 1)
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """One pass: (features (C * num_per_class, d), labels), class after class."""
-        need = self.num_per_class
+        need, classes = self.num_per_class, len(self.virtual.classnames)
         features, labels = self.virtual.sample(need, self.generator)
         if not self.filter:
-            self._drawn, self._kept = self._drawn + len(labels), self._kept + len(labels)
             return features, labels
-        classes = len(self.virtual.classnames)
-        found: list[Tensor] = []
-        owners: list[Tensor] = []
-        counts = torch.zeros(classes, dtype=torch.long)
+        owned = self._owned(features, labels)
+        found, owner = [features[owned]], [labels[owned]]
+        counts = torch.bincount(labels[owned], minlength=classes)
+        wanted = counts >= self.HOPELESS * need
         drawn = need
-        while True:
-            kept = self.virtual.kept(features, labels)
-            self._drawn, self._kept = self._drawn + len(labels), self._kept + int(kept.sum())
-            found.append(features[kept])
-            owners.append(labels[kept])
-            counts += torch.bincount(labels[kept], minlength=classes)
-            missing = need - int(counts.min())
-            if missing <= 0:
-                # The first ones of each class, in the order in which they were drawn.
-                owner, order = torch.cat(owners).sort(stable=True)
-                place = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner]
-                return torch.cat(found)[order[place < need]], torch.arange(classes).repeat_interleave(need)
-            if drawn >= self.TRIES * need:
-                break
-            features, labels = self.virtual.sample(missing, self.generator)
+        while (
+            wanted.any() and (missing := need - int(counts[wanted].min())) > 0 and drawn < self.TRIES * need
+        ):
+            more, of = self.virtual.sample(missing, self.generator)
             drawn += missing
-        short = int(counts.argmin())
-        raise UserError(
-            f"class '{self.virtual.classnames[short]}': the teacher keeps {int(counts[short])} of "
-            f"{drawn} virtual features, {need} are needed; raise RECOVERY.THETA, or set "
-            "RECOVERY.FILTER False"
-        )
+            owned = self._owned(more, of)
+            found.append(more[owned])
+            owner.append(of[owned])
+            counts += torch.bincount(of[owned], minlength=classes)
+        if (disowned := counts < need).any():
+            found, owner = [torch.cat(found)], [torch.cat(owner)]
+            own, first = ~disowned[owner[0]], disowned[labels]
+            found, owner = [found[0][own], features[first]], [owner[0][own], labels[first]]
+            counts = torch.where(disowned, need, counts)
+        self.unfiltered = [self.virtual.classnames[c] for c in disowned.nonzero()[:, 0]]
+        # The first ones of each class, in the order in which they were drawn.
+        of, order = torch.cat(owner).sort(stable=True)
+        place = torch.arange(len(of)) - (counts.cumsum(0) - counts)[of]
+        return torch.cat(found)[order[place < need]], torch.arange(classes).repeat_interleave(need)
+
+    def _owned(self, features: Tensor, labels: Tensor) -> Tensor:
+        kept = self.virtual.kept(features, labels)
+        self._drawn, self._kept = self._drawn + len(labels), self._kept + int(kept.sum())
+        return kept
 
     def __len__(self) -> int:
-        return max(len(self._labels) // self.batch_size, 1)
+        return max(self.num_per_class * len(self.virtual.classnames) // self.batch_size, 1)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        if self.fresh:
-            self._features, self._labels = self.draw()
+        if self._pass is None or self.fresh:
+            first, self._pass = self._pass is None, self.draw()
+            if first:
+                self._tell()
+        features, labels = self._pass
         yield from FeatureLoader(
-            self._features,
-            self._labels,
+            features,
+            labels,
             self.batch_size,
             shuffle=True,
             generator=self.generator,
-            drop_last=len(self._labels) >= self.batch_size,
+            drop_last=len(labels) >= self.batch_size,
         )
+
+    def _tell(self) -> None:
+        filtered = f"the teacher keeps {self.kept_share:.1%}" if self.filter else "not filtered"
+        print(f"Virtual features: {len(self.virtual.classnames)} classes x {self.num_per_class}, {filtered}")
+        if self.unfiltered:
+            names = ", ".join(self.unfiltered[:5]) + (", ..." if len(self.unfiltered) > 5 else "")
+            count = len(self.unfiltered)
+            print(f"The teacher disowns the virtual features of {count} classes, kept as drawn: {names}")
 
 
 class DataFreeManager:

@@ -193,7 +193,9 @@ def built(
         cfg.TRAINER.DFZSL.NEW_CLASSES = tuple(new_classnames)
         cfg.freeze()
         set_random_seed(seed)
-        stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(where / "log.txt", "a"))))
+        stack.enter_context(
+            contextlib.redirect_stdout(stack.enter_context(open(where / "log.txt", "a", encoding="utf-8")))
+        )
         builder = Builder(cfg, oracle, quiet)
         builder.train()
         assert builder.classifier is not None and builder.virtual is not None

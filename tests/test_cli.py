@@ -132,7 +132,7 @@ class TestBuild:
         )
         assert code == 0
         assert output.read_bytes() == (tmp_path / "run/classifier.safetensors").read_bytes()
-        for said in ("131 queries", "5 base + 2 new classes", "FLPT, 1 epochs", "Generator chosen"):
+        for said in ("131 queries", "5 base + 2 new classes", "FLPT, 1 epochs", "The teacher weighs"):
             assert said in out
         assert sorted(path.name for path in tmp_path.glob("*c.safetensors*")) == ["c.safetensors"]
 
@@ -183,7 +183,7 @@ class TestAdd:
 
     def test_equals_a_name_that_was_there_from_the_start(self, teacher, backbone):
         """Without a generator and bias a new class's row is its text, whether it came first or last."""
-        plain = (*SMALL, "GENERATOR.NAME", "none", "GENERATOR.CALIBRATE", "False", "GENERATOR.ALIGN", "False")
+        plain = (*SMALL, "GENERATOR.NAME", "none", "GENERATOR.CALIBRATE", "False")
         whole = dfzsl.build(teacher, NEW, settings=plain)
         later = dfzsl.build(teacher, NEW[:1], settings=plain).add(NEW[1:], backbone)
         assert torch.allclose(whole.weight[5:], later.weight[5:], atol=1e-5)

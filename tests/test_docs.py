@@ -19,7 +19,7 @@ from conftest import ROOT
 from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY
 
-from dfzsl import cli, train
+from dfzsl import cli, geometry, train
 from dfzsl.datasets import extract
 from dfzsl.launch import __main__ as launch
 from dfzsl.prepare import __main__ as prepare
@@ -39,6 +39,7 @@ FILES += [path.name for path in ROOT.iterdir()]
 # Named, but not ours: written by the reader or part of CoOp.
 ELSEWHERE = {"trainers/feature_adapter.py", "parse_test_res.py"}
 PARSERS = {
+    "dfzsl.geometry": geometry.parser,
     "dfzsl.report": report.parser,
     "dfzsl.datasets.extract": extract.parser,
     "dfzsl.prepare": prepare.parser,

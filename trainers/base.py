@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,14 +25,15 @@ from dfzsl.datasets.features import FeatureDatum
 from dfzsl.datasets.loader import FeatureLoader
 from dfzsl.datasets.virtual import DataFreeManager, VirtualLoader
 from dfzsl.errors import UserError
-from dfzsl.files import naming, read_json, write_json
+from dfzsl.files import digest, naming, read_json, write_json
 from dfzsl.output import Folder
 from dfzsl.results import RESULTS, peak_memory, per_class_counts, write_results
 from dfzsl.toolbox import add_keys, keys_of
 
 from .clip.backbone import FeatureBackbone
-from .clip.loading import load_backbone
+from .clip.loading import BUILT_IN, BUILT_IN_FOLDER, load_backbone
 from .clip.texts import ClassTexts
+from .recovery.geometry import Geometry
 from .recovery.oracles import Oracle, is_address, open_oracle
 from .recovery.recover import RecoverySettings, recover
 from .recovery.virtual import VirtualClasses
@@ -40,6 +42,7 @@ from .recovery.vmf import fit_classes
 add_keys("MODEL.BACKBONE", WEIGHTS="openai")
 add_keys("TEXT", PROMPTS="")
 add_keys("TEACHER", FILE="", ACCESS="logits", BUDGET=0)
+add_keys("GEOMETRY", FILE="")
 add_keys("RECOVERY", **keys_of(RecoverySettings))
 
 LOSSES = "losses.json"  # of the epochs so far, beside the checkpoints
@@ -197,9 +200,10 @@ class CLIPTrainer(TrainerX):
         source, output = self.cfg.TEACHER.FILE, Path(self.cfg.OUTPUT_DIR)
         settings = {key.lower(): value for key, value in self.cfg.RECOVERY.items()}
         path = output / "virtual.safetensors"
+        geometry = self.geometry()
         with ranks.first_alone():
             if path.exists():
-                self.virtual = VirtualClasses.load(path)
+                self.virtual = replace(VirtualClasses.load(path), geometry=geometry)
             else:
                 # Answers of a server were paid for: they are kept, and an interrupted run goes on from them.
                 journal = output / "answers" if is_address(source) else None
@@ -217,6 +221,7 @@ class CLIPTrainer(TrainerX):
                     self.classnames,
                     new_text=self.text_of(self.announced).cpu(),
                     generator=self.stage_generator(),
+                    geometry=geometry,
                     **settings,
                 )
                 self.folder.claim()
@@ -242,6 +247,21 @@ class CLIPTrainer(TrainerX):
     def open_teacher(self, journal: Path | None) -> Oracle:
         teacher = self.cfg.TEACHER
         return open_oracle(teacher.FILE, teacher.ACCESS, journal, teacher.BUDGET)
+
+    def geometry(self) -> Geometry | None:
+        """The encoder's geometry that GEOMETRY.FILE names (a file, or the built-in "shapes"), if any."""
+        name = self.cfg.GEOMETRY.FILE
+        if not name:
+            return None
+        path = BUILT_IN_FOLDER / "geometry.safetensors" if name == BUILT_IN else Path(name)
+        geometry = Geometry.load(path)
+        self.folder.add({"geometry": digest(path)})
+        if geometry.backbone and geometry.backbone != self.backbone.identity:
+            raise UserError(
+                f"{name}: the geometry of {geometry.backbone} is not that of {self.backbone.identity}; "
+                "measure this encoder's, or set GEOMETRY.FILE ''"
+            )
+        return geometry
 
     def stage_generator(self) -> torch.Generator:
         """A random stream of a stage's own, from the seed of the run."""

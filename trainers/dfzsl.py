@@ -117,7 +117,6 @@ class DFZSL(FLPT):
             base_text,
             new_text,
             new_classnames=new,
-            untuned_text=self.text_of(base) if self.tuned else None,
             shift=shift,
             settings=StageThreeSettings(**settings),
             generator=self.stage_generator(),

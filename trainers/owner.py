@@ -13,10 +13,13 @@ import torch
 from dassl.engine import TRAINER_REGISTRY
 
 from dfzsl.errors import UserError
-from dfzsl.toolbox import register
+from dfzsl.toolbox import add_keys, register
 
 from .base import CLIPTrainer
 from .recovery.teacher import Teacher, fit_teacher
+
+# The regression's C; 0: by cross-validation, like the teacher's weight beside text, and noted on its card.
+add_keys("TEACHER", STRENGTH=0.0)
 
 TEACHER = "teacher.safetensors"
 
@@ -44,7 +47,16 @@ class TeacherZeroshot(CLIPTrainer):
             self.teacher = Teacher.load(path)
         else:
             features, labels = self.encode(self.dm.dataset.train_x)
-            self.teacher = fit_teacher(features, labels, self.classnames, self.backbone.identity)
+            strength = self.cfg.TEACHER.STRENGTH
+            self.teacher = fit_teacher(
+                features,
+                labels,
+                self.classnames,
+                self.backbone.identity,
+                **({"C": strength} if strength else {"text": self.text.cpu()}),
+            )
+            if card := self.teacher.card:
+                print(f"The teacher's card: {card}")
             self.folder.claim()
             self.teacher.save(path)
         self.stage_seconds["teacher"] = time.perf_counter() - started

@@ -178,8 +178,9 @@ class Job:
 
     @property
     def teacher(self) -> Job:
-        """The owner's job that writes the teacher this one reads."""
-        return replace(self, method=Method(OWNER))
+        """The owner's job that writes the teacher this one reads, by its config of the same name if any."""
+        own = CONFIGS / "trainers" / OWNER / f"{self.method.config}.yaml"
+        return replace(self, method=Method(OWNER, config=self.method.config if own.is_file() else ""))
 
     def arguments(self, part: str, classes: str, data: Data | None = None) -> list[str]:
         """The train.py command line of one part."""

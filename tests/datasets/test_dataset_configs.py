@@ -35,7 +35,8 @@ def test_config(path):
     cfg.merge_from_file(str(path))
     assert cfg.DATASET.NAME in DATASET_REGISTRY.registered_names()
     given = yaml.safe_load(path.read_text())
-    assert set(given) <= {"DATASET", "INPUT", "MODEL"}, "a data set's file says nothing of training"
+    allowed = {"DATASET", "INPUT", "MODEL", "GEOMETRY"}
+    assert set(given) <= allowed, "a data set's file says nothing of training"
 
 
 def test_every_data_set_has_exactly_one_config():

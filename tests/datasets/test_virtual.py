@@ -78,26 +78,31 @@ def test_the_seed_decides_every_pass(fresh):
 
 def test_the_filter_keeps_what_the_teacher_recognises(capsys):
     loose = classes(kappa=4.0)
-    loader = VirtualLoader(loose, 10, 200, generator=generator())
+    loader = VirtualLoader(loose, 10, 200, filter=True, generator=generator())
     features, labels = loader.draw()
     assert ((features @ loose.weight.T).argmax(1) == labels).all()
     assert torch.bincount(labels).tolist() == [200] * 3
     unfiltered, truth = loose.sample(2000, generator(5))
     assert loader.kept_share == pytest.approx(float(loose.kept(unfiltered, truth).float().mean()), abs=0.06)
     assert loader.kept_share < 0.9
+    next(iter(loader))
     assert f"3 classes x 200, the teacher keeps {loader.kept_share:.0%}"[:30] in capsys.readouterr().out
     plain = VirtualLoader(loose, 10, 200, filter=False, generator=generator())
     features, labels = plain.draw()
     assert ((features @ loose.weight.T).argmax(1) != labels).any()
+    next(iter(plain))
     assert "not filtered" in capsys.readouterr().out
 
 
-def test_a_class_that_the_teacher_does_not_recognise_is_named():
+def test_a_class_that_the_teacher_disowns_is_kept_as_drawn_and_named(capsys):
     mu = classes().mu
-    with pytest.raises(UserError, match=r"class 'bee': the teacher keeps 0 of 500 .*THETA.*FILTER"):
-        VirtualLoader(
-            classes(1000.0, weight=torch.stack([mu[0], -mu[1], mu[2]])), 10, 10, generator=generator()
-        )
+    disowned = classes(1000.0, weight=torch.stack([mu[0], -mu[1], mu[2]]))
+    loader = VirtualLoader(disowned, 10, 10, filter=True, generator=generator())
+    batch = whole_pass(loader)
+    assert torch.bincount(batch["label"]).tolist() == [10] * 3
+    assert (batch["img"][batch["label"] == 1] @ mu.T).argmax(1).eq(1).all()
+    assert loader.unfiltered == [disowned.classnames[1]]
+    assert f"of 1 classes, kept as drawn: {loader.unfiltered[0]}" in capsys.readouterr().out
     with pytest.raises(UserError, match="at least 1"):
         VirtualLoader(classes(), 10, 0)
 

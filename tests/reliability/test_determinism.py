@@ -61,7 +61,7 @@ def classified(generator: str) -> Callable[[int], Made]:
         virtual = recover(open_oracle(Teacher(weight, NAMES), "logits"), text, new_text=new)
         own = {"epochs": 1, "hidden": 32} if generator in GENERATORS and generator != "vmf" else {}
         few = {"num_per_class": 20, "num_generated": 20, "classifier_steps": 10, "calibrate": False}
-        settings = StageThreeSettings(name=generator, align=generator == "none", **few, **own)
+        settings = StageThreeSettings(name=generator, **few, **own)
         made = build_classifier(
             virtual,
             text,

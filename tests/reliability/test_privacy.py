@@ -170,9 +170,9 @@ def test_a_run_leaves_nothing_but_what_the_client_had(run, tried):
     for name in MADE:
         with safe_open(run.folder / name, framework="pt") as file:
             about = {key: json.loads(value) for key, value in file.metadata().items()}
-            names = {"mu", "kappa", "weight", "is_new", "bias", "shift", "text_shift", "context"}
-            assert set(file.keys()) <= names
-        known = {"kind", "classnames", "queries", "method", "level", "backbone"}
+            rows = {"mu", "kappa", "weight", "is_new", "bias", "shift", "text_map", "text_shift", "context"}
+            assert set(file.keys()) <= rows
+        known = {"kind", "classnames", "queries", "method", "level", "backbone", "error", "known_weight"}
         assert set(about) <= known | {"temperature", "new_bias", "weights", "templates", "prompts", "words"}
         content = (run.folder / name).read_bytes()
         assert str(run.given[2]).encode() not in content and home + b"/" not in content

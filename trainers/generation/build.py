@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,14 +13,14 @@ from dfzsl.errors import UserError
 from dfzsl.files import checked_names
 from dfzsl.stages import checked
 
-from .classifier import Classifier, shift_reliability
+from .classifier import Classifier, Rows
+from .closed_form import closed_form
 from .generators.base import device_generator
+from .rehearsal import MOST_REHEARSED, calibrate
+from .training import STAGE, StageThreeSettings, affordable, train
 
 if TYPE_CHECKING:
     from ..recovery.virtual import VirtualClasses
-
-from .rehearsal import calibrate, choose_generator
-from .training import STAGE, StageThreeSettings, affordable, train
 
 
 def build_classifier(
@@ -30,7 +29,6 @@ def build_classifier(
     new_text: Tensor,
     *,
     new_classnames: Sequence[str],
-    untuned_text: Tensor | None = None,
     shift: Tensor | None = None,
     settings: StageThreeSettings | None = None,
     generator: torch.Generator,
@@ -43,7 +41,6 @@ def build_classifier(
         virtual: the recovered base classes (stage 1), in the order of `base_text`.
         base_text: (C, d) unit text features of base classes; new_text: (K, d) of new ones, K may be 0. Both
             in the tuned context when FLPT ran. Training runs on their device.
-        untuned_text: (C, d) text features of base classes before FLPT, or None where it did not run.
         shift: (d,) FLPT's shift of image features, or None.
         generator: the source of everything random.
         backbone, weights: ids of the image encoder, kept in the classifier.
@@ -63,35 +60,47 @@ def build_classifier(
     base_text, new_text = base_text.float(), new_text.to(base_text).float()
     checked(base_text, STAGE, "text feature", base_classnames)
     checked(new_text, STAGE, "text feature", new_classnames)
-    x, y = virtual.sample(affordable(settings.num_per_class, len(base_text)), generator)
-    x, y = x.to(base_text), y.to(device)
-    if settings.name == "auto":
-        # In the tuned context base classes make poor players: their own text was tuned on them.
-        text = base_text if untuned_text is None else untuned_text.to(base_text)
-        name = choose_generator(x, y, text, len(new_text), settings, rng)
-        print(f"Generator chosen on base classes that play new ones: {name}")
-        settings = replace(settings, name=name)
-    if shift is not None:
-        shift = shift.to(x)
-        x = F.normalize(x + shift, dim=1)
-    trust = 1.0
-    if settings.align and len(new_text):
-        trust = shift_reliability(
-            x, y, base_text, rng, decay=settings.align_decay, batch=settings.classifier_batch
-        )
-    base, new, moved = train(x, y, base_text, new_text, settings, rng, trust)
-    bias = 0.0
-    if settings.calibrate and len(new) and len(base) > 1:
-        bias = calibrate(x, y, base_text, len(new), settings, rng, trust)
-    is_new = torch.arange(len(base) + len(new), device=device) >= len(base)
-    names = [*base_classnames, *new_classnames]
+    balanced = settings.calibrate and len(new_text) > 0 and len(base_text) > 1
+    closed = settings.name == "closed_form"
+    if balanced or not closed:
+        draws = affordable(settings.num_per_class, len(base_text), MOST_REHEARSED if closed else 0)
+        x, y = virtual.sample(draws, generator)
+        x, y = x.to(base_text), y.to(device)
+        if shift is not None:
+            x = F.normalize(x + shift.to(x), dim=1)
+    weight = virtual.weight.to(base_text)
+    intercepts = torch.zeros(len(weight), device=device) if virtual.bias is None else virtual.bias.to(weight)
+
+    def rows_of(known: Tensor, others: Tensor) -> Rows:
+        """Rows of the base classes with these indices, and of others with these texts."""
+        if closed:
+            owner, geometry = virtual.known_weight, virtual.geometry
+            return closed_form(
+                base_text[known],
+                others,
+                weight[known],
+                intercepts[known],
+                known_weight=owner,
+                geometry=geometry,
+            )
+        relabel = torch.full((len(base_text),), -1, device=device)
+        relabel[known] = torch.arange(len(known), device=device)
+        mine = relabel[y] >= 0
+        return train(x[mine], relabel[y[mine]], base_text[known], others, settings, rng)
+
+    made = rows_of(torch.arange(len(base_text), device=device), new_text)
+    bias = calibrate(x, y, base_text, len(new_text), rows_of, rng) if balanced else 0.0
+    if made.note:
+        print(made.note)
+    is_new = torch.arange(len(base_text) + len(new_text), device=device) >= len(base_text)
     return Classifier(
-        weight=checked(torch.cat([base, new]), STAGE, "row of the classifier", names),
-        classnames=names,
+        weight=torch.cat([made.base, made.new]),
+        classnames=[*base_classnames, *new_classnames],
         is_new=is_new,
-        bias=bias * is_new,
+        bias=torch.cat([made.bias, torch.full((len(new_text),), bias, device=device)]),
         shift=shift,
-        text_shift=moved,
+        text_map=made.text_map,
+        text_shift=made.text_shift,
         new_bias=bias,
         backbone=backbone,
         weights=weights,

@@ -1,8 +1,9 @@
 """The final classifier: one cosine softmax for base and new classes, and how its rows are fitted.
 
-    logits(x) = (cos(x + shift, r_c) + b_c) / temperature
+    logits(x) = (unit(x + shift) . r_c + b_c) / temperature
 
-`shift` moves image features (FLPT), r_c are unit rows, and b_c calibrates new classes against base ones.
+`shift` moves image features (FLPT), x . r_c is a cosine where r_c is a unit row, and b_c holds a teacher's
+intercept and balances new classes against base ones.
 """
 
 from __future__ import annotations
@@ -19,13 +20,28 @@ from torch import Tensor
 
 from dfzsl.errors import UserError, unknown
 from dfzsl.files import checked_names, load_tensors, save_tensors
-from dfzsl.stages import checked
 
 from ..clip.texts import ClassTexts
 
 TEMPERATURE = 0.01  # CLIP's own, 1 / logit_scale
 TEMPLATE = "a photo of a {}."
 KINDS = {"temperature": float | int, "new_bias": float | int, "backbone": str, "weights": str}  # in a file
+SHORTEST, LONGEST = 1e-3, 1e3  # of rows, whose unit is the cosine
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What stage 3 makes: rows of base (C, d) and new classes (K, d), and biases of base classes (C,).
+
+    text_map, text_shift: see `Classifier`. note: how the rows came about, in a sentence.
+    """
+
+    base: Tensor
+    new: Tensor
+    bias: Tensor
+    text_map: Tensor | None = None
+    text_shift: Tensor | None = None
+    note: str = ""
 
 
 @dataclass(repr=False)
@@ -33,10 +49,11 @@ class Classifier:
     """Rows for base and new classes on a backbone's unit features.
 
     Attributes:
-        weight: (C, d) unit rows; classnames: C different names; is_new: (C,) bool.
+        weight: (C, d) rows; classnames: C different names; is_new: (C,) bool.
         bias: (C,) in units of the cosine; temperature: of the softmax.
         shift: (d,) added to a unit image feature, or None.
-        text_shift: (d,) added to a unit text feature to make the row of a class added later.
+        text_map (d, d), text_shift (d,): a class added later with unit text feature t has the row
+            t @ text_map + text_shift, or its text where they are None.
         new_bias: the bias of a class added later.
         backbone, weights: ids of the image encoder; `weights` is a tag or the hash of a file.
         texts: what is said of a class that is added later.
@@ -48,6 +65,7 @@ class Classifier:
     bias: Tensor
     temperature: float = TEMPERATURE
     shift: Tensor | None = None
+    text_map: Tensor | None = None
     text_shift: Tensor | None = None
     new_bias: float = 0.0
     backbone: str = ""
@@ -68,7 +86,17 @@ class Classifier:
             raise UserError(f"a classifier needs a row, flag and bias per class; got {shape}, {names} names")
         if any(s is not None and s.shape != shape[1:] for s in (self.shift, self.text_shift)):
             raise UserError("a classifier's shifts must have the dimension of its rows")
-        checked(self.weight, "a classifier", "row", self.classnames)
+        if (self.text_map is None) != (self.text_shift is None) or (
+            self.text_map is not None and self.text_map.shape != (shape[1], shape[1])
+        ):
+            raise UserError("a classifier's map of texts must be square, and have a shift beside it")
+        length = torch.linalg.vector_norm(self.weight.float(), dim=1)
+        if (wrong := ~((length > SHORTEST) & (length < LONGEST))).any():
+            row = int(wrong.nonzero()[0])
+            raise UserError(
+                f"a classifier: class '{self.classnames[row]}' has a row of length {float(length[row]):.3g}; "
+                "rows are finite and near unit length"
+            )
         if not 0 < self.temperature < math.inf:
             raise UserError(f"a classifier's temperature must be greater than 0, got {self.temperature}")
         if not (math.isfinite(self.new_bias) and torch.isfinite(self.bias).all()):
@@ -103,13 +131,13 @@ class Classifier:
                 f"{len(classnames)} new classes need text features ({len(classnames)}, "
                 f"{self.weight.shape[1]}), got {tuple(text.shape)}"
             )
-        text = text.to(self.weight)
-        if self.text_shift is not None:
-            text = text + self.text_shift
+        rows = text.to(self.weight)
+        if self.text_map is not None and self.text_shift is not None:
+            rows = rows @ self.text_map.to(rows) + self.text_shift.to(rows)
         added = torch.ones(len(classnames), dtype=torch.bool, device=self.weight.device)
         return replace(
             self,
-            weight=torch.cat([self.weight, F.normalize(text, dim=1)]),
+            weight=torch.cat([self.weight, rows]),
             classnames=[*self.classnames, *classnames],
             is_new=torch.cat([self.is_new, added]),
             bias=torch.cat([self.bias, torch.full_like(added, self.new_bias, dtype=self.bias.dtype)]),
@@ -130,7 +158,7 @@ class Classifier:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         tensors = {"weight": self.weight.float(), "is_new": self.is_new, "bias": self.bias.float()}
-        for name in ("shift", "text_shift"):
+        for name in ("shift", "text_map", "text_shift"):
             if (value := getattr(self, name)) is not None:
                 tensors[name] = value.float()
         if self.texts.context is not None:
@@ -158,65 +186,13 @@ class Classifier:
                 raise TypeError
             is_new = tensors.pop("is_new").bool()
             rows = {name: tensor.float() for name, tensor in tensors.items()}
+            if "text_shift" in rows and "text_map" not in rows:  # of version 0.1
+                rows["text_map"] = torch.eye(rows["weight"].shape[1])
             return cls(classnames=names, is_new=is_new, texts=texts, **rows, **about)  # type: ignore[arg-type]
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except (KeyError, TypeError, ValueError, OverflowError):
             raise UserError(f"{path}: an incomplete classifier file; train again to write it anew") from None
-
-
-def text_shift(
-    features: Tensor,
-    labels: Tensor,
-    text: Tensor,
-    generator: torch.Generator,
-    *,
-    decay: float = 1.0,
-    steps: int = 150,
-    lr: float = 3e-3,
-    batch: int = 1024,
-    temperature: float = TEMPERATURE,
-) -> Tensor:
-    """The shift s (d,) of all text features that tells base classes apart best: FLPT in feature space.
-
-    Minimises CE(cos(x, t_c + s) / temperature) + decay |s|^2 over features (n, d) with labels (n,). One
-    vector for all classes, so new classes are moved by it too; what it mends is mainly that text features
-    near the mean of all texts are too seldom (or too often) a picture's nearest.
-    """
-    shift = torch.zeros_like(text[0])
-
-    def loss(x: Tensor, y: Tensor, s: Tensor) -> Tensor:
-        rows = F.normalize(text + s, dim=1)
-        return F.cross_entropy(x @ rows.T / temperature, y) + decay * s.square().sum()
-
-    return minimise(loss, shift, features, labels, generator, steps=steps, lr=lr, batch=batch)
-
-
-def shift_reliability(
-    features: Tensor, labels: Tensor, text: Tensor, generator: torch.Generator, *, rounds: int = 3, **options
-) -> float:
-    """How much of a `text_shift` learned on these classes holds for others: 0 nothing, 1 all of it.
-
-    The classes are split into halves, each of which learns a shift; r is the mean cosine of the two over
-    `rounds` splits. What these classes alone have is not shared by the halves, so 2r / (1 + r) of the shift
-    learned on all of them is to be expected on others (Spearman 1910, Brown 1910). `options` are those of
-    `text_shift`.
-    """
-    if len(text) < 4:
-        return 0.0
-    cosines = []
-    for _ in range(rounds):
-        order = torch.randperm(len(text), device=text.device, generator=generator)
-        shifts = []
-        for classes in order.tensor_split(2):
-            place = torch.full((len(text),), -1, device=text.device)
-            place[classes] = torch.arange(len(classes), device=text.device)
-            mine = place[labels] >= 0
-            half = (features[mine], place[labels[mine]], text[classes])
-            shifts.append(text_shift(*half, generator, **options))
-        cosines.append(F.cosine_similarity(shifts[0], shifts[1], dim=0))
-    r = float(torch.stack(cosines).mean().clamp(min=0))
-    return 2 * r / (1 + r)
 
 
 def fit_rows(

@@ -32,6 +32,7 @@ from torch import Tensor
 from dfzsl.errors import TOKEN, UNPRINTABLE, UserError, unknown
 from dfzsl.files import checked_names, load_tensors, read_json, save_tensors, write_json
 
+from .card import Card
 from .extraction import step_of
 from .teacher import Teacher
 
@@ -54,6 +55,7 @@ class Oracle:
         budget: rows that may be asked in all; 0 for any number.
         weight, bias: the rows (C, d), required at level "weights", where `answer` is its classifier's logits,
             and the intercepts (C,) or None.
+        card: what the owner says of the teacher, or None.
 
     Attributes: `queries`, the rows answered so far, each of which had to be paid for once; `replayed`, those
     of them that came from the journal. At level "weights" nothing is counted.
@@ -78,6 +80,7 @@ class Oracle:
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         budget: int = 0,
+        card: Card | None = None,
     ) -> None:
         if level not in LEVELS:
             raise unknown("access level (TEACHER.ACCESS)", level, LEVELS)
@@ -85,7 +88,7 @@ class Oracle:
             raise ValueError("`weight` is given at level 'weights' and at no other")
         self.answer, self.level, self.classnames, self.dim = answer, level, list(classnames), dim
         self.normalized, self.backbone, self.batch_size = normalized, backbone, batch_size
-        self.weight, self.bias, self.budget = weight, bias, budget
+        self.weight, self.bias, self.budget, self.card = weight, bias, budget, card
         self.journal = Path(journal) if journal is not None else None
         self.queries = 0
         self.replayed = 0
@@ -187,6 +190,7 @@ def open_oracle(
         budget=budget,
         weight=source.weight if level == "weights" else None,
         bias=source.bias if level == "weights" else None,
+        card=source.card,
     )
 
 

@@ -13,6 +13,10 @@ from dfzsl.errors import UserError
 from dfzsl.files import checked_names, load_tensors, save_tensors
 from dfzsl.stages import checked, unit
 
+from .card import Card, cross_validate, regression
+
+PAPER_STRENGTH = 0.316  # the paper's C
+
 
 @dataclass(repr=False)
 class Teacher:
@@ -25,6 +29,7 @@ class Teacher:
         normalized: True for the cosine classifier (logits cos(x, w_c) + b_c), False for the linear one
             (x.w_c + b_c).
         bias: (C,) float32 intercepts b_c, or None for none.
+        card: what its owner says of it, or None.
     """
 
     weight: Tensor
@@ -32,6 +37,7 @@ class Teacher:
     backbone: str = ""
     normalized: bool = True
     bias: Tensor | None = None
+    card: Card | None = None
 
     def __repr__(self) -> str:
         kind = "cosine" if self.normalized else "linear"
@@ -75,6 +81,7 @@ class Teacher:
             "classnames": list(self.classnames),
             "backbone": self.backbone,
             "normalized": self.normalized,
+            "card": self.card and self.card.as_dict(),
         }
         tensors = {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
         save_tensors(path, {name: tensor.float() for name, tensor in tensors.items()}, about)
@@ -89,7 +96,9 @@ class Teacher:
             raise UserError(f"{path}: an incomplete teacher file; write it again with TeacherZeroshot")
         try:
             names = checked_names(about.get("classnames"), "the teacher")
-            return cls(weight.float(), names, backbone, normalized, None if bias is None else bias.float())
+            card = None if about.get("card") is None else Card.of(about["card"], len(names))
+            bias = None if bias is None else bias.float()
+            return cls(weight.float(), names, backbone, normalized, bias, card)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
@@ -100,18 +109,21 @@ def fit_teacher(
     classnames: Sequence[str],
     backbone: str = "",
     *,
-    C: float = 0.316,
+    C: float = PAPER_STRENGTH,
+    text: Tensor | None = None,
     max_iter: int = 1000,
     normalized: bool = True,
     balanced: bool = False,
     shots: int = 0,
     generator: torch.Generator | None = None,
 ) -> Teacher:
-    """Multinomial logistic regression without intercept: the paper's teacher.
+    """Multinomial logistic regression without intercept. The paper's teacher has C = 0.316 and no card.
 
     Args:
         features: (n, d) unit rows; labels: (n,) integers below len(classnames).
         C: inverse L2 strength (scikit-learn's).
+        text: (C, d) unit text features of the classes: C and the weight beside text are then found by
+            cross-validation and noted on the teacher's card (card.py).
         normalized: serve the rows as a cosine classifier, as the paper does, else as the fitted linear one.
         balanced: weigh the classes equally whatever their sizes.
         shots: fit on this many rows per class, drawn with `generator`; 0 for all rows.
@@ -120,8 +132,6 @@ def fit_teacher(
     how class means differ from each other, not where all of them lie.
     Raises UserError for fewer than two classes, a class without enough rows, or features that are not finite.
     """
-    from sklearn.linear_model import LogisticRegression  # slow to import, and only owners need it
-
     if len(classnames) < 2:
         raise UserError("a teacher needs at least two classes")
     if features.dim() != 2 or labels.shape != (len(features),):
@@ -141,15 +151,11 @@ def fit_teacher(
             for rows in ((labels == c).nonzero().flatten() for c in range(len(classnames)))
         ]
         features, labels = features[torch.cat(kept)], labels[torch.cat(kept)]
-    regression = LogisticRegression(
-        C=C,
-        max_iter=max_iter,
-        fit_intercept=False,
-        class_weight="balanced" if balanced else None,
-        random_state=0,
-    ).fit(features.double().cpu().numpy(), labels.cpu().numpy())
-    weight = torch.from_numpy(regression.coef_).float()
-    if len(classnames) == 2:
-        # scikit-learn keeps the difference of the two rows only.
-        weight = torch.cat([-weight / 2, weight / 2])
-    return Teacher(weight, list(classnames), backbone, normalized)
+    card = None
+    if text is not None:
+        if text.shape != (len(classnames), features.shape[1]):
+            raise UserError(f"text features have shape {tuple(text.shape)}, expected one row for each class")
+        card = cross_validate(features.float(), labels, text.float(), balanced=balanced)
+        C = card.strength
+    weight = regression(features.double(), labels, len(classnames), C, max_iter=max_iter, balanced=balanced)
+    return Teacher(weight, list(classnames), backbone, normalized, card=card)

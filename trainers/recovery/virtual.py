@@ -14,7 +14,8 @@ from dfzsl.errors import UserError
 from dfzsl.files import checked_names, load_tensors, save_tensors
 from dfzsl.stages import checked, portions
 
-from .vmf import VonMisesFisher
+from .geometry import MIXING, Geometry
+from .vmf import VonMisesFisher, mean_resultant_length
 
 STAGE = "stage 1 (recovery)"
 
@@ -48,6 +49,8 @@ class VirtualClasses:
         network: the trained MLP of `generator` mode, which is then sampled in place of the vMF.
         bias: (C,) the teacher's intercepts on the scale of `weight`, or None for none.
         error: estimated relative error of `weight`, or None where there is no estimate.
+        known_weight: the teacher's weight beside text as its owner found it (mixture.py), or None.
+        geometry: the encoder's, if one was measured: draws then scatter as real features do.
     """
 
     mu: Tensor
@@ -59,14 +62,15 @@ class VirtualClasses:
     level: str = "weights"
     backbone: str = ""
     network: FeatureMLP | None = None
+    bias: Tensor | None = None
+    error: float | None = None
+    known_weight: float | None = None
+    geometry: Geometry | None = None
 
     def __repr__(self) -> str:
         kappa = f"mean kappa {float(self.kappa.mean()):.0f}"
         how = f"{self.method} from {self.level}, {self.queries:,} queries, {kappa}"
         return f"VirtualClasses({len(self.classnames)} classes, d = {self.mu.shape[1]}; {how})"
-
-    bias: Tensor | None = None
-    error: float | None = None
 
     @property
     def told(self) -> str:
@@ -76,19 +80,37 @@ class VirtualClasses:
         return f"{len(self.classnames)} classes by {self.method} at access level {self.level}{asked}{sure}"
 
     def sample(self, n_per_class: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Unit rows (C * n_per_class, d), class after class, and their labels."""
+        """Unit rows (C * n_per_class, d), class after class, and their labels.
+
+        With a geometry: mean and mean length of the vMF, and the covariance of real features around it, a
+        part of which (MIXING) lies along the differences of the class means.
+        """
         parts = []
         width = n_per_class * self.mu.shape[1]
         for mu, kappa in zip(portions(self.mu, width), portions(self.kappa, width), strict=True):
-            if self.network is None:
-                draws = VonMisesFisher(mu, kappa).sample((n_per_class,), generator)
-            else:
+            if self.network is not None:
                 with torch.no_grad():
                     draws = self.network(mu, n_per_class, generator)
+            elif self.geometry is not None:
+                draws = self._scattered(mu, kappa, n_per_class, generator)
+            else:
+                draws = VonMisesFisher(mu, kappa).sample((n_per_class,), generator)
             parts.append(draws.transpose(0, 1).reshape(-1, self.mu.shape[1]))
         features = parts[0] if len(parts) == 1 else torch.cat(parts)
         labels = torch.arange(len(self.mu)).repeat_interleave(n_per_class)
         return checked(features, STAGE, "virtual feature", self.classnames, labels), labels
+
+    def _scattered(self, mu: Tensor, kappa: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
+        """Unit draws (n, C, d) around mu (C, d) with the geometry's covariance."""
+        assert self.geometry is not None
+        length = mean_resultant_length(kappa, mu.shape[1]).to(mu)[:, None]
+        differences = float(length.mean()) * (self.mu - self.mu.mean(0)) / len(self.mu) ** 0.5
+        mixed = MIXING * float(differences.square().sum())
+        rest = (1 - length.square() - mixed).clamp(min=0.1 * (1 - length.square()))
+        total = n * len(mu)
+        along = torch.randn(total, len(self.mu), generator=generator) @ differences * MIXING**0.5
+        scatter = self.geometry.noise(total, generator).view(n, *mu.shape) * rest.sqrt()
+        return F.normalize(length * mu + scatter + along.view(n, *mu.shape), dim=2)
 
     def kept(self, features: Tensor, labels: Tensor) -> Tensor:
         """(n,) bool: the recovered teacher assigns the draw to its own class (the paper's filter)."""
@@ -110,16 +132,15 @@ class VirtualClasses:
         return VirtualClasses(**values | {"classnames": list(classnames)})
 
     def save(self, path: str | os.PathLike[str]) -> None:
+        """Write all but the geometry, which has a file of its own."""
         # The file format refuses tensors that share memory, as they may where mu is the weight.
         tensors = {"mu": self.mu, "kappa": self.kappa, "weight": self.weight.clone()}
         if self.bias is not None:
             tensors["bias"] = self.bias
         if self.network is not None:
             tensors |= {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        about = {
-            name: getattr(self, name)
-            for name in ("classnames", "queries", "method", "level", "backbone", "error")
-        }
+        words = ("classnames", "queries", "method", "level", "backbone", "error", "known_weight")
+        about = {name: getattr(self, name) for name in words}
         save_tensors(path, tensors, {"kind": "virtual", **about})
 
     @classmethod
@@ -133,6 +154,10 @@ class VirtualClasses:
             off = None if about.get("error") is None else float(about["error"])  # type: ignore[arg-type]
             mu, kappa, weight = (tensors.pop(name).float() for name in ("mu", "kappa", "weight"))
             bias = tensors.pop("bias").float() if "bias" in tensors else None
+            known = about.get("known_weight")
+            known_weight = None if known is None else float(known)  # type: ignore[arg-type]
+            if known_weight is not None and not known_weight >= 0:
+                raise ValueError("the teacher's weight beside text is at least 0")
             if (
                 mu.dim() != 2
                 or 0 in mu.shape
@@ -155,7 +180,9 @@ class VirtualClasses:
             raise UserError(
                 f"{path}: an incomplete file of virtual classes ({error}); recover again"
             ) from None
-        return cls(mu, kappa, names, weight, queries, method, level, backbone, network, bias, off)
+        return cls(
+            mu, kappa, names, weight, queries, method, level, backbone, network, bias, off, known_weight
+        )
 
 
 def matching_order(theirs: Sequence[str], ours: Sequence[str]) -> Tensor:

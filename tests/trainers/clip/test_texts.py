@@ -171,7 +171,7 @@ def test_names_added_later(run, tmp_path, sentences, backbone):
         ["yellow ring"],
         "shapes",
         text="a drawing of a {}.",
-        settings=("OPTIM.MAX_EPOCH", "1", "GENERATOR.ALIGN", "False", "GENERATOR.CALIBRATE", "False"),
+        settings=("OPTIM.MAX_EPOCH", "1", "GENERATOR.NAME", "none", "GENERATOR.CALIBRATE", "False"),
     )
     made.save(tmp_path / "c.safetensors")
     known = Classifier.load(tmp_path / "c.safetensors")

@@ -243,15 +243,16 @@ class TestVMF:
         means = base_module.class_means(features, labels, 10)
         m, t = means - means.mean(0), conditions[:10] - conditions[:10].mean(0)
         rho = (m * t).sum() / t.square().sum()
-        residual, gram = m - rho * t, t @ t.T
+        residual, size = m - rho * t, (t @ t.T).diagonal().mean()
         errors = {}
         for ridge in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0):
-            strength = ridge * gram.diagonal().mean()
             error = []
             for c in range(10):
                 keep = torch.arange(10) != c
-                inner = gram[keep][:, keep] + strength * torch.eye(9)
-                error.append(residual[c] - gram[c, keep] @ torch.linalg.solve(inner, residual[keep]))
+                inside, middle = t[keep] - t[keep].mean(0), residual[keep].mean(0)
+                inner = inside @ inside.T + ridge * size * torch.eye(9)
+                beta = torch.linalg.solve(inner, residual[keep] - middle)
+                error.append(residual[c] - middle - (t[c] - t[keep].mean(0)) @ inside.T @ beta)
             errors[ridge] = torch.stack(error)
         best = min(errors.values(), key=lambda error: float(error.square().sum()))
         cosine = (F.normalize(means - best, dim=1) * means).sum(1).mean()

@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...recovery.ridge import leave_one_out_ridge
 from ...recovery.vmf import VonMisesFisher, concentration
 from .base import FeatureGenerator, class_means, device_generator, generator
-
-# Ridge strengths tried, relative to the mean eigenvalue of the conditions' Gram matrix; the last is "no map".
-RIDGES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, float("inf"))
 
 
 @generator("vmf")
@@ -47,25 +45,9 @@ class VMFRegression(FeatureGenerator):
         means = class_means(features, labels, len(conditions))
         self.feature_mean.copy_(means.mean(0))
         self.condition_mean.copy_(conditions.mean(0))
-        m, t = means - self.feature_mean, conditions - self.condition_mean
-        same_space = self.feature_dim == self.condition_dim
-        rho = ((m * t).sum() / t.square().sum().clamp(min=1e-12)).clamp(min=0) if same_space else 0.0
-        residual = m - rho * t if same_space else m
-        left, length, right = torch.linalg.svd(t, full_matrices=False)
-        target = left.T @ residual
-        best, left_out = float("inf"), residual
-        for ridge in RIDGES:
-            kept = length**2 + ridge * t.square().sum(1).mean().clamp(min=1e-12)
-            share = length**2 / kept  # of each singular direction that the ridge leaves; 0 at infinity
-            # Leave-one-out residuals of a linear smoother (Craven and Wahba 1979).
-            own = (left.square() * share).sum(1, keepdim=True)
-            error = (residual - left @ (share[:, None] * target)) / (1 - own)
-            if (loss := float(error.square().sum())) < best:
-                best, left_out = loss, error
-                self.map.copy_(right.T @ ((length / kept)[:, None] * target))
-        if same_space:
-            self.map += rho * torch.eye(self.feature_dim, device=t.device)
-        predicted = F.normalize(means - left_out, dim=1)
+        ridge, left_out = leave_one_out_ridge(conditions, means)
+        self.map.copy_(ridge)
+        predicted = F.normalize(self.feature_mean + left_out, dim=1)
         resultant = (predicted * means).sum(1).mean().clamp(1e-3, 1 - 1e-6)
         self.kappa.copy_(concentration(resultant, self.feature_dim))
         return self

@@ -1,0 +1,47 @@
+"""Measure the geometry of the built-in world's CLIP: python -m dfzsl.datasets.shapes.geometry
+
+writes datasets/shapes/geometry.safetensors, from two pictures of each of 1,000 compositions that this CLIP
+was trained on; none of the data set's classes is among them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import trange
+
+from dfzsl.trainers.clip.loading import BUILT_IN, BUILT_IN_FOLDER, load_backbone
+from dfzsl.trainers.recovery.geometry import measure_geometry
+
+from .captions import training_compositions
+from .world import STYLES, render
+
+COMPOSITIONS, SEED = 1_000, 1
+
+
+def main() -> None:
+    rng = np.random.default_rng(SEED)
+    backbone = load_backbone(BUILT_IN)
+    pool, styles = training_compositions(), list(STYLES.values())
+    features, labels = [], []
+    for label in trange(COMPOSITIONS, desc="measuring", unit="class"):
+        composition = pool[int(rng.integers(len(pool)))]
+        for _ in range(2):
+            picture = render(composition, rng, styles[int(rng.integers(len(styles)))])
+            image = backbone.transform(Image.fromarray(picture))[None]
+            with torch.no_grad():
+                features.append(backbone.encode_image(image)[0])
+            labels.append(label)
+    geometry = measure_geometry(
+        torch.stack(features),
+        torch.tensor(labels),
+        backbone=backbone.identity,
+        source="training pictures of the built-in world's CLIP (datasets/shapes/captions.py)",
+    )
+    geometry.save(BUILT_IN_FOLDER / "geometry.safetensors")
+    print(geometry)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""What an owner can say of a teacher beside its rows, found by cross-validation on their own images.
+
+The strength C of the regression and the weight g of text_c + g u_c (mixture.py) are worth more to a client
+than anything the client can do (docs/accuracy.md); they are numbers, and the images stay where they are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from dfzsl.errors import UserError
+
+from .mixture import teacher_rows
+
+STRENGTHS = (0.316, 3.0, 30.0)  # the paper's, and two that trust the images more
+WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+FOLDS = 3
+LEAST_IMAGES = 3  # of the median class: below it nothing can be left out
+MOST_IMAGES = 10_000  # in all, as many of each class: beyond, the folds would take hours and tell no more
+
+
+@dataclass(frozen=True)
+class Card:
+    """Of a teacher, by its owner.
+
+    Attributes:
+        images: training images of each class; strength: the regression's C.
+        weight: g of text_c + g u_c, None where text or images were too few to find it.
+        accuracy: cross-validated accuracies in percent: "text", "teacher", "mixture".
+        coherence: mean length of the classes' mean features; cone: mean cosine of these means to their own
+            mean. None where every class has one image.
+    """
+
+    images: list[int]
+    strength: float
+    weight: float | None = None
+    accuracy: dict[str, float] | None = None
+    coherence: float | None = None
+    cone: float | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+    @classmethod
+    def of(cls, words: object, classes: int) -> Card:
+        """The card in a file's words. Raises UserError for one that is not of so many classes."""
+        try:
+            if not isinstance(words, Mapping):
+                raise TypeError
+            images = [int(count) for count in words["images"]]
+            strength = float(words["strength"])
+            weight = None if words["weight"] is None else float(words["weight"])
+            accuracy = words["accuracy"]
+            if accuracy is not None:
+                accuracy = {str(name): float(value) for name, value in accuracy.items()}
+            spread = [None if words[name] is None else float(words[name]) for name in ("coherence", "cone")]
+            sound = len(images) == classes and min(images) >= 0 and strength > 0
+            sound = sound and all(value is None or 0 < value < 1 for value in spread)
+            if not sound or not (weight is None or 0 <= weight <= WEIGHTS[-1]):
+                raise ValueError
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
+            raise UserError("its card (images, strength, weight, ...) is not that of a teacher") from None
+        return cls(images, strength, weight, accuracy, *spread)
+
+
+def regression(
+    x: Tensor, y: Tensor, classes: int, C: float, *, max_iter: int = 1000, balanced: bool = False
+) -> Tensor:
+    """(classes, d) rows of multinomial logistic regression, no intercept; 0 for a class without images."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression  # slow to import, and only owners need it
+
+    model = LogisticRegression(
+        C=C,
+        max_iter=max_iter,
+        fit_intercept=False,
+        class_weight="balanced" if balanced else None,
+        random_state=0,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # few iterations are meant in cross-validation
+        model.fit(x.cpu().numpy(), y.cpu().numpy())
+    rows = torch.from_numpy(model.coef_).float()
+    if len(model.classes_) == 2:
+        # scikit-learn keeps the difference of the two rows only.
+        rows = torch.cat([-rows / 2, rows / 2])
+    weight = torch.zeros(classes, x.shape[1])
+    weight[torch.from_numpy(model.classes_)] = rows
+    return weight
+
+
+def rank_in_class(labels: Tensor) -> Tensor:
+    """(n,) how many images of the same class stand before each image."""
+    order = labels.sort(stable=True).indices
+    count = torch.bincount(labels)
+    place = torch.arange(len(labels), device=labels.device)
+    rank = torch.empty_like(labels)
+    rank[order] = place - (count.cumsum(0) - count)[labels[order]]
+    return rank
+
+
+def spread_of(features: Tensor, labels: Tensor, classes: int) -> tuple[float | None, float | None]:
+    """`Card.coherence` and `Card.cone`, without the part that few images add to the length of a mean."""
+    count = torch.bincount(labels, minlength=classes).to(features)
+    mean = torch.zeros(classes, features.shape[1]).to(features).index_add_(0, labels, features)
+    mean, count = mean[count > 1] / count[count > 1, None], count[count > 1]
+    if not len(mean):
+        return None, None
+    square = ((count * mean.square().sum(1) - 1) / (count - 1)).mean().clamp(1e-4, 0.9998)
+    coherence = float(square.sqrt())
+    return round(coherence, 4), round(min(max(float(mean.mean(0).norm()) / coherence, 0.01), 0.99), 4)
+
+
+def cross_validate(
+    features: Tensor,
+    labels: Tensor,
+    text: Tensor,
+    strengths: Sequence[float] = STRENGTHS,
+    *,
+    balanced: bool = False,
+) -> Card:
+    """The card with the strength and the weight that classify left-out images best.
+
+    features (n, d) unit rows with labels (n,), text (C, d) of the classes. Three folds for each strength.
+    Where the median class has fewer than three images nothing is left out, and the first strength stands.
+    """
+    classes = len(text)
+    images = torch.bincount(labels, minlength=classes)
+    spread = spread_of(features, labels, classes)
+    if images.double().median() < LEAST_IMAGES:
+        return Card(images.tolist(), strengths[0], None, None, *spread)
+    rank = rank_in_class(labels)
+    few = rank < max(LEAST_IMAGES, MOST_IMAGES // classes)
+    features, labels, fold = features[few], labels[few], rank[few] % FOLDS
+    hits = torch.zeros(len(strengths), len(WEIGHTS) + 1)
+    for left_out in range(FOLDS):
+        kept, tried = fold != left_out, fold == left_out
+        if not tried.any() or len(labels[kept].unique()) < 2:
+            continue
+        x, y = features[tried], labels[tried]
+        by_text = x @ text.T
+        for row, strength in enumerate(strengths):
+            weight = regression(
+                features[kept], labels[kept], classes, strength, max_iter=100, balanced=balanced
+            )
+            by_teacher = x @ teacher_rows(weight)[0].to(x).T
+            scores = [by_text + g * by_teacher for g in WEIGHTS] + [by_teacher]
+            hits[row] += torch.tensor([float((s.argmax(1) == y).sum()) for s in scores])
+    rate = 100 * hits / len(labels)
+    best = int(rate[:, :-1].max(1).values.argmax())
+    column = int(rate[best, :-1].argmax())
+    accuracy = {
+        "text": float(rate[best, 0]),
+        "teacher": float(rate[best, -1]),
+        "mixture": float(rate[best, column]),
+    }
+    accuracy = {name: round(value, 2) for name, value in accuracy.items()}
+    return Card(images.tolist(), strengths[best], WEIGHTS[column], accuracy, *spread)
