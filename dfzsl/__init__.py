@@ -2,7 +2,8 @@
 
 What a client or owner needs stands here, imported when it is first used:
 
-    load_teacher, fit_teacher, open_oracle, recover, build, Classifier, load_classifier, evaluate
+    load_teacher, fit_teacher, open_oracle, recover, build, Classifier, load_classifier,
+    measure_geometry, evaluate
 
 `import dfzsl.trainers` registers every trainer and adds its config keys; `import dfzsl.datasets` does
 the same for the data sets.
@@ -28,6 +29,7 @@ _PUBLIC = {
     "fit_teacher": "trainers.recovery.teacher:fit_teacher",
     "load_classifier": "trainers.generation.classifier:Classifier.load",
     "load_teacher": "trainers.recovery.teacher:Teacher.load",
+    "measure_geometry": "trainers.recovery.geometry:measure_geometry",
     "open_oracle": "trainers.recovery.oracles:open_oracle",
     "recover": "trainers.recovery.recover:recover",
 }

@@ -131,6 +131,7 @@ def build(
     *,
     weights: str = "",
     text: str = "",
+    geometry: str | os.PathLike[str] = "",
     access: str = "",
     seed: int = 1,
     folder: str | os.PathLike[str] | None = None,
@@ -145,6 +146,8 @@ def build(
         backbone: open_clip's name of the model whose features the teacher reads; its own, where it says.
         weights: tag or file of its weights.
         text: TEXT.PROMPTS, what is said of a class (trainers/clip/texts.py).
+        geometry: GEOMETRY.FILE, how the backbone's image features scatter (dfzsl.measure_geometry); the
+            built-in backbone has its own.
         access: TEACHER.ACCESS, what a query returns.
         folder: where the stages' results stay; a build that was interrupted goes on from them.
         settings: KEY, VALUE, ... for the config.
@@ -152,7 +155,9 @@ def build(
 
     Raises UserError for whatever is wrong with the teacher, the names, the backbone or the settings.
     """
-    return built(teacher, new_classnames, backbone, weights, text, access, seed, folder, settings, quiet)[0]
+    return built(
+        teacher, new_classnames, backbone, weights, text, geometry, access, seed, folder, settings, quiet
+    )[0]
 
 
 def built(
@@ -161,6 +166,7 @@ def built(
     backbone: str,
     weights: str,
     text: str,
+    geometry: str | os.PathLike[str],
     access: str,
     seed: int,
     folder: str | os.PathLike[str] | None,
@@ -174,6 +180,7 @@ def built(
         for path, keys in read_config(str(CONFIGS / "trainers/DFZSL" / f"{DFZSL.recipe}.yaml")):
             merge(path, cfg.merge_from_other_cfg, keys)
         given = {"TEACHER.ACCESS": access, "TEXT.PROMPTS": text}
+        given["GEOMETRY.FILE"] = os.fspath(geometry)
         given |= {"MODEL.BACKBONE.NAME": backbone, "MODEL.BACKBONE.WEIGHTS": weights}
         for key, value in given.items():
             if value:
@@ -184,6 +191,8 @@ def built(
         if not backbone:
             cfg.MODEL.BACKBONE.NAME, tag = named(oracle.backbone)
             cfg.MODEL.BACKBONE.WEIGHTS = weights or tag
+        if cfg.MODEL.BACKBONE.NAME == BUILT_IN and not cfg.GEOMETRY.FILE:
+            cfg.GEOMETRY.FILE = BUILT_IN
         where.mkdir(parents=True, exist_ok=True)
         if isinstance(teacher, Teacher):
             teacher.save(where / "teacher.safetensors")
@@ -230,6 +239,7 @@ def _summary(builder: Builder, classifier: Classifier) -> dict[str, str]:
     return {
         "teacher": f"{len(virtual.classnames)} base classes, {virtual.level} of {builder.backbone.identity}",
         "recovered": f"{virtual.told}, {kappa}",
+        "geometry": str(builder.virtual.geometry) if builder.virtual.geometry else "none given: isotropic",
         "text": classifier.texts.about,
         "aligned": epochs,
         "decided": "; ".join(builder.decided) or "-",

@@ -5,6 +5,7 @@ Nothing heavy is imported before a command runs, so that its help and the comple
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -84,6 +85,7 @@ def main() -> None:
 @options("new")
 @click.option("--backbone", default="", help="open_clip's name of the model; by default the teacher's own.")
 @options("weights", "text")
+@click.option("--geometry", default="", metavar="FILE", help="The backbone's geometry, by dfzsl geometry.")
 @click.option("--access", default="", help="What a query returns: weights, logits, probabilities or labels.")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
 @click.option("--keep", type=FILE, help="Folder where the results of the three stages stay.")
@@ -311,9 +313,10 @@ def fit(
     from .trainers.clip.loading import load_backbone
     from .trainers.recovery.teacher import fit_teacher
 
+    opened = functools.cache(lambda: load_backbone(backbone, weights or "openai", _device(device)))
     known = read_labelled(
         data,
-        lambda: load_backbone(backbone, weights or "openai", _device(device)),
+        opened,
         ("train", "val"),
         batch_size=batch_size,
         num_workers=workers,
@@ -324,11 +327,14 @@ def fit(
         raise UserError(known.wrong[0])
     if classes:
         known = known.only(read_classnames(classes))
+    # With text features the owner's card says how much the teacher is worth beside text.
+    text = opened().class_features(known.classnames, ["a photo of a {}."]).cpu() if data.is_dir() else None
     made = fit_teacher(
         known.features,
         known.labels,
         known.classnames,
         known.backbone,
+        text=text,
         normalized=not linear,
         shots=shots,
         generator=torch.Generator().manual_seed(seed),
@@ -436,6 +442,18 @@ def token(file: Path, name: str, budget: int | None, revoke: bool, ledger: str) 
         click.echo(f"{name}: revoked")
     else:
         click.echo(kept.issue(name, budget))
+
+
+@main.command(context_settings=RAW, add_help_option=False)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED)
+def geometry(words: tuple[str, ...]) -> None:
+    """Measure how an encoder's features scatter.
+
+    The program python -m dfzsl.geometry.
+    """
+    from .geometry import main as run
+
+    run(list(words))
 
 
 @main.command(context_settings=RAW, add_help_option=False)

@@ -124,7 +124,7 @@ class TestBuild:
         words += ["--config-file", str(CONFIGS / "trainers/DFZSL/dfzsl.yaml"), "--backbone", "shapes"]
         words += ["--dataset-config-file", str(CONFIGS / "datasets/features.yaml")]
         words += ["--output-dir", str(tmp_path / "run"), "DATASET.SUBSAMPLE_CLASSES", "base"]
-        train.main([*words, "TEACHER.FILE", str(teacher), *SMALL])
+        train.main([*words, "TEACHER.FILE", str(teacher), "GEOMETRY.FILE", "shapes", *SMALL])
         (tmp_path / "new.txt").write_text("yellow ring\n\nblack cross\n")
         output = tmp_path / "c.safetensors"
         code, out, _ = run(
