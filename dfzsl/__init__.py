@@ -14,7 +14,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The drop-in for Dassl, installed with this package or in its checkout. Last, so that a real Dassl wins.
 for _place in (Path(__file__).parent / "drop_in", Path(__file__).parents[1] / "compat" / "dassl"):
