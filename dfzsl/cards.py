@@ -15,7 +15,7 @@ KINDS = {
     "teacher": "a teacher: the owner's classifier of base classes",
     "classifier": "a classifier of base and new classes",
     "virtual": "virtual classes: what was recovered of a teacher",
-    "geometry": "the geometry of an encoder: where image features lie beside text",
+    "geometry": "the geometry of an encoder: how its image features scatter",
     "features": "image features of a data set",
     "image features": "image features, from the cache",
     "text features": "text features, from the cache",
@@ -49,9 +49,16 @@ def card(path: str | os.PathLike[str]) -> str:
             )
     elif names:
         rows.append(("classes", _listed(names)))
+    nested = {
+        f"{name}: {key}": v
+        for name, value in about.items()
+        if isinstance(value, dict)
+        for key, v in value.items()
+    }
+    flat = {name: value for name, value in about.items() if not isinstance(value, dict)}
     rows += [
         (name.replace("_", " "), _said(value))
-        for name, value in sorted(about.items())
+        for name, value in sorted({**flat, **nested}.items())
         if value not in ("", [], None)
     ]
     rows += [("tensor", f"{name} {tuple(shape)}") for name, shape in shapes.items()]

@@ -24,6 +24,7 @@ from dfzsl.datasets import extract
 from dfzsl.launch import __main__ as launch
 from dfzsl.prepare import __main__ as prepare
 from dfzsl.report import __main__ as report
+from dfzsl.toolbox import DEFAULTS
 from dfzsl.trainers.recovery.teacher import Teacher
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
@@ -82,6 +83,15 @@ def commands() -> list:
             if words:
                 cases.setdefault(f"{page.relative_to(ROOT)}: {shlex.join(words)}", words)
     return [pytest.param(words, id=name) for name, words in cases.items()]
+
+
+@pytest.fixture(autouse=True)
+def defaults_stay():
+    """The pages' examples add config keys, which later tests in this process would find in their results."""
+    before = DEFAULTS.clone()
+    yield
+    DEFAULTS.clear()
+    DEFAULTS.update(before)
 
 
 @pytest.fixture
