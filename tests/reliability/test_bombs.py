@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from dfzsl import train
 from dfzsl.datasets.base import read_fewshot, read_split
-from dfzsl.errors import UserError
+from dfzsl.errors import UserError, explain
 from dfzsl.files import read_yaml
 from dfzsl.trainers.clip.loading import _read_state
 
@@ -84,7 +84,7 @@ def apart(load: Callable, path: Path) -> str:
         try:
             load(path)
         except Exception as error:
-            pipe.send(train.explain(error) or f"DEFECT {error!r}")
+            pipe.send(explain(error) or f"DEFECT {error!r}")
         else:
             pipe.send("read")
 
