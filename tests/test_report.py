@@ -502,7 +502,10 @@ def test_latex_compiles(tmp_path):
 class TestNames:
     def test_every_trainer_and_method_has_a_look_of_its_own(self):
         entries = BOOK["methods"].values()
-        assert set(TRAINER_REGISTRY.registered_names()) - {"DFZSL"} <= BOOK["methods"].keys()
+        # Dassl registers trainers of its own, which no table here has.
+        names = TRAINER_REGISTRY.registered_names()
+        ours = {name for name in names if TRAINER_REGISTRY.get(name).__module__.startswith("dfzsl.")}
+        assert {"CoOp", "FLPT"} <= ours and ours - {"DFZSL"} <= BOOK["methods"].keys()
         for looks in ([entry["name"] for entry in entries], [look(entry["name"]) for entry in entries]):
             assert len(looks) == len(set(looks))
 
