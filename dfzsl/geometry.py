@@ -2,10 +2,9 @@
 
     python -m dfzsl.geometry PICTURES... --backbone ViT-B/16 -o geometry.safetensors
 
-PICTURES are folders of pictures or feature files (.npz or .safetensors with x, and y
-if labelled). Each folder inside a folder is a
-class; a folder without any is unlabelled, which does nearly as well. A few hundred pictures of anything will
-do: they need not be, and for an honest comparison must not be, those of the task.
+PICTURES are folders of pictures or feature files (.npz or .safetensors with x, and y if labelled). Each
+folder inside a folder is a class; a folder without any is unlabelled, which does nearly as well. A few
+hundred pictures of anything will do: they need not be, and for an honest comparison must not be, those of the task.
 """
 
 from __future__ import annotations
@@ -19,16 +18,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dfzsl.datasets.encoding import read_image
+from dfzsl.datasets.base import IMAGES, folders_in, images_in
+from dfzsl.datasets.encoding import encode_files
 from dfzsl.datasets.features import open_features
 from dfzsl.train import cli
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.recovery.geometry import Geometry, measure_geometry
 
 from .errors import UserError
-
-PICTURES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
-BATCH = 64
 
 
 def geometry_of(
@@ -77,20 +74,22 @@ def _encode(encoder, folder: Path) -> tuple[Tensor, Tensor | None]:
     """Unit features of the pictures in a folder, and their labels where it has folders inside."""
     if not folder.is_dir():
         raise UserError(f"{folder}: neither a folder of pictures nor a feature file (.npz, .safetensors)")
-    classes = sorted(path for path in folder.iterdir() if path.is_dir())
-    pictures = [
-        (path, label)
-        for label, inside in enumerate(classes or [folder])
-        for path in sorted(inside.iterdir())
-        if path.suffix.lower() in PICTURES
-    ]
-    if not pictures:
-        raise UserError(f"{folder}: it holds no pictures ({', '.join(sorted(PICTURES))})")
-    features = []
-    for start in tqdm(range(0, len(pictures), BATCH), f"measuring {folder.name}", unit="batch", leave=False):
-        batch = [encoder.transform(read_image(str(path))) for path, _ in pictures[start : start + BATCH]]
-        features.append(encoder.encode_image(torch.stack(batch).to(encoder.device)).float().cpu())
-    return torch.cat(features), torch.tensor([label for _, label in pictures]) if classes else None
+    classes = folders_in(os.fspath(folder), "name a folder of pictures")
+    place = {
+        path: label
+        for label, inside in enumerate(classes or [""])
+        for path in images_in(os.path.join(folder, inside))
+    }
+    if not place:
+        raise UserError(f"{folder}: it holds no pictures ({', '.join(IMAGES)})")
+    features: list[Tensor] = []
+    with tqdm(total=len(place), desc=f"measuring {folder.name}", unit="img", leave=False) as bar:
+        for read, rows, wrong in encode_files(encoder, list(place), device=encoder.device):
+            if wrong:
+                raise UserError(wrong[0])
+            features.append(rows.float().cpu())
+            bar.update(len(read))
+    return torch.cat(features), torch.tensor(list(place.values())) if classes else None
 
 
 def parser() -> argparse.ArgumentParser:

@@ -74,14 +74,13 @@ def build_classifier(
     def rows_of(known: Tensor, others: Tensor) -> Rows:
         """Rows of the base classes with these indices, and of others with these texts."""
         if closed:
-            owner, geometry = virtual.known_weight, virtual.geometry
             return closed_form(
                 base_text[known],
                 others,
                 weight[known],
                 intercepts[known],
-                known_weight=owner,
-                geometry=geometry,
+                known_weight=virtual.known_weight,
+                geometry=virtual.geometry,
             )
         relabel = torch.full((len(base_text),), -1, device=device)
         relabel[known] = torch.arange(len(known), device=device)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +52,6 @@ class Geometry:
     images: int = 0
     classes: int = 0
     source: str = ""
-    _cache: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         d = len(self.mean)
@@ -66,24 +66,26 @@ class Geometry:
         of = self.backbone or "features"
         return f"Geometry(d={len(self.mean)}, {self.images:,} images, {labelled}, of {of})"
 
-    def whiten(self, x: Tensor) -> Tensor:
-        """Rows x (n, d) times ((S / mean variance + 3 I) / 4)^-1.
+    @cached_property
+    def whitener(self) -> Tensor:
+        """((S / mean variance + 3 I) / 4)^-1, (d, d) float64."""
+        d = len(self.mean)
+        eye = torch.eye(d, dtype=torch.float64)
+        return torch.linalg.inv((self.scatter.double() * d + FLOOR * eye) / (1 + FLOOR))
 
-        Directions in which images of any class differ from each other then count less.
-        """
-        if "whitener" not in self._cache:
-            d = len(self.mean)
-            eye = torch.eye(d, dtype=torch.float64)
-            shrunk = (self.scatter.double() * d + FLOOR * eye) / (1 + FLOOR)
-            self._cache["whitener"] = torch.linalg.inv(shrunk)
-        return x @ self._cache["whitener"].to(x)
+    @cached_property
+    def _factor(self) -> Tensor:
+        """The symmetric square root of the scatter, (d, d)."""
+        variance, axes = torch.linalg.eigh(self.scatter.double())
+        return ((axes * variance.clamp(min=0).sqrt()) @ axes.T).float()
+
+    def whiten(self, x: Tensor) -> Tensor:
+        """Rows x (n, d) times the whitener: directions in which images of any class differ count less."""
+        return x @ self.whitener.to(x)
 
     def noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Draws (n, d) from N(0, scatter): of length 1 in the mean square."""
-        if "factor" not in self._cache:
-            variance, axes = torch.linalg.eigh(self.scatter.double())
-            self._cache["factor"] = ((axes * variance.clamp(min=0).sqrt()) @ axes.T).float()
-        return torch.randn(n, len(self.mean), generator=generator) @ self._cache["factor"]
+        return torch.randn(n, len(self.mean), generator=generator) @ self._factor
 
     def save(self, path: str | os.PathLike[str]) -> None:
         about = {name: getattr(self, name) for name in ("backbone", "images", "classes", "source")}

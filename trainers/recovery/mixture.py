@@ -114,21 +114,18 @@ def mix(
     known: the weight g of plain rows as the owner found it by cross-validation; else `rule_weight`, and with
     a geometry rows that are whitened by it, unless they hold the text already.
     """
-    rows, offset = teacher_rows(weight, bias)
-    plain = rows
+    plain, plain_offset = rows, offset = teacher_rows(weight, bias)
     if geometry is not None and known is None:
         rows = geometry.whiten(rows)
         scale = rows.square().sum(1).mean().sqrt().clamp(min=1e-12)
         rows, offset = rows / scale, offset / scale
     foretell, sure = foretold(text, unit(rows))
     if known is not None:
-        g, why = known, "the owner's cross-validation"
-    else:
-        g, why = (
-            rule_weight(text, plain, geometry, sure),
-            "how alike words are, and how teacher and words agree",
+        return Mixture(
+            text + known * rows, known * offset, known, "the owner's cross-validation", foretell, sure
         )
+    g = rule_weight(text, plain, geometry, sure)
     if math.isinf(g):
-        rows, offset = teacher_rows(weight, bias)
-        return Mixture(rows, offset, g, "the teacher's rows hold the text already", foretell, 0.0)
+        return Mixture(plain, plain_offset, g, "the teacher's rows hold the text already", foretell, 0.0)
+    why = "how alike words are, and how teacher and words agree"
     return Mixture(text + g * rows, g * offset, g, why, foretell, sure)
