@@ -4,7 +4,8 @@
 
 PICTURES are folders of pictures or feature files (.npz or .safetensors with x, and y if labelled). Each
 folder inside a folder is a class; a folder without any is unlabelled, which does nearly as well. A few
-hundred pictures of anything will do: they need not be, and for an honest comparison must not be, those of the task.
+hundred pictures of anything will do: they need not be, and for an honest comparison must not be, those of
+the task.
 """
 
 from __future__ import annotations
