@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from dassl.config import get_cfg_default
 from dassl.utils import set_random_seed
-from tqdm import tqdm
 
 from .configs import CONFIGS
 from .datasets.base import ClassDataset
 from .errors import UserError
 from .files import checked_names, read_json, read_text
+from .progress import bar, hidden
 from .train import merge, read_config
 from .trainers.clip.backbone import Backbone
 from .trainers.clip.loading import BUILT_IN, load_backbone
@@ -45,8 +45,8 @@ class Builder(DFZSL):
     oracle: Oracle
     decided: tuple[str, ...] = ()
 
-    def __init__(self, cfg: Any, oracle: Oracle, quiet: bool = False) -> None:
-        self.oracle, self.quiet = oracle, quiet
+    def __init__(self, cfg: Any, oracle: Oracle) -> None:
+        self.oracle = oracle
         super().__init__(cfg)
 
     def data_manager(self) -> Any:
@@ -75,10 +75,10 @@ class Builder(DFZSL):
 
         def counted(x: torch.Tensor) -> torch.Tensor:
             answers = answer(x)
-            bar.update(len(x))
+            shown.update(len(x))
             return answers
 
-        with tqdm(desc="recover", unit="query", disable=self.quiet) as bar:
+        with bar(desc="recover", unit="query", leave=True) as shown:
             self.oracle.answer = counted
             try:
                 return super().recover_virtual_features()
@@ -87,12 +87,13 @@ class Builder(DFZSL):
 
     def before_train(self) -> None:
         super().before_train()
-        self.bar = tqdm(
+        self.bar = bar(
             desc="align",
             unit="epoch",
             total=self.max_epoch,
             initial=self.start_epoch,
-            disable=self.quiet or not self.tuned,
+            leave=True,
+            disable=not self.tuned,
         )
 
     def after_epoch(self) -> None:
@@ -102,10 +103,10 @@ class Builder(DFZSL):
     def generate(self) -> Classifier:
         self.bar.close()
         said = _Lines()
-        with tqdm(desc="generate", unit="classifier", total=1, disable=self.quiet) as bar:
+        with bar(desc="generate", unit="classifier", total=1, leave=True) as shown:
             with contextlib.redirect_stdout(said):
                 classifier = super().generate()
-            bar.update()
+            shown.update()
         self.decided = tuple(said.lines)
         return classifier
 
@@ -205,7 +206,8 @@ def built(
         stack.enter_context(
             contextlib.redirect_stdout(stack.enter_context(open(where / "log.txt", "a", encoding="utf-8")))
         )
-        builder = Builder(cfg, oracle, quiet)
+        stack.enter_context(hidden(quiet))
+        builder = Builder(cfg, oracle)
         builder.train()
         assert builder.classifier is not None and builder.virtual is not None
         return builder.classifier, _summary(builder, builder.classifier)

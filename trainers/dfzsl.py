@@ -5,6 +5,7 @@ Tang et al., Data-Free Generalized Zero-Shot Learning, AAAI 2024.
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,11 @@ class DFZSL(FLPT):
         checked_names(self.new_classnames, "the new classes", taken=self.classnames)
         super().before_train()
 
+    @property
+    def checkpoints(self) -> Path:
+        """Where stage 3 keeps what it has trained, until the classifier is made."""
+        return Path(self.output_dir) / "generator"
+
     @torch.no_grad()
     def after_train(self) -> None:
         started = time.perf_counter()
@@ -91,6 +97,7 @@ class DFZSL(FLPT):
         else:
             self.classifier = self.generate()
             self.classifier.save(path)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
         self.stage_seconds["generate"] = time.perf_counter() - started
         super().after_train()
 
@@ -120,6 +127,7 @@ class DFZSL(FLPT):
             shift=shift,
             settings=StageThreeSettings(**settings),
             generator=self.stage_generator(),
+            folder=self.checkpoints,
             backbone=self.backbone.name,
             weights=self.backbone.weights_id,
         )

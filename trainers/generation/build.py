@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,6 +34,7 @@ def build_classifier(
     shift: Tensor | None = None,
     settings: StageThreeSettings | None = None,
     generator: torch.Generator,
+    folder: Path | None = None,
     backbone: str = "",
     weights: str = "",
 ) -> Classifier:
@@ -43,6 +46,7 @@ def build_classifier(
             in the tuned context when FLPT ran. Training runs on their device.
         shift: (d,) FLPT's shift of image features, or None.
         generator: the source of everything random.
+        folder: where trained generators keep their states; a call that was interrupted goes on from there.
         backbone, weights: ids of the image encoder, kept in the classifier.
 
     Raises UserError for new names that repeat or are base names, shapes that do not fit, unknown settings.
@@ -71,6 +75,8 @@ def build_classifier(
     weight = virtual.weight.to(base_text)
     intercepts = torch.zeros(len(weight), device=device) if virtual.bias is None else virtual.bias.to(weight)
 
+    trainings = itertools.count()
+
     def rows_of(known: Tensor, others: Tensor) -> Rows:
         """Rows of the base classes with these indices, and of others with these texts."""
         if closed:
@@ -85,7 +91,8 @@ def build_classifier(
         relabel = torch.full((len(base_text),), -1, device=device)
         relabel[known] = torch.arange(len(known), device=device)
         mine = relabel[y] >= 0
-        return train(x[mine], relabel[y[mine]], base_text[known], others, settings, rng)
+        checkpoint = folder and folder / f"{next(trainings)}.safetensors"
+        return train(x[mine], relabel[y[mine]], base_text[known], others, settings, rng, checkpoint)
 
     made = rows_of(torch.arange(len(base_text), device=device), new_text)
     bias = calibrate(x, y, base_text, len(new_text), rows_of, rng) if balanced else 0.0

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dfzsl.errors import UserError, unknown
 from dfzsl.files import checked_names, load_tensors, save_tensors
+from dfzsl.progress import bar
 
 from ..clip.texts import ClassTexts
 
@@ -255,7 +256,7 @@ def minimise(
     """Adam on `loss(x, y, parameter)` over batches drawn on the features' device; lr falls to 0 linearly."""
     parameter = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([parameter], lr=lr)
-    for step in range(steps):
+    for step in bar(range(steps), "fit rows", unit="step"):
         if anneal:
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         x, y = features, labels

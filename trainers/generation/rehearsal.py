@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from dfzsl.progress import bar
 from dfzsl.stages import portions
 
 from .classifier import Rows
@@ -37,15 +38,17 @@ def plays(
     classes = len(text)
     share = min(num_new / (classes + num_new), 0.5)
     folds = min(round(1 / share), 5, classes)
-    for _ in range(-(-rehearsals // folds)):
-        order = torch.randperm(classes, device=x.device, generator=rng)
-        for fold in range(folds):
-            playing = torch.zeros(classes, dtype=torch.bool, device=x.device)
-            playing[order[fold::folds]] = True
-            known = (~playing).nonzero()[:, 0]
-            relabel = torch.cat([known, playing.nonzero()[:, 0]]).argsort()
-            margin, correct = _margins(x, relabel[y], rows_of(known, text[playing]))
-            yield ~playing[y], margin, correct
+    order = torch.empty(0)
+    for number in bar(range(folds * -(-rehearsals // folds)), "rehearse", unit="rehearsal"):
+        fold = number % folds
+        if fold == 0:
+            order = torch.randperm(classes, device=x.device, generator=rng)
+        playing = torch.zeros(classes, dtype=torch.bool, device=x.device)
+        playing[order[fold::folds]] = True
+        known = (~playing).nonzero()[:, 0]
+        relabel = torch.cat([known, playing.nonzero()[:, 0]]).argsort()
+        margin, correct = _margins(x, relabel[y], rows_of(known, text[playing]))
+        yield ~playing[y], margin, correct
 
 
 def calibrate(

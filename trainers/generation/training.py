@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,9 +59,17 @@ def affordable(wanted: int, classes: int, most: int = 0) -> int:
 
 
 def train(
-    x: Tensor, y: Tensor, base_text: Tensor, new_text: Tensor, s: StageThreeSettings, rng: torch.Generator
+    x: Tensor,
+    y: Tensor,
+    base_text: Tensor,
+    new_text: Tensor,
+    s: StageThreeSettings,
+    rng: torch.Generator,
+    checkpoint: Path | None = None,
 ) -> Rows:
-    """Unit rows of base (C, d) and new classes (K, d), trained on virtual features x (n, d) with labels y."""
+    """Unit rows of base (C, d) and new classes (K, d), trained on virtual features x (n, d) with labels y.
+
+    A generator that trains for long keeps its state in the file `checkpoint`, and goes on from there."""
     rows = base_text
     if s.name != "none" and len(new_text):
         own: dict[str, Any] = {
@@ -69,7 +78,7 @@ def train(
         if s.name != "vmf":
             own |= {"holdout": s.holdout, "patience": s.patience}
         model = build_generator(s.name, x.shape[1], base_text.shape[1], **own)
-        model.fit(x, y, base_text, rng)
+        model.fit(x, y, base_text, rng, checkpoint)
         count = affordable(s.num_generated, len(new_text))
         made = checked(model.sample(new_text, count, rng), STAGE, f"feature made by '{s.name}'")
         labels = torch.arange(len(base_text), len(base_text) + len(new_text), device=y.device)

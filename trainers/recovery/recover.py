@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import trange
 
 from dfzsl.errors import UserError, unknown
+from dfzsl.progress import bar
 from dfzsl.stages import checked, unit
 
 from .extraction import Ask, Extracted, extract_rows
@@ -256,7 +256,7 @@ def _descend(
     """The paper's optimiser: Adam with weight decay 5e-4 and lr falling as (1 + 0.001 epoch)^-0.75."""
     optimizer = torch.optim.Adam(parameters, lr=options.lr, weight_decay=5e-4)
     with torch.enable_grad():
-        for epoch in trange(options.epochs, desc="recover", unit="epoch", leave=False):
+        for epoch in bar(range(options.epochs), "recover", unit="epoch"):
             optimizer.param_groups[0]["lr"] = options.lr * (1 + 0.001 * epoch) ** -0.75
             optimizer.zero_grad()
             loss().backward()

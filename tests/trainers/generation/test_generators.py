@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from dfzsl.errors import UserError
-from dfzsl.trainers.generation.generators import GENERATORS, build_generator, load_generator
+from dfzsl.files import load_tensors, save_tensors
+from dfzsl.trainers.generation.generators import GENERATORS, NeuralGenerator, build_generator, load_generator
 from dfzsl.trainers.generation.generators import base as base_module
-from dfzsl.trainers.generation.generators.base import gradient_penalty, mlp
+from dfzsl.trainers.generation.generators.base import critic_loss, mlp
 from dfzsl.trainers.generation.generators.cvae import encode
 from dfzsl.trainers.recovery.vmf import VonMisesFisher
 
@@ -129,7 +130,7 @@ def test_broken_files_are_refused(tmp_path, fitted):
     path = tmp_path / "g.safetensors"
     with pytest.raises(UserError, match="no such generator file"):
         load_generator(path)
-    base_module.save_tensors(path, {"x": torch.zeros(1)}, {"kind": "generator", "name": "vmf"})
+    save_tensors(path, {"x": torch.zeros(1)}, {"kind": "generator", "name": "vmf"})
     with pytest.raises(UserError, match="not those of a generator"):
         load_generator(path)
 
@@ -142,13 +143,26 @@ def test_paper_settings_are_the_defaults():
     assert {key: settings[key] for key in paper} == paper
 
 
-def test_gradient_penalty_of_a_linear_critic():
-    """D(x, a) = w.x has slope w everywhere: the penalty is (|w| - 1)^2."""
-    critic = torch.nn.Linear(6, 1, bias=False)
-    with torch.no_grad():
-        critic.weight.copy_(torch.tensor([[3.0, 0.0, 4.0, 0.0, 9.0, 9.0]]))
-    real, fake, a = torch.randn(5, 4), torch.randn(5, 4), torch.randn(5, 2)
-    assert gradient_penalty(critic, real, fake, a, rng()).item() == pytest.approx(16.0)
+@pytest.mark.parametrize("penalty", [0.0, 10.0])
+def test_critic_loss_and_its_gradient_are_those_of_two_graphs(penalty):
+    critic = mlp(6, 8, 1)
+    for parameter in critic.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.5, generator=rng())
+    real, fake, a = (torch.randn(5, n, generator=rng(n)) for n in (4, 4, 2))
+    mix = torch.rand(5, 1, generator=rng(9))
+    x = (mix * real + (1 - mix) * fake).requires_grad_()
+    (slope,) = torch.autograd.grad(critic(torch.cat([x, a], 1)).sum(), x, create_graph=True)
+    apart = critic(torch.cat([fake, a], 1)).mean() - critic(torch.cat([real, a], 1)).mean()
+    expected = apart + penalty * ((slope.norm(dim=1) - 1) ** 2).mean()
+    found = critic_loss(critic, real, fake, a, penalty, rng(9))
+    torch.testing.assert_close(found, expected)
+    # The last bias adds the same to both scores, and the hidden one does not move a slope.
+    for ours, theirs in zip(
+        torch.autograd.grad(found, list(critic.parameters())),
+        torch.autograd.grad(expected, list(critic.parameters()), allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_kl_of_the_encoder_agrees_with_torch():
@@ -161,6 +175,57 @@ def test_kl_of_the_encoder_agrees_with_torch():
     q = torch.distributions.Normal(mean, (0.5 * log_variance).exp())
     expected = torch.distributions.kl_divergence(q, torch.distributions.Normal(0.0, 1.0)).sum(1).mean()
     assert divergence.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", NEURAL)
+class TestCheckpoint:
+    def fit(self, name, world, checkpoint, **changes):
+        features, labels, conditions, _ = world
+        model, stream = (
+            build_generator(name, DIM, CONDITION, **quick(name, epochs=6, patience=2, **changes)),
+            rng(1),
+        )
+        model.fit(features, labels, conditions[:10], stream, checkpoint)
+        return model, torch.randn(3, generator=stream)
+
+    @pytest.mark.parametrize("holdout", [0.0, 0.3])
+    def test_killed_after_any_epoch_it_ends_the_same(self, name, holdout, world, tmp_path, monkeypatch):
+        model, after = self.fit(name, world, None, holdout=holdout)
+        path, keep, kills = tmp_path / "kept.safetensors", NeuralGenerator._keep, []
+
+        def killed(*args):
+            keep(*args)
+            kills.append(1)
+            raise Killed
+
+        monkeypatch.setattr(NeuralGenerator, "_keep", killed)
+        while True:
+            try:
+                again, then = self.fit(name, world, path, holdout=holdout)
+                break
+            except Killed:
+                pass
+        assert len(kills) == len(model.history) - 1  # no epoch is trained twice
+        assert again.history == model.history and torch.equal(then, after)
+        for key, value in model.state_dict().items():
+            assert torch.equal(again.state_dict()[key], value), key
+
+    def test_another_file_is_refused(self, name, world, tmp_path):
+        path = tmp_path / "kept.safetensors"
+        self.fit(name, world, path)
+        tensors, about = load_tensors(path, "generator checkpoint")
+        for wrong in ({**about, "name": "vmf"}, {key: about[key] for key in about if key != "since"}):
+            save_tensors(path, tensors, wrong)
+            with pytest.raises(UserError, match="delete it to train anew"):
+                self.fit(name, world, path)
+        del tensors["now/feature_mean"]
+        save_tensors(path, tensors, about)
+        with pytest.raises(UserError, match="delete it to train anew"):
+            self.fit(name, world, path)
 
 
 class TestMonitor:

@@ -8,6 +8,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from dfzsl.errors import UserError, unknown
 from dfzsl.files import load_tensors, save_tensors
+from dfzsl.progress import bar
 
+CHECKPOINT = "generator checkpoint"
 GENERATORS: dict[str, type[FeatureGenerator]] = {}
 
 
@@ -87,11 +90,17 @@ class FeatureGenerator(nn.Module):
         self.settings: dict[str, Any] = {}
 
     def fit(
-        self, features: Tensor, labels: Tensor, conditions: Tensor, generator: torch.Generator
+        self,
+        features: Tensor,
+        labels: Tensor,
+        conditions: Tensor,
+        generator: torch.Generator,
+        checkpoint: Path | None = None,
     ) -> FeatureGenerator:
         """Learn from unit features (n, d), labels (n,) and the conditions (C, c) of the classes 0 ... C-1.
 
         All tensors lie on one device, which is where it trains. Everything random comes from `generator`.
+        What trains for long keeps its state in the file `checkpoint`, and goes on from there.
         """
         raise NotImplementedError
 
@@ -147,14 +156,48 @@ def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(linear(inputs, hidden), nn.LeakyReLU(0.2), linear(hidden, outputs))
 
 
-def gradient_penalty(
-    critic: nn.Module, real: Tensor, fake: Tensor, a: Tensor, rng: torch.Generator
+def update(loss: Tensor, *optimizers: torch.optim.Optimizer) -> Tensor:
+    """One step of these optimisers on the loss, for whose parameters alone it has a gradient; detached."""
+    inputs = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward(inputs=inputs)
+    for optimizer in optimizers:
+        optimizer.step()
+    return loss.detach()
+
+
+def critic_loss(
+    critic: nn.Sequential, real: Tensor, fake: Tensor, a: Tensor, penalty: float, rng: torch.Generator
 ) -> Tensor:
-    """E (|grad_x D(x, a)| - 1)^2 at random points between real and fake (WGAN-GP, Gulrajani et al. 2017)."""
+    """E D(fake, a) - E D(real, a) + penalty E (|grad_x D(x, a)| - 1)^2, x at random points between real and
+    fake (WGAN-GP, Gulrajani et al. 2017), for features (n, d), conditions (n, c) and D made by `mlp`.
+
+    D's hidden layer is linear in x, so its value between two points lies between its values there, and the
+    slope has a closed form: half the arithmetic of two graphs, one for the slope and one for its gradient.
+    """
+    layers: Any = critic
+    first, activation, last = layers
+    parts = first.weight.split([real.shape[1], a.shape[1]], 1)
+    of_features, of_conditions = (part.contiguous() for part in parts)
+    beside = torch.addmm(first.bias, a, of_conditions.T)
+    at_real, at_fake = (torch.cat([real, fake]) @ of_features.T).view(2, len(real), -1) + beside
+    scores = last(activation(torch.stack([at_real, at_fake]))).mean((1, 2))
     mix = torch.rand(len(real), 1, device=real.device, generator=rng)
-    x = (mix * real + (1 - mix) * fake).requires_grad_()
-    (slope,) = torch.autograd.grad(critic(torch.cat([x, a], 1)).sum(), x, create_graph=True)
-    return ((slope.norm(dim=1) - 1) ** 2).mean()
+    between = torch.lerp(at_fake.detach(), at_real.detach(), mix)
+    gate = torch.where(between > 0, 1.0, activation.negative_slope)
+    slope = (gate * last.weight) @ of_features
+    return scores[1] - scores[0] + penalty * ((slope.norm(dim=1) - 1) ** 2).mean()
+
+
+def _prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def _without(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `_prefixed` got."""
+    start = f"{prefix}/"
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 class NeuralGenerator(FeatureGenerator):
@@ -203,6 +246,7 @@ class NeuralGenerator(FeatureGenerator):
         own = {"hidden": hidden, "latent": latent, "epochs": epochs, "batch": batch, "lr": lr}
         self.settings = {**own, "holdout": holdout, "patience": patience, **settings}
         self.history: list[float] = []
+        self.optimizers: list[torch.optim.Adam] = []
         self.register_buffer("feature_mean", torch.zeros(feature_dim))
         self.register_buffer("feature_scale", torch.ones(()))
         self.register_buffer("condition_mean", torch.zeros(condition_dim))
@@ -228,11 +272,18 @@ class NeuralGenerator(FeatureGenerator):
 
     def adam(self, *modules: nn.Module, lr: float | None = None) -> torch.optim.Adam:
         parameters = [p for module in modules for p in module.parameters()]
-        return torch.optim.Adam(parameters, lr=self.lr if lr is None else lr, betas=(0.5, 0.999))
+        lr = self.lr if lr is None else lr
+        self.optimizers.append(torch.optim.Adam(parameters, lr=lr, betas=(0.5, 0.999), fused=True))
+        return self.optimizers[-1]
 
     @torch.enable_grad()
     def fit(
-        self, features: Tensor, labels: Tensor, conditions: Tensor, generator: torch.Generator
+        self,
+        features: Tensor,
+        labels: Tensor,
+        conditions: Tensor,
+        generator: torch.Generator,
+        checkpoint: Path | None = None,
     ) -> NeuralGenerator:
         features, conditions = self.check(features, labels, conditions)
         device = features.device
@@ -273,37 +324,83 @@ class NeuralGenerator(FeatureGenerator):
             apart = (made_mean[:, 0] - means).square().sum(1) - self.feature_dim * deviation / n
             return float((apart + self.feature_dim * (deviation.sqrt() - spread) ** 2).mean())
 
+        self.optimizers = []
         self.start(x_train, y_train, a, rng)
-        best, best_state, since = math.inf, None, 0
-        start = distance()
-        self.history = [start]
-        for epoch in range(self.epochs):
-            self.start_epoch(epoch)
-            losses = [self.step(batches, rng) for _ in range(math.ceil(len(x_train) / self.batch))]
-            now = distance()
-            if not (torch.isfinite(torch.stack(losses)).all() and math.isfinite(now)):
-                if best_state is None:
-                    raise UserError(
-                        f"the generator '{self.name}' diverged in its first epoch; "
-                        "lower GENERATOR.LR or choose GENERATOR.NAME vmf"
+        if checkpoint is not None and checkpoint.exists():
+            epoch, best, since, best_state = self._go_on(checkpoint, rng)
+        else:
+            self.history = [distance()]
+            epoch, best, since, best_state = 0, math.inf, 0, None
+        with bar(desc=f"train {self.name}", total=self.epochs, initial=epoch, unit="epoch") as shown:
+            while epoch < self.epochs and since < max(self.patience, 1):
+                self.start_epoch(epoch)
+                losses = [self.step(batches, rng) for _ in range(math.ceil(len(x_train) / self.batch))]
+                now = distance()
+                if not (torch.isfinite(torch.stack(losses)).all() and math.isfinite(now)):
+                    if best_state is None:
+                        raise UserError(
+                            f"the generator '{self.name}' diverged in its first epoch; "
+                            "lower GENERATOR.LR or choose GENERATOR.NAME vmf"
+                        )
+                    warnings.warn(
+                        f"the generator '{self.name}' diverged in epoch {epoch + 1} of {self.epochs}; "
+                        f"the state of epoch {epoch - since} is kept",
+                        RuntimeWarning,
+                        stacklevel=2,
                     )
-                warnings.warn(
-                    f"the generator '{self.name}' diverged in epoch {epoch + 1} of {self.epochs}; "
-                    f"the state of epoch {epoch - since} is kept",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                break
-            self.history.append(now)
-            if now < best or not held:
-                best, best_state, since = now, copy.deepcopy(self.state_dict()), 0
-            else:
-                since += 1
-                if since >= self.patience:
                     break
+                self.history.append(now)
+                epoch, since = epoch + 1, since + 1
+                if now < best or not held:
+                    best, best_state, since = now, copy.deepcopy(self.state_dict()), 0
+                shown.update()
+                if checkpoint is not None:
+                    self._keep(checkpoint, epoch, best, since, best_state, rng)
         if best_state is not None:
             self.load_state_dict(best_state)
         return self
+
+    def _keep(
+        self,
+        path: Path,
+        epoch: int,
+        best: float,
+        since: int,
+        best_state: dict[str, Tensor] | None,
+        rng: torch.Generator,
+    ) -> None:
+        """Write all that the next epoch depends on; with `since` 0 the state is the best one."""
+        tensors = {"rng": rng.get_state(), **_prefixed("now", self.state_dict())}
+        if since and best_state:
+            tensors |= _prefixed("best", best_state)
+        for index, optimizer in enumerate(self.optimizers):
+            for parameter, state in optimizer.state_dict()["state"].items():
+                tensors |= _prefixed(f"optimizer {index} {parameter}", state)
+        about = {"epoch": epoch, "best": best, "since": since, "history": self.history}
+        save_tensors(path, tensors, {"kind": CHECKPOINT, "name": self.name, **about})
+
+    def _go_on(self, path: Path, rng: torch.Generator) -> tuple[int, float, int, dict[str, Tensor]]:
+        """Read what `_keep` wrote: its epoch, best, since and best_state. Raises UserError when it is broken
+        or of another generator."""
+        tensors, about = load_tensors(path, CHECKPOINT)
+        try:
+            if about["name"] != self.name:
+                raise KeyError(self.name)
+            for index, optimizer in enumerate(self.optimizers):
+                whole = optimizer.state_dict()
+                count = sum(len(group["params"]) for group in whole["param_groups"])
+                states = (_without(f"optimizer {index} {parameter}", tensors) for parameter in range(count))
+                # One that has made no step yet has none.
+                whole["state"] = {parameter: state for parameter, state in enumerate(states) if state}
+                optimizer.load_state_dict(whole)
+            self.load_state_dict(_without("now", tensors))
+            self.history = list(about["history"])  # type: ignore[call-overload]
+            epoch, best, since = (about[key] for key in ("epoch", "best", "since"))
+            best_state = _without("best", tensors) if since else copy.deepcopy(self.state_dict())
+            rng.set_state(tensors["rng"])
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            raise UserError(f"{path}: not what this generator kept; delete it to train anew") from None
+        return epoch, best, since, best_state  # type: ignore[return-value]
 
     @torch.no_grad()
     def sample(self, conditions: Tensor, n: int, generator: torch.Generator) -> Tensor:

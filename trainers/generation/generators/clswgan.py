@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import NeuralGenerator, generator, gradient_penalty, mlp
+from .base import NeuralGenerator, critic_loss, generator, mlp, update
 
 
 @generator("clswgan")
@@ -51,23 +51,16 @@ class CLSWGAN(NeuralGenerator):
     def step(self, batches: Callable[[], tuple[Tensor, Tensor]], rng: torch.Generator) -> Tensor:
         for _ in range(self.critic_iter):
             x, a = batches()
-            fake = self.generate(a, rng).detach()
-            real_score = self.critic(torch.cat([x, a], 1)).mean()
-            fake_score = self.critic(torch.cat([fake, a], 1)).mean()
-            loss = fake_score - real_score + self.penalty * gradient_penalty(self.critic, x, fake, a, rng)
-            self.critic_optimizer.zero_grad()
-            loss.backward()
-            self.critic_optimizer.step()
+            with torch.no_grad():
+                fake = self.generate(a, rng)
+            update(critic_loss(self.critic, x, fake, a, self.penalty, rng), self.critic_optimizer)
         _, a = batches()
         fake = self.generate(a, rng)
         weight, bias = self.classifier
         label = torch.cdist(a, self.conditions).argmin(1)
         loss = -self.critic(torch.cat([fake, a], 1)).mean()
         loss = loss + self.class_weight * F.cross_entropy(fake @ weight.T + bias, label)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+        return update(loss, self.optimizer)
 
     def generate(self, a: Tensor, rng: torch.Generator) -> Tensor:
         z = torch.randn(len(a), self.latent, device=a.device, generator=rng)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import NeuralGenerator, generator, mlp
+from .base import NeuralGenerator, generator, mlp, update
 
 
 @generator("cvae")
@@ -30,11 +30,7 @@ class ConditionalVAE(NeuralGenerator):
         x, a = batches()
         z, divergence = encode(self.encoder, x, a, rng)
         made = self.decoder(torch.cat([z, a], 1))
-        loss = (made - x).square().sum(1).mean() + divergence
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+        return update((made - x).square().sum(1).mean() + divergence, self.optimizer)
 
     def generate(self, a: Tensor, rng: torch.Generator) -> Tensor:
         z = torch.randn(len(a), self.latent, device=a.device, generator=rng)

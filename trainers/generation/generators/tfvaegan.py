@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .base import NeuralGenerator, generator, gradient_penalty, linear, mlp
+from .base import NeuralGenerator, critic_loss, generator, linear, mlp, update
 from .cvae import encode
 
 
@@ -86,22 +86,15 @@ class TFVAEGAN(NeuralGenerator):
     ) -> Tensor:
         for _ in range(self.critic_iter):
             x, a = batches()
-            recons = self.recons_weight * F.l1_loss(self.decoder(x), a)
-            self.decoder_optimizer.zero_grad()
-            recons.backward()
-            self.decoder_optimizer.step()
-            fake = self._decode(self._noise(a, rng), a, strength).detach()
-            real_score = self.critic(torch.cat([x, a], 1)).mean()
-            fake_score = self.critic(torch.cat([fake, a], 1)).mean()
-            penalty = gradient_penalty(self.critic, x, fake, a, rng)
-            critic_loss = self.gamma_d * (fake_score - real_score + self.penalty * penalty)
-            self.critic_optimizer.zero_grad()
-            critic_loss.backward()
-            self.critic_optimizer.step()
+            update(self.recons_weight * F.l1_loss(self.decoder(x), a), self.decoder_optimizer)
+            with torch.no_grad():
+                fake = self._decode(self._noise(a, rng), a, strength)
+            loss = critic_loss(self.critic, x, fake, a, self.penalty, rng)
+            update(self.gamma_d * loss, self.critic_optimizer)
         x, a = batches()
         z, divergence = encode(self.encoder, x, a, rng)
-        loss = (self._decode(z, a, strength) - x).square().sum(1).mean() + divergence
-        fake = self._decode(self._noise(a, rng), a, strength)
+        made, fake = self._decode(torch.cat([z, self._noise(a, rng)]), a.repeat(2, 1), strength).chunk(2)
+        loss = (made - x).square().sum(1).mean() + divergence
         loss = loss - self.gamma_g * self.critic(torch.cat([fake, a], 1)).mean()
         loss = loss + self.recons_weight * F.l1_loss(self.decoder(fake), a)
         optimizers = [self.optimizer]
@@ -109,12 +102,7 @@ class TFVAEGAN(NeuralGenerator):
             optimizers.append(self.feedback_optimizer)
         if not self.freeze_dec:
             optimizers.append(self.decoder_optimizer)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-        return loss.detach()
+        return update(loss, *optimizers)
 
     def _noise(self, a: Tensor, rng: torch.Generator) -> Tensor:
         return torch.randn(len(a), self.latent, device=a.device, generator=rng)

@@ -5,6 +5,8 @@ Closed form, nothing to train: seconds where a GAN takes an hour, and it cannot 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,12 @@ class VMFRegression(FeatureGenerator):
 
     @torch.no_grad()
     def fit(
-        self, features: Tensor, labels: Tensor, conditions: Tensor, generator: torch.Generator
+        self,
+        features: Tensor,
+        labels: Tensor,
+        conditions: Tensor,
+        generator: torch.Generator,
+        checkpoint: Path | None = None,
     ) -> VMFRegression:
         features, conditions = self.check(features, labels, conditions)
         self.to(features.device)
