@@ -31,6 +31,7 @@ from dfzsl.results import CHANGING
 from dfzsl.trainers import owner
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.dfzsl import DFZSL
+from dfzsl.trainers.generation.generators import NeuralGenerator
 from dfzsl.trainers.recovery.oracles import open_oracle
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 
@@ -160,6 +161,31 @@ def test_a_run_that_goes_on_keeps_its_curves_and_its_stages(world, teacher, tmp_
     train.main(["--output-dir", str(tmp_path / "cut"), *given])
     assert results(tmp_path / "cut") == {**results(tmp_path / "whole"), "config": ANY}
     assert len(results(tmp_path / "cut")["curves"]["loss"]) == 2
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_a_generator_that_was_cut_off_goes_on(at, world, teacher, tmp_path, monkeypatch):
+    """In the training of all rows, or in a rehearsal."""
+    teacher.save(tmp_path / "teacher.safetensors")
+    keys = {"TEACHER.FILE": tmp_path / "teacher.safetensors", "OPTIM.MAX_EPOCH": 1, "GENERATOR.NAME": "cvae"}
+    keys |= {"GENERATOR.EPOCHS": 3, "GENERATOR.HIDDEN": 8, "GENERATOR.CLASSIFIER_STEPS": 5}
+    given = words("DFZSL", world, **keys)
+    train.main(["--output-dir", str(tmp_path / "whole"), *given])
+    keep, kept = NeuralGenerator._keep, []
+
+    def cut(*args) -> None:
+        keep(*args)
+        kept.append(args[1])
+        if len(kept) == at:
+            sys.exit("in the middle")
+
+    monkeypatch.setattr(NeuralGenerator, "_keep", cut)
+    with pytest.raises(SystemExit):
+        train.main(["--output-dir", str(tmp_path / "cut"), *given])
+    train.main(["--output-dir", str(tmp_path / "cut"), *given])
+    assert len(kept) == 3 * (len(kept) // 3)  # no epoch is trained twice
+    assert made(tmp_path / "cut") == made(tmp_path / "whole")
+    assert not (tmp_path / "cut" / "generator").exists()
 
 
 def test_a_fitted_teacher_is_not_fitted_again(world, tmp_path, monkeypatch):
