@@ -485,6 +485,8 @@ def _protocol(name: str, what: str) -> None:
 _protocol("base2new", "Compare methods on base and new classes")
 _protocol("gzsl", "Compare them on all classes at once")
 _protocol("xd", "Compare them across data sets")
+_protocol("dg", "Compare them on other pictures of the same classes")
+_protocol("fewshot", "Compare them by the number of training images")
 
 
 def _device(name: str) -> str:

@@ -22,7 +22,7 @@ ROOMS = {
     "trainers": "dfzsl.trainers",
     "programs": "dfzsl.train dfzsl.launch dfzsl.prepare dfzsl.pictures dfzsl.datasets.extract dfzsl.cli "
     "dfzsl.building dfzsl.labelled dfzsl.evaluation dfzsl.predict dfzsl.cards dfzsl.export dfzsl.serve "
-    "dfzsl.importing dfzsl.geometry dfzsl.datasets.shapes.geometry",
+    "dfzsl.importing dfzsl.geometry dfzsl.datasets.shapes.geometry dfzsl.datasets.shapes.train_vit",
 }
 FLOORS = list(ROOMS)
 # Libraries that only these rooms and modules know.

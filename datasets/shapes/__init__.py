@@ -18,7 +18,7 @@ from dfzsl.errors import UserError
 from dfzsl.toolbox import register
 
 from ..base import ClassDataset, Row, Split
-from .world import LAMPLIGHT, VERSION, classes, render
+from .world import LAMPLIGHT, STYLES, VERSION, classes, render
 
 PICTURES = {"train": 30, "val": 5, "test": 20}  # of each class
 
@@ -32,11 +32,12 @@ class Shapes(ClassDataset):
     """
 
     folder = os.path.join("shapes", f"v{VERSION}")
+    style = ""  # a variant's, of STYLES; "": the data set's own light
 
     def __init__(self, cfg: Any) -> None:
         if cfg.DATASET.ROOT:  # without one the base class raises
-            for part in ("test",) if cfg.TEACHER.FILE else PICTURES:
-                write_part(Path(cfg.DATASET.ROOT).expanduser() / self.folder, part)
+            for part in ("test",) if cfg.TEACHER.FILE or self.style else PICTURES:
+                write_part(Path(cfg.DATASET.ROOT).expanduser() / self.folder, part, self.style)
         super().__init__(cfg)
 
     def how_to_get(self) -> str:
@@ -44,9 +45,36 @@ class Shapes(ClassDataset):
 
     def read(self) -> Split:
         parts = {part: list(rows(self.dataset_dir, part)) for part in PICTURES}
-        if self.data_free:
+        if self.data_free or self.style:
             parts["train"] = parts["val"] = []
         return Split([c.name for c in classes()], parts["train"], parts["val"], parts["test"])
+
+
+class ShapesVariant(Shapes):
+    """The same classes in another style, to be tested on alone, as ImageNet's variants are."""
+
+    def __init_subclass__(cls) -> None:
+        cls.folder = os.path.join("shapes", f"v{VERSION}-{cls.style}")
+
+
+@register(DATASET_REGISTRY, replace=True)
+class ShapesDark(ShapesVariant):
+    style = "dark"
+
+
+@register(DATASET_REGISTRY, replace=True)
+class ShapesDrawing(ShapesVariant):
+    style = "drawing"
+
+
+@register(DATASET_REGISTRY, replace=True)
+class ShapesPainting(ShapesVariant):
+    style = "painting"
+
+
+@register(DATASET_REGISTRY, replace=True)
+class ShapesPixel(ShapesVariant):
+    style = "pixel"
 
 
 def rows(folder: str | os.PathLike[str], part: str) -> Iterator[Row]:
@@ -57,7 +85,7 @@ def rows(folder: str | os.PathLike[str], part: str) -> Iterator[Row]:
             yield Row(os.path.join(folder, part, of_class, f"{number:02d}.png"), label, composition.name)
 
 
-def write_part(folder: Path, part: str) -> None:
+def write_part(folder: Path, part: str, style: str = "") -> None:
     """Draw the pictures of `part` into folder/part, unless they are there: all of them or none.
 
     They are written to a folder of their own, which is renamed at the end. Of two processes at once one
@@ -67,14 +95,16 @@ def write_part(folder: Path, part: str) -> None:
     if target.is_dir():
         return
     draft = folder / f".{part}-{uuid.uuid4().hex}"
+    series = len(PICTURES) + list(STYLES).index(style) if style else list(PICTURES).index(part)
+    light = STYLES[style] if style else LAMPLIGHT
     try:
         draft.mkdir(parents=True)
         bar = tqdm(rows("", part), f"drawing the {part} pictures of shapes", len(classes()) * PICTURES[part])
         for number, row in enumerate(bar):
-            rng = np.random.default_rng((VERSION, list(PICTURES).index(part), number))
+            rng = np.random.default_rng((VERSION, series, number))
             path = draft / Path(row.path).relative_to(part)
             path.parent.mkdir(exist_ok=True)
-            Image.fromarray(render(classes()[row.label], rng, LAMPLIGHT)).save(path, compress_level=1)
+            Image.fromarray(render(classes()[row.label], rng, light)).save(path, compress_level=1)
         draft.rename(target)
     except OSError as error:
         if not target.is_dir():  # else another process has just put it there

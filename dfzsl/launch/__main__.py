@@ -54,7 +54,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
     # The owner comes first: others wait for its teacher.
     methods = sorted(dict.fromkeys(methods), key=lambda method: method.trainer != OWNER)
     names = ["imagenet", *TARGETS] if given == "all" else [given]
-    if not PROTOCOLS[args.protocol].tests:
+    protocol = PROTOCOLS[args.protocol]
+    if protocol.targets:
         # A test's folder names the data set it tests on, and cannot tell two training sets apart.
         folders = Path(args.output, args.protocol).glob("train_*/*")
         trained = {*(path.name for path in folders), *(Data(name, args.root).name for name in names)}
@@ -63,21 +64,26 @@ def plan(args: argparse.Namespace) -> list[Job]:
                 f"one --output holds {args.protocol} runs from one data set, not from "
                 f"{', '.join(sorted(trained))}; choose another --output"
             )
-    jobs = [
+    if (few := args.protocol == "fewshot") and args.teacher_shots:
+        raise UserError("fewshot gives the owner as many images as all others: leave --teacher-shots out")
+    asked = [
         Job(
             protocol=args.protocol,
             method=method,
             data=Data(name, args.root),
             seed=seed,
-            shots=args.shots,
-            teacher_shots=args.teacher_shots,
+            shots=shots,
+            teacher_shots=shots if few else args.teacher_shots or -1,
             output=Path(args.output),
             opts=tuple(opts),
         )
         for name in names
+        for shots in args.shots or protocol.shots
         for seed in dict.fromkeys(map(int, seeds or DEFAULT_SEEDS))
         for method in methods
     ]
+    # What sees no image is the same run whatever the number of images.
+    jobs = list({job.parts()[0][0]: job for job in asked}.values())
     for job in jobs:
         job.check()
         if (job.data, job.seed) == (jobs[0].data, jobs[0].seed):  # KEY VALUE are the same for all others
@@ -92,15 +98,27 @@ def shots(word: str) -> int:
     return number
 
 
+def numbers_of_shots(words: str) -> list[int]:
+    return list(dict.fromkeys(map(shots, words.split(","))))
+
+
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m dfzsl.launch", description=__doc__.splitlines()[0])
     flags.add_argument("protocol", choices=PROTOCOLS)
     flags.add_argument("--methods", default="", help="all, or TRAINER[@virtual][:CONFIG][+VARIANT],...")
     flags.add_argument("--root", default=os.environ.get("DATA", "data"), help="data folder (or env DATA)")
     flags.add_argument("--output", default="output", help="where all runs and tables go")
-    flags.add_argument("--shots", type=shots, default=16, help="images a class for training; -1: all")
     flags.add_argument(
-        "--teacher-shots", type=shots, default=-1, help="images a class for the owner; -1: all"
+        "--shots",
+        type=numbers_of_shots,
+        metavar="N[,N...]",
+        help="images a class for training; -1: all; unless given 16, for fewshot 1,2,4,8,16",
+    )
+    flags.add_argument(
+        "--teacher-shots",
+        type=shots,
+        metavar="N",
+        help="images a class for the owner; unless given all (-1), for fewshot as many as for the others",
     )
     flags.add_argument("--launcher", choices=("local", "slurm"), default="local")
     flags.add_argument("--workers", type=int, default=0, help="runs at a time; 0: as GPUs or cores allow")

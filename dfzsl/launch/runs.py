@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -22,7 +23,12 @@ METHODS = (*FREE, "CoOp", "CoCoOp", "DFZSL")
 DEFAULT_SEEDS = ("1", "2", "3")
 TARGETS = ["caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101"]
 TARGETS += ["fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"]
-XD_TARGETS = (*TARGETS, "imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r")
+# The same classes in other pictures, by the data set whose classes they are.
+VARIANTS = {
+    "imagenet": ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
+    "shapes": ("shapes_dark", "shapes_drawing", "shapes_painting", "shapes_pixel"),
+}
+XD_TARGETS = (*TARGETS, *VARIANTS["imagenet"])
 
 
 @functools.cache
@@ -64,17 +70,25 @@ class Data:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What to train on and what to test on; no `tests`: on the other data sets, as `xd` does."""
+    """The classes to train on, and what is tested beside them.
+
+    tests: other classes of the same data set. targets: other data sets, by the one trained on; "": by any
+        other. default: the data set unless one is named. shots: images a class unless --shots says so.
+    """
 
     train: str
-    tests: tuple[str, ...]
-    default: str
+    tests: tuple[str, ...] = ()
+    targets: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    default: str = "shapes"
+    shots: tuple[int, ...] = (16,)
 
 
 PROTOCOLS = {
-    "base2new": Protocol(train="base", tests=("new",), default="shapes"),
-    "gzsl": Protocol(train="base", tests=("all",), default="shapes"),
-    "xd": Protocol(train="all", tests=(), default="imagenet"),
+    "base2new": Protocol("base", tests=("new",)),
+    "gzsl": Protocol("base", tests=("all",)),
+    "xd": Protocol("all", targets={"": XD_TARGETS}, default="imagenet"),
+    "dg": Protocol("all", targets=VARIANTS, default="imagenet"),
+    "fewshot": Protocol("all", shots=(1, 2, 4, 8, 16)),
 }
 
 
@@ -199,7 +213,7 @@ class Job:
             classes,
             "DATASET.NUM_SHOTS",
             str(self.shots_seen),
-            *data.overrides(),
+            *self.data.overrides(),
         ]
         if self.waits_for_owner:
             owner = self.teacher.folder(f"train_{PROTOCOLS[self.protocol].train}")
@@ -225,11 +239,18 @@ class Job:
         protocol = PROTOCOLS[self.protocol]
         wanted = [(f"train_{protocol.train}", protocol.train, self.data)]
         wanted += [(f"test_{classes}", classes, self.data) for classes in protocol.tests]
-        if not protocol.tests:
-            wanted += [("test_all", "all", Data(name, self.data.root)) for name in XD_TARGETS]
+        wanted += [("test_all", "all", Data(name, self.data.root)) for name in self.targets]
         return [
             (self.folder(part, data), self.arguments(part, classes, data)) for part, classes, data in wanted
         ]
+
+    @property
+    def targets(self) -> Sequence[str]:
+        """The data sets it is tested on. Raises UserError where there are none for the one it trains on."""
+        known = PROTOCOLS[self.protocol].targets
+        if known and "" not in known and self.data.given not in known:
+            raise unknown(f"data set to train on for {self.protocol}", self.data.given, known)
+        return known.get(self.data.given, known.get("", ()))
 
     @property
     def finished(self) -> bool:

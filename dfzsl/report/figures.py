@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import re
 import statistics
 import warnings
@@ -18,6 +19,7 @@ import numpy as np
 from ..errors import UserError
 from ..results import harmonic_mean
 from .names import COLORS, dataset_name, look
+from .outcomes import PAIRED, TRANSFER, shots_in
 from .sections import Section, Summary
 
 try:
@@ -73,8 +75,10 @@ def plots(section: Section, details: bool) -> list[Plot]:
     if not section.summaries:
         return []
     made = [] if details else [_bars(section)]
-    if not details and section.protocol != "xd":
+    if not details and section.protocol in PAIRED:
         made.append(_scatter(section))
+    if section.protocol == "fewshot":
+        made.append(_by_shots(section))
     return [*made, *_against_baseline(section), *_curves(section)]
 
 
@@ -144,7 +148,7 @@ def _bars(section: Section) -> Plot:
         axes.set_xlim(0, max(row.headline.mean for row in rows) * 1.3 or 1)
         return f"{title} in percent. Whiskers: standard deviation over seeds."
 
-    title = name if name == "H" else f"Mean over {name}"
+    title = name if name == "H" or section.protocol == "fewshot" else f"Mean over {name}"
     return _draw(title, 0.7 + 0.26 * len(rows), paint)
 
 
@@ -182,6 +186,31 @@ def _scatter(section: Section) -> Plot:
         return said + (" Small open circles: published figures." if any(row.source for row in rows) else "")
 
     return _draw(f"{first} against {second}", height, paint)
+
+
+def _by_shots(section: Section) -> Plot:
+    """Accuracy against the number of training images a class, as in CoOp's paper; the names stand beside."""
+    rows = section.summaries
+    names = list(rows[0].scores)
+    numbers = [shots_in(name) for name in names]
+    places = [number if math.isfinite(number) else 2 * max([1, *numbers[:-1]]) for number in numbers]
+    height = max(3.0, 0.9 + LINE_HEIGHT * len(rows))
+
+    def paint(canvas: Canvas) -> str:
+        axes = canvas.add_subplot()
+        for row in rows:
+            means = [row.scores[name].mean for name in names]
+            spread = [row.scores[name].deviation or 0 for name in names]
+            color, marker = _color(row.label), look(row.label)[1]
+            axes.errorbar(places, means, yerr=spread, color=color, linewidth=1.2, marker=marker, markersize=5)
+        axes.set_xticks(places, [name.split()[0] for name in names])
+        axes.set_xlabel("training images a class")
+        axes.set_ylabel("accuracy")
+        ends = [(places[-1], row.headline.mean) for row in rows]
+        _name_beside(axes, rows, ends, LINE_HEIGHT / (height - 0.7))
+        return "Whiskers: standard deviation over seeds. What is flat sees no image."
+
+    return _draw("Accuracy by the number of images", height, paint)
 
 
 def _near(one: Sequence[float], other: Sequence[float]) -> bool:
@@ -258,6 +287,8 @@ def by_class(section: Section) -> dict[str, dict[str, float]]:
     for label, runs in section.outcomes.items():
         values = defaultdict(list)
         for name, rows in itertools.chain.from_iterable(run.classes().items() for run in runs):
+            if section.protocol == "fewshot" and name != section.headline:
+                continue
             for row in rows:
                 if row["total"]:
                     new = " (new)" if name in ("new", "unseen U") else ""
@@ -284,7 +315,7 @@ def _by_place(section: Section) -> dict[str, dict[str, float]]:
 
 def _against_baseline(section: Section) -> list[Plot]:
     """What methods gain on zero-shot CLIP: the best by class, data set or target, and the spread of all."""
-    several = section.members or section.protocol == "xd"
+    several = section.members or section.protocol in TRANSFER
     values = _by_place(section) if several else by_class(section)
     of = section.headline if section.members else "accuracy"
     what = "data set" if section.members else "target" if several else "class"

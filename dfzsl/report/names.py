@@ -12,7 +12,13 @@ import yaml
 BOOK = yaml.safe_load((Path(__file__).parent / "glossary.yaml").read_text(encoding="utf-8"))
 COLORS = 8
 MARKERS = "osD^vPXphd<>"
-NAMES = {"base2new": "base-to-new", "gzsl": "generalized zero-shot", "xd": "cross-data-set transfer"}
+NAMES = {
+    "base2new": "base-to-new",
+    "gzsl": "generalized zero-shot",
+    "xd": "cross-data-set transfer",
+    "dg": "domain generalization",
+    "fewshot": "few-shot classification",
+}
 
 
 def method_name(trainer: str, config: str) -> str:

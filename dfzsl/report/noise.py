@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .outcomes import Outcome, transfer_scores
+from .outcomes import PAIRED, TRANSFER, Outcome, transfer_scores
 
 DRAWS = 2000
 TAIL = 2.5  # percent of the draws on either side of an interval
 
-Draws = dict[str, dict[str, np.ndarray]]  # label -> score, "H", target of `xd` -> (DRAWS,) in percent
+Draws = dict[str, dict[str, np.ndarray]]  # label -> score, "H", target -> (DRAWS,) in percent
 
 
 def draws(runs: dict[str, list[Outcome]]) -> Draws:
@@ -48,7 +48,8 @@ def draws(runs: dict[str, list[Outcome]]) -> Draws:
             array = np.array([[table[key] for key in classes] for table in tables])  # (seeds, classes, 2)
             correct, total = np.einsum("ds,sck,dc->kd", of_seeds, array, of_classes, optimize=True)
             made[label][name] = 100 * correct / total
-    return {label: _with_means(scores) for label, scores in made.items()}
+    protocol = next(iter(runs.values()))[0].protocol
+    return {label: _with_means(protocol, dataset, scores) for label, scores in made.items()}
 
 
 def _drawn(rng: np.random.Generator, n: int) -> np.ndarray:
@@ -66,21 +67,24 @@ def _counts(run: Outcome, name: str) -> dict[str, tuple[float, float]]:
     }
 
 
-def _with_means(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _with_means(protocol: str, dataset: str, scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The scores that are means of others, beside them."""
-    if "source" in scores:
-        return scores | transfer_scores(scores["source"], {k: v for k, v in scores.items() if k != "source"})
+    if protocol in TRANSFER:
+        targets = {name: drawn for name, drawn in scores.items() if name != "source"}
+        return scores | transfer_scores(dataset, scores["source"], targets)
+    if protocol not in PAIRED:
+        return scores
     first, second = scores.values()
     return scores | {"H": 2 * first * second / np.maximum(first + second, 1e-9)}
 
 
-def averaged(of: Sequence[Draws]) -> Draws:
+def averaged(protocol: str, of: Sequence[Draws]) -> Draws:
     """Draws of the averages over data sets, of the methods that have them for each."""
     made = {}
     for label in [label for label in of[0] if all(label in found for found in of)]:
         names = [name for name in of[0][label] if name != "H"]
         means = {name: np.mean([found[label][name] for found in of], axis=0) for name in names}
-        made[label] = _with_means(means)
+        made[label] = _with_means(protocol, "", means)
     return made
 
 

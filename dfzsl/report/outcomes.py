@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ PROTOCOLS = {
     "base2new": ("train_base", "test_new"),
     "gzsl": ("train_base", "test_all"),
     "xd": ("train_all", "test_all"),
+    "dg": ("train_all", "test_all"),
+    "fewshot": ("train_all",),
 }
-SHIFTED = "imagenet"  # a target of `xd` whose name starts with it is a shifted ImageNet, not another data set
+PAIRED = ("base2new", "gzsl")  # two scores, and H of them
+TRANSFER = ("xd", "dg")  # a data set to train on and targets to test on
 
 Scores = dict[str, float]
 
@@ -43,8 +46,8 @@ class Method:
 class Outcome:
     """One method on one data set with one seed.
 
-    parts: what each part measured, {"train_base": results, "test_new": results}; `xd` has one entry for
-        training and one for each target data set.
+    parts: what each part measured, {"train_base": results, "test_new": results}; `xd` and `dg` have one
+        entry for training and one for each target data set, `fewshot` one for each "N shots".
     failure: why the run stopped, "" where it did not.
     """
 
@@ -57,24 +60,28 @@ class Outcome:
 
     @property
     def training(self) -> dict[str, Any]:
-        """The results of the part that trained; it must not be missing."""
+        """The results of the part that trained, on the most images; it must not be missing."""
+        if self.protocol == "fewshot":
+            return self.parts[max(self.parts, key=shots_in)]
         return self.parts[PROTOCOLS[self.protocol][0]]
 
     @property
     def missing(self) -> list[str]:
-        """The parts that have no results. Of `xd` only the training is known to be due."""
-        due = PROTOCOLS[self.protocol][: 1 if self.protocol == "xd" else 2]
+        """The parts that have no results, as far as the protocol alone says which are due."""
+        if self.protocol == "fewshot":
+            return []
+        due = PROTOCOLS[self.protocol][: 1 if self.protocol in TRANSFER else 2]
         return [part for part in due if part not in self.parts]
 
     @property
     def targets(self) -> Scores:
-        """Accuracy in percent on each target of `xd`; empty in other protocols."""
-        if self.protocol != "xd":
+        """Accuracy in percent on each target of `xd` and `dg`; empty in other protocols."""
+        if self.protocol not in TRANSFER:
             return {}
         return {part: run["accuracy"] for part, run in self.parts.items() if part != "train_all"}
 
     def classes(self) -> dict[str, list[dict[str, Any]]]:
-        """The rows of classes (`per_class` of results) behind each score, and behind each target of `xd`."""
+        """The rows of classes (`per_class` of results) behind each score, and behind each target."""
         if self.protocol == "base2new":
             named = {"base": "train_base", "new": "test_new"}
             return {name: self.parts[part]["per_class"] for name, part in named.items()}
@@ -82,27 +89,39 @@ class Outcome:
             rows = self.parts["test_all"]["per_class"]
             named_rows = (("seen S", False), ("unseen U", True))
             return {name: [row for row in rows if row["new"] == new] for name, new in named_rows}
+        if self.protocol == "fewshot":
+            return {part: self.parts[part]["per_class"] for part in sorted(self.parts, key=shots_in)}
         return {"source" if p == "train_all" else p: run["per_class"] for p, run in self.parts.items()}
 
     def scores(self) -> Scores:
         """The protocol's scores in percent; nothing may be missing.
 
-        base2new: base, new. gzsl: seen S, unseen U (means over classes). xd: source and means over targets.
+        base2new: base, new. gzsl: seen S, unseen U (means over classes). xd, dg: source and means over
+        targets. fewshot: each number of shots.
         """
         if self.protocol == "base2new":
             return {"base": self.parts["train_base"]["accuracy"], "new": self.parts["test_new"]["accuracy"]}
         if self.protocol == "gzsl":
             return {name: per_class_mean(rows) for name, rows in self.classes().items()}
-        return transfer_scores(self.parts["train_all"]["accuracy"], self.targets)
+        if self.protocol == "fewshot":
+            return {part: self.parts[part]["accuracy"] for part in sorted(self.parts, key=shots_in)}
+        return transfer_scores(self.dataset, self.parts["train_all"]["accuracy"], self.targets)
 
 
-def transfer_scores(source: Any, targets: dict[str, Any]) -> dict[str, Any]:
-    """The scores of `xd`: accuracy on the source, mean over other data sets, mean over shifted sources.
+def shots_in(part: str) -> float:
+    """The number in "16 shots"; infinite for "all shots"."""
+    number = part.split()[0]
+    return float(number) if number.isdecimal() else float("inf")
+
+
+def transfer_scores(dataset: str, source: Any, targets: dict[str, Any]) -> dict[str, Any]:
+    """The scores of `xd` and `dg`: accuracy on the source `dataset`, means over other data sets and over
+    shifted sources, whose names start with the source's, as imagenet_a does with imagenet.
 
     Accuracies are numbers or arrays of equal shape.
     """
-    others = [value for name, value in targets.items() if not name.startswith(SHIFTED)]
-    shifted = [value for name, value in targets.items() if name.startswith(SHIFTED)]
+    others = [value for name, value in targets.items() if not name.startswith(dataset)]
+    shifted = [value for name, value in targets.items() if name.startswith(dataset)]
     scores = {"source": source}
     scores |= {"other data sets": sum(others) / len(others)} if others else {}
     return scores | ({"shifted source": sum(shifted) / len(shifted)} if shifted else {})
@@ -153,20 +172,34 @@ def _gather(
             results, failure = read(run)
             if results is None and not failure:
                 continue
-            tests_target = protocol == "xd" and part == "test_all"
-            method = Method(name, shots.removeprefix("shots_"), config, read is _read_log)
-            key = protocol, _source(root) if protocol == "xd" else dataset, method, int(seed[4:])
+            of, shots = dataset, shots.removeprefix("shots_")
+            if protocol in TRANSFER:
+                of, part = _source(root), dataset if part == "test_all" else part
+            elif protocol == "fewshot":
+                part, shots = f"{shots} shot{'' if shots == '1' else 's'}", ""
+            key = protocol, of, Method(name, shots, config, read is _read_log), int(seed[4:])
             outcome = found.setdefault(key, Outcome(*key))
             if results is not None:
-                outcome.parts[dataset if tests_target else part] = results
+                outcome.parts[part] = results
             outcome.failure = outcome.failure or failure
     if not found:
         raise UserError(f"{folder}: no {what} here; give an output folder, such as output or output/base2new")
-    return [found[key] for key in sorted(found)]
+    outcomes = [found[key] for key in sorted(found)]
+    _repeat_without_images(outcomes)
+    return outcomes
+
+
+def _repeat_without_images(outcomes: Sequence[Outcome]) -> None:
+    """What sees no image in `fewshot` ("0 shots") has the same results at every number the others have."""
+    few = [outcome for outcome in outcomes if outcome.protocol == "fewshot"]
+    for outcome in few:
+        numbers = {part for other in few if other.dataset == outcome.dataset for part in other.parts}
+        if outcome.parts.keys() == {"0 shots"} != numbers:
+            outcome.parts = dict.fromkeys(numbers - {"0 shots"}, outcome.parts["0 shots"])
 
 
 def _source(root: Path) -> str:
-    """The data set that the runs of an `xd` folder train on."""
+    """The data set that the runs of a folder with targets train on."""
     names = sorted(path.name for path in root.glob("train_all/*"))
     if len(names) > 1:
         raise UserError(f"{root}: runs of several sources share their tests' folders: {', '.join(names)}")

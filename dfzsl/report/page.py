@@ -14,6 +14,7 @@ from ..files import atomic
 from .figures import Plot, by_class, plots
 from .formats import no_formula
 from .names import NAMES, meaning
+from .outcomes import TRANSFER
 from .sections import Section, sources
 from .tables import Table, legend, tables
 
@@ -109,7 +110,7 @@ def _published(name: str) -> bool:
 
 def _classes(part: Section) -> str:
     """A link that holds the accuracy of every class as CSV."""
-    found = {} if part.members or part.protocol == "xd" else by_class(part)
+    found = {} if part.members or part.protocol in TRANSFER else by_class(part)
     if not found:
         return ""
     out = io.StringIO()

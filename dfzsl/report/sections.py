@@ -14,7 +14,9 @@ import yaml
 from ..results import harmonic_mean
 from .names import NAMES, dataset_name, in_papers_order
 from .noise import Draws, averaged, draws
-from .outcomes import PROTOCOLS, Method, Outcome, Scores, transfer_scores
+from .outcomes import PAIRED, PROTOCOLS, TRANSFER, Method, Outcome, Scores, transfer_scores
+
+OTHERS = "other data sets"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Summary:
     label: str
     shots: str
     scores: dict[str, Spread]
-    h: float | None = None  # harmonic mean of the averaged scores; `xd` has none
+    h: float | None = None  # harmonic mean of the averaged scores, where there are two
     mean_h: Spread | None = None
     seeds: tuple[int, ...] = ()
     seconds: float | None = None
@@ -44,13 +46,20 @@ class Summary:
     images: int | None = None
     queries: int | None = None
     source: str = ""  # where a published figure stands; "" for what was measured
-    targets: dict[str, Spread] = field(default_factory=dict)  # of `xd`
+    targets: dict[str, Spread] = field(default_factory=dict)  # of `xd` and `dg`
+
+    @property
+    def headline_name(self) -> str:
+        """What methods are ranked by: H, the mean over other data sets, or the last score."""
+        if self.h is not None:
+            return "H"
+        return OTHERS if OTHERS in self.scores else list(self.scores)[-1]
 
     @property
     def headline(self) -> Spread:
-        """The one number that methods are ranked by: H, or in `xd` the mean over other data sets."""
+        """The one number that methods are ranked by."""
         if self.h is None:
-            return list(self.scores.values())[:2][-1]
+            return self.scores[self.headline_name]
         return Spread(self.h, self.mean_h.deviation if self.mean_h else None)
 
 
@@ -77,10 +86,8 @@ class Section:
 
     @property
     def headline(self) -> str:
-        """The score that methods are ranked by: see Summary.headline."""
-        if any(row.h is not None for row in self.summaries):
-            return "H"
-        return next((list(row.scores)[:2][-1] for row in self.summaries), "")
+        """The score that methods are ranked by: see Summary.headline_name."""
+        return self.summaries[0].headline_name if self.summaries else ""
 
     @property
     def subtitle(self) -> str:
@@ -95,9 +102,10 @@ def sections(outcomes: Sequence[Outcome], published: bool = False) -> list[Secti
         labels = label_methods(mine)
         datasets = in_papers_order({outcome.dataset for outcome in mine})
         single = [_section(protocol, (name,), mine, labels, published) for name in datasets]
-        if len(datasets) > 1 and protocol != "xd":
+        if len(datasets) > 1 and protocol not in TRANSFER:
             average = _section(protocol, tuple(datasets), mine, labels, published)
-            made.append(replace(average, members=single, draws=averaged([part.draws for part in single])))
+            noise = averaged(protocol, [part.draws for part in single])
+            made.append(replace(average, members=single, draws=noise))
         made += single
     return made
 
@@ -129,10 +137,12 @@ def _section(
 ) -> Section:
     members = [outcome for outcome in outcomes if outcome.dataset in datasets]
     targets = {name for outcome in members for name in outcome.targets}
+    measured = {part for outcome in members for part in outcome.parts}
     done: dict[str, list[Outcome]] = defaultdict(list)
     notes = []
     for outcome in members:
-        missing = outcome.missing + in_papers_order(targets - outcome.targets.keys())
+        missing = outcome.missing
+        missing += in_papers_order(measured - outcome.parts.keys() - {*missing})
         label = labels[outcome.method]
         where = f"{label}, seed {outcome.seed}" + (
             f" on {dataset_name(outcome.dataset)}" if len(datasets) > 1 else ""
@@ -213,7 +223,7 @@ def summarise(label: str, outcomes: Sequence[Outcome]) -> Summary:
     runs = [outcome.training for outcome in outcomes]
     averages = _averages(scores)
     h, mean_h = None, None
-    if outcomes[0].protocol != "xd":
+    if outcomes[0].protocol in PAIRED:
         h = harmonic_mean(*(score.mean for score in averages.values()))
         mean_h = average({key: harmonic_mean(*values.values()) for key, values in scores.items()})
     seconds = [sum(run["seconds"].values()) for run in runs if run.get("seconds") is not None]
@@ -263,16 +273,17 @@ def _mean_of(name: str, runs: Sequence[dict[str, Any]]) -> int | None:
 
 
 def published_summaries(protocol: str, datasets: Sequence[str], targets: set[str]) -> list[Summary]:
-    """Published figures of the same data sets (for `xd`: and targets), of the methods that have them all."""
+    """Published figures of the same data sets (and targets), of the methods that have them all."""
     book = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
-    entries = book.get(protocol, [])
+    entries = book.get("xd" if protocol == "dg" else protocol, [])
     every = {name for entry in entries for name in entry.get("figures", ())}
     rows = []
     for entry in entries:
         figures = entry.get("figures", {})
         h, mean_h = None, None
-        if protocol == "xd" and {*datasets, *targets} <= figures.keys():
-            scores = transfer_scores(figures[datasets[0]], {name: figures[name] for name in targets})
+        if protocol in TRANSFER and {*datasets, *targets} <= figures.keys():
+            of = {name: figures[name] for name in targets}
+            scores = transfer_scores(datasets[0], figures[datasets[0]], of)
         elif protocol == "base2new" and figures.keys() >= set(datasets):
             pairs = [figures[name] for name in datasets]
             scores = dict(zip(("base", "new"), map(statistics.fmean, zip(*pairs, strict=True)), strict=True))

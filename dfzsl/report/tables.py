@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from .names import BOOK, dataset_name, in_papers_order
 from .noise import interval
-from .sections import Section, Spread, Summary
+from .sections import OTHERS, Section, Spread, Summary
 
 Cell = str | int | float | Spread | None
 RANKS = (
@@ -40,12 +41,15 @@ def tables(section: Section) -> list[Table]:
     """The table of a section, and where it has several data sets or targets, one with each of them."""
     rows = section.summaries
     labels = [row.label for row in rows]
+    names = _names(section)
+    if section.protocol == "dg":  # the source, each target, their mean
+        names[1:1] = _targets(section)
     columns: dict[str, Sequence[Cell]] = {"method": labels}
-    columns |= {name: _scores(section, name, labels) for name in _names(section)}
+    columns |= {dataset_name(name): _scores(section, name, labels) for name in names}
     columns |= {
         "Δ": _behind(section),
         "mean of H": [row.mean_h for row in rows],
-        "shots": [row.shots for row in rows],
+        "shots": [row.shots or None for row in rows],
         "seeds": [len(row.seeds) or None for row in rows],
         "seconds": [row.seconds for row in rows],
         "trained": [row.trained for row in rows],
@@ -57,8 +61,8 @@ def tables(section: Section) -> list[Table]:
     made = [Table(f"{section.title}: {section.subtitle}", list(filled), cells)]
     if section.members:
         made.append(_by_dataset(section))
-    if targets := in_papers_order({name for row in rows for name in row.targets}):
-        shown = {"other data sets": "Average", **{name: dataset_name(name) for name in targets}}
+    if section.protocol == "xd" and (targets := _targets(section)):
+        shown = {OTHERS: "Average", **{name: dataset_name(name) for name in targets}}
         by_target: list[list[Cell]] = [[shown[name], *_scores(section, name, labels)] for name in shown]
         made.append(Table(f"{section.title}: accuracy on each target", ["target", *labels], by_target))
     return made
@@ -83,9 +87,13 @@ def _by_dataset(section: Section) -> Table:
 
 def legend(parts: Sequence[Section]) -> list[str]:
     """What the columns of these sections mean."""
-    shown = {name for part in parts for name in tables(part)[0].headers}
+    shown = {re.sub(r"^\w+ shots?$", "N shots", name) for part in parts for name in tables(part)[0].headers}
     columns = [f"{name}: {means}" for name, means in BOOK["columns"].items() if name in shown]
     return ["Accuracies in percent, mean ± standard deviation over seeds.", RANKS, ". ".join(columns) + "."]
+
+
+def _targets(section: Section) -> list[str]:
+    return in_papers_order({name for row in section.summaries for name in row.targets})
 
 
 def _names(section: Section) -> list[str]:

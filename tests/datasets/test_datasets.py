@@ -24,7 +24,8 @@ from dfzsl.configs import CONFIGS
 from dfzsl.datasets.features import FeatureDatum
 from dfzsl.errors import UserError
 
-RENDERED = {"Shapes"}  # draws its own pictures: see test_shapes*.py
+# They draw their own pictures: see test_shapes.py.
+RENDERED = {"Shapes", "ShapesDark", "ShapesDrawing", "ShapesPainting", "ShapesPixel"}
 OURS = [
     name
     for name in DATASET_REGISTRY.registered_names()

@@ -165,6 +165,20 @@ def test_a_data_free_run_makes_no_training_picture(tmp_path, few):
     assert {f.parts[-3] for f in pictures(tmp_path)} == {"test"}
 
 
+@pytest.mark.parametrize("variant", shapes.ShapesVariant.__subclasses__(), ids=lambda cls: cls.style)
+def test_a_variant_is_test_pictures_of_the_same_classes_in_its_style(variant, tmp_path, few):
+    data = variant(config(tmp_path))
+    assert data.test_only
+    assert data.classnames == [c.name for c in classes()]
+    assert {f.relative_to(tmp_path).parts[1:3] for f in pictures(tmp_path)} == {
+        (f"v{VERSION}-{variant.style}", "test")
+    }
+    with Image.open(data.test[17].impath) as image:
+        seed = (VERSION, 3 + list(STYLES).index(variant.style), 17)  # of no other series
+        again = render(classes()[17], np.random.default_rng(seed), STYLES[variant.style])
+        np.testing.assert_array_equal(np.asarray(image), again)
+
+
 def test_an_interrupted_writing_starts_over(tmp_path, few, monkeypatch):
     def interrupted(composition, rng, style):
         if composition == classes()[40]:
