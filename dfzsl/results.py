@@ -74,21 +74,21 @@ def peak_memory() -> int:
 
 def write_results(path: str | os.PathLike[str], cfg: Any, **measured: Any) -> None:
     """Write one run's results with its whole config and the versions it ran on."""
-    write_json(
-        path,
-        {
-            "schema": SCHEMA,
-            "trainer": cfg.TRAINER.NAME,
-            "dataset": cfg.DATASET.NAME,
-            "backbone": cfg.MODEL.BACKBONE.NAME,
-            "classes": cfg.DATASET.SUBSAMPLE_CLASSES,
-            "shots": cfg.DATASET.NUM_SHOTS,
-            "seed": cfg.SEED,
-            **measured,
-            "config": _without_home(cfg.dump()),
-            "versions": _versions(),
-        },
-    )
+    named = {
+        "trainer": cfg.TRAINER.NAME,
+        "dataset": cfg.DATASET.NAME,
+        "backbone": cfg.MODEL.BACKBONE.NAME,
+        "classes": cfg.DATASET.SUBSAMPLE_CLASSES,
+        "shots": cfg.DATASET.NUM_SHOTS,
+        "seed": cfg.SEED,
+    }
+    write_named(path, **named, **measured, config=cfg.dump())
+
+
+def write_named(path: str | os.PathLike[str], *, config: str, **values: Any) -> None:
+    """Write results of a run whose config is known as text; `values` are the keys that the schema has."""
+    about = {"config": without_home(config), "versions": _versions()}
+    write_json(path, {"schema": SCHEMA, **values, **about})
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -103,7 +103,7 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     return results
 
 
-def _without_home(text: str) -> str:
+def without_home(text: str) -> str:
     """Results are passed on: a path below the home folder begins with ~, and names no user."""
     home = str(Path.home())
     return text.replace(f"{home}/", "~/") if len(home) > 1 else text

@@ -12,6 +12,8 @@ from yacs.config import CfgNode
 
 from .errors import one_line
 
+ADDED: set[str] = set()  # the keys of this project alone, dotted
+
 
 def add_keys(node: str, **keys: Any) -> None:
     """Add `keys` under the dotted `node` of Dassl's default config; a key that stands there already stays.
@@ -26,6 +28,8 @@ def add_keys(node: str, **keys: Any) -> None:
     for key, value in keys.items():
         if key not in place:
             place[key] = value
+            if not node.startswith(("TRAINER", "DATASET")):  # CoOp's relatives have these
+                ADDED.add(f"{node}.{key}")
 
 
 def keys_of(settings: type) -> dict[str, Any]:

@@ -28,10 +28,27 @@ from dfzsl.trainers.base import CLIPTrainer
 
 from .. import report, train
 from ..errors import UserError, one_line
+from .checkouts import Checkout
 from .checks import check
 from .forecast import forecast
 from .runs import DEFAULT_SEEDS, FREE, METHODS, OWNER, PROTOCOLS, TARGETS, Data, Job, Method
 from .workers import gpu_shares, launch
+
+
+def choose(given: str) -> list[Method | Checkout]:
+    """The methods that `--methods` names, the owner first: others wait for its teacher."""
+    found: list[Method | Checkout] = []
+    if given == "all":
+        registered = map(Method, TRAINER_REGISTRY.registered_names())
+        found += [method for method in registered if issubclass(method.type, CLIPTrainer)]
+    for word in given.split(",") if given != "all" else ():
+        if checkout := Checkout.parse(word):
+            found.append(checkout)
+            continue
+        method = Method.parse(word.removesuffix("+all"))
+        variants = method.variants if word.endswith("+all") else [method.variant]
+        found += [replace(method, variant=variant) for variant in variants]
+    return sorted(dict.fromkeys(found), key=lambda method: method.trainer != OWNER)
 
 
 def plan(args: argparse.Namespace) -> list[Job]:
@@ -41,18 +58,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
     opts = rest[len(seeds) :]
     if len(opts) % 2 or not all(map(re.compile(r"[A-Z]\w*(\.\w+)*").fullmatch, opts[::2])):
         raise UserError(f"after DATASET and seeds (numbers) come KEY VALUE pairs, not {' '.join(opts)}")
-    chosen = args.methods or ",".join([*FREE, "DFZSL"] if args.words else METHODS)
-    if chosen == "all":
-        registered = map(Method, TRAINER_REGISTRY.registered_names())
-        methods = [method for method in registered if issubclass(method.type, CLIPTrainer)]
-    else:
-        methods = []
-        for word in chosen.split(","):
-            method = Method.parse(word.removesuffix("+all"))
-            variants = method.variants if word.endswith("+all") else [method.variant]
-            methods += [replace(method, variant=variant) for variant in variants]
-    # The owner comes first: others wait for its teacher.
-    methods = sorted(dict.fromkeys(methods), key=lambda method: method.trainer != OWNER)
+    methods = choose(args.methods or ",".join([*FREE, "DFZSL"] if args.words else METHODS))
     names = ["imagenet", *TARGETS] if given == "all" else [given]
     protocol = PROTOCOLS[args.protocol]
     if protocol.targets:
@@ -86,7 +92,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
     jobs = list({job.parts()[0][0]: job for job in asked}.values())
     for job in jobs:
         job.check()
-        if (job.data, job.seed) == (jobs[0].data, jobs[0].seed):  # KEY VALUE are the same for all others
+        first = (job.data, job.seed) == (jobs[0].data, jobs[0].seed)  # KEY VALUE are the same for all others
+        if first and isinstance(job.method, Method):  # what a checkout knows only it can say
             train.setup_cfg(train.parser().parse_args(job.parts()[0][1]))
     return jobs
 
@@ -105,7 +112,9 @@ def numbers_of_shots(words: str) -> list[int]:
 def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(prog="python -m dfzsl.launch", description=__doc__.splitlines()[0])
     flags.add_argument("protocol", choices=PROTOCOLS)
-    flags.add_argument("--methods", default="", help="all, or TRAINER[@virtual][:CONFIG][+VARIANT],...")
+    flags.add_argument(
+        "--methods", default="", help="all, or TRAINER[@virtual or @CHECKOUT][:CONFIG][+VARIANT],..."
+    )
     flags.add_argument("--root", default=os.environ.get("DATA", "data"), help="data folder (or env DATA)")
     flags.add_argument("--output", default="output", help="where all runs and tables go")
     flags.add_argument(
@@ -160,7 +169,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         for job in todo:
             for _, arguments in job.parts():
-                print("python train.py", one_line(shlex.join(arguments)))
+                there = f"cd {job.method.folder} && " if isinstance(job.method, Checkout) else ""
+                print(one_line(f"{there}python train.py {shlex.join(arguments)}"))
         return
     # Either signal ends the workers too; a sweep in the background of a script would ignore the first.
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -12,11 +12,12 @@ from pathlib import Path
 from dassl.data.datasets import DATASET_REGISTRY
 
 from dfzsl.datasets.encoding import checksum
-from dfzsl.trainers.clip.loading import identity
+from dfzsl.trainers.clip.loading import identity, offer_to_coop
 
 from .. import train
 from ..errors import UserError
 from ..output import CONFIG, refuse_others
+from .checkouts import Checkout
 from .runs import Job
 
 
@@ -24,7 +25,7 @@ def check(jobs: Sequence[Job]) -> None:
     """Raise UserError for the first thing that would end a run, and for runs in the output that are made of
     other data. Weights that are not there are fetched."""
     _writable(jobs[0].output)
-    encoder = functools.cache(identity)
+    encoder, offer = functools.cache(identity), functools.cache(offer_to_coop)
 
     @functools.cache
     def data(of: _Reading) -> dict[str, str]:
@@ -44,9 +45,12 @@ def check(jobs: Sequence[Job]) -> None:
     compared: set[Path] = set()
     looked: set[tuple[str, int]] = set()
     for job in jobs:
-        for part, (folder, arguments) in enumerate(job.parts()):
+        reader = job.reader
+        if isinstance(job.method, Checkout):
+            offer(*reader.opts[1:4:2])
+        for part, ((folder, _), (_, arguments)) in enumerate(zip(job.parts(), reader.parts(), strict=True)):
             there = (folder / CONFIG).exists()
-            trains = part == 0 and job.method.type.trains and not job.method.data_free
+            trains = part == 0 and job.method.trains and not job.method.data_free
             # One draw shows that training images can be read; which they are matters where they were read.
             trains = trains and (there or (job.data.name, job.shots_seen) not in looked)
             if trains:

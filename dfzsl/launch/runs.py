@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,8 @@ from dfzsl.trainers.base import CLIPTrainer
 
 from ..errors import UserError, unknown
 from ..results import RESULTS, read_results
+from ..toolbox import ADDED
+from .checkouts import Checkout, Recipe, in_words
 
 OWNER = "TeacherZeroshot"
 FREE = ("ZeroshotCLIP", OWNER, "TextTeacherMix")
@@ -55,11 +58,13 @@ class Data:
     def config(self) -> Path:
         return dataset_config(self.given.partition(":")[0])
 
-    def arguments(self) -> list[str]:
+    @property
+    def place(self) -> str:
+        """What DATASET.ROOT is."""
         path = self.given.partition(":")[2]
         if path and not Path(path).exists():
             raise UserError(f"{self.given}: {path} does not exist")
-        return ["--dataset-config-file", str(self.config), "--root", path or self.root]
+        return path or self.root
 
     def overrides(self) -> list[str]:
         """The backbone of a data set that brings its own stands above the trainer's."""
@@ -90,6 +95,7 @@ PROTOCOLS = {
     "dg": Protocol("all", targets=VARIANTS, default="imagenet"),
     "fewshot": Protocol("all", shots=(1, 2, 4, 8, 16)),
 }
+CHECKOUTS_KNOW = [name for name in PROTOCOLS if name != "gzsl"]  # whose classes and means are not CoOp's
 
 
 @dataclass(frozen=True)
@@ -132,6 +138,10 @@ class Method:
         return TRAINER_REGISTRY.get(self.trainer)
 
     @property
+    def trains(self) -> bool:
+        return self.type.trains
+
+    @property
     def data_free(self) -> bool:
         return self.virtual or self.type.needs_teacher
 
@@ -141,7 +151,7 @@ class Job:
     """One method on one data set with one seed: train and test, then test on the other classes."""
 
     protocol: str
-    method: Method
+    method: Method | Checkout
     data: Data
     seed: int
     shots: int
@@ -150,11 +160,19 @@ class Job:
     opts: tuple[str, ...] = ()
 
     @property
+    def recipe(self) -> Recipe:
+        """How a checkout runs this job."""
+        assert isinstance(self.method, Checkout)
+        return self.method.recipe(self.protocol, self.data.name, self.shots)
+
+    @property
     def config_file(self) -> Path | None:
         """The method's config: the one it names, else the data set's own, else the trainer's recipe.
 
         A config that is a folder holds one file for each data set.
         """
+        if isinstance(self.method, Checkout):
+            return self.method.config_file(self.recipe)
         folder, kind = CONFIGS / "trainers" / self.method.trainer, self.data.given.partition(":")[0]
         named = self.method.config
         wanted = [f"{named}/{kind}", named] if named else [kind, self.method.type.recipe]
@@ -188,7 +206,7 @@ class Job:
         """Images a class behind this job: the teacher's where it learns from the teacher. -1: all."""
         if self.method.trainer == OWNER or self.method.data_free:
             return self.teacher_shots
-        return self.shots if self.method.type.trains else 0
+        return self.shots if self.method.trains else 0
 
     @property
     def teacher(self) -> Job:
@@ -199,22 +217,21 @@ class Job:
     def arguments(self, part: str, classes: str, data: Data | None = None) -> list[str]:
         """The train.py command line of one part."""
         data = data or self.data
-        words = ["--trainer", self.method.trainer, "--seed", str(self.seed), *data.arguments()]
+        words = ["--trainer", self.method.trainer, "--seed", str(self.seed)]
+        of = self.method.dataset_config(data.name) if isinstance(self.method, Checkout) else data.config
+        words += ["--dataset-config-file", str(of), "--root", data.place]
         words += ["--output-dir", str(self.folder(part, data))]
         if self.config_file:
             words += ["--config-file", str(self.config_file)]
         trained = self.folder(f"train_{PROTOCOLS[self.protocol].train}")
-        if part.startswith("test") or not self.method.type.trains:
+        if part.startswith("test") or not self.method.trains:
             words += ["--eval-only"]
-            if self.method.type.trains:
+            if self.method.trains:
                 words += ["--model-dir", str(trained)]
-        words += [
-            "DATASET.SUBSAMPLE_CLASSES",
-            classes,
-            "DATASET.NUM_SHOTS",
-            str(self.shots_seen),
-            *self.data.overrides(),
-        ]
+        words += ["DATASET.SUBSAMPLE_CLASSES", classes, "DATASET.NUM_SHOTS", str(self.shots_seen)]
+        if isinstance(self.method, Checkout):
+            return [*words, *self.method.key_values(self.recipe, self.seed), *self.settled]
+        words += self.data.overrides()
         if self.waits_for_owner:
             owner = self.teacher.folder(f"train_{PROTOCOLS[self.protocol].train}")
             words += ["TEACHER.FILE", str(owner / "teacher.safetensors")]
@@ -223,11 +240,14 @@ class Job:
 
     @property
     def settled(self) -> tuple[str, ...]:
-        """The KEY VALUE pairs that are this job's: a client's teacher is no affair of who has images."""
+        """The KEY VALUE pairs that are this job's: a client's teacher is no affair of who has images, and no
+        checkout knows the keys that are only ours."""
         if self.method.data_free:
             return self.opts
         pairs = zip(self.opts[::2], self.opts[1::2], strict=True)
-        return tuple(word for pair in pairs if not pair[0].startswith("TEACHER.") for word in pair)
+        ours = ADDED if isinstance(self.method, Checkout) else set()
+        mine = [pair for pair in pairs if not pair[0].startswith("TEACHER.") and pair[0] not in ours]
+        return tuple(word for pair in mine for word in pair)
 
     @property
     def waits_for_owner(self) -> bool:
@@ -244,6 +264,33 @@ class Job:
             (self.folder(part, data), self.arguments(part, classes, data)) for part, classes, data in wanted
         ]
 
+    def run_checkout(self, folder: Path, arguments: list[str]) -> None:
+        """One of `parts` of a checkout, in a process of its own."""
+        assert isinstance(self.method, Checkout)
+        words = dict(itertools.pairwise(arguments))
+        about = {
+            "trainer": self.method.trainer,
+            "dataset": Path(words["--dataset-config-file"]).stem,
+            "backbone": self.method.backbone(self.recipe, self.settled),
+            "classes": words["DATASET.SUBSAMPLE_CLASSES"],
+            "shots": self.shots_seen,
+            "seed": self.seed,
+        }
+        self.method.run(folder, arguments, self.recipe, about)
+
+    @property
+    def reader(self) -> Job:
+        """A job of ours that reads the same data with the same encoder."""
+        if not isinstance(self.method, Checkout):
+            return self
+        given = dict(zip(self.opts[::2], self.opts[1::2], strict=True))
+        encoder = {
+            "MODEL.BACKBONE.NAME": self.method.backbone(self.recipe, self.opts),
+            "MODEL.BACKBONE.WEIGHTS": given.get("MODEL.BACKBONE.WEIGHTS", "openai"),
+        }
+        data = {key: value for key, value in given.items() if key.startswith("DATASET.")}
+        return replace(self, method=Method("CoOp"), opts=tuple(in_words(encoder | data)))
+
     @property
     def targets(self) -> Sequence[str]:
         """The data sets it is tested on. Raises UserError where there are none for the one it trains on."""
@@ -258,17 +305,29 @@ class Job:
 
     @property
     def settings(self) -> Path:
-        """The KEY VALUE pairs of what has been run here: no folder's name tells them."""
+        """A file with the `identity` of what has been run here."""
         return self.parts()[0][0] / "settings.txt"
+
+    @property
+    def identity(self) -> str:
+        """The KEY VALUE pairs, which no folder's name tells, and what a checkout was."""
+        words = list(self.settled)
+        if isinstance(self.method, Checkout):
+            words.append(self.method.identity(self.recipe, self.data.name, self.data.place))
+        return " ".join(words)
 
     def check(self) -> None:
         """Raises UserError for what is unknown, where the folder holds this job with other settings, and for
         results that cannot be read."""
+        if isinstance(self.method, Checkout) and self.protocol not in CHECKOUTS_KNOW:
+            raise UserError(
+                f"{self.method.name}: a checkout runs in {', '.join(CHECKOUTS_KNOW)}, not in {self.protocol}"
+            )
         for folder, _ in self.parts():
             if (folder / RESULTS).exists():
                 read_results(folder / RESULTS)
         if self.settings.exists():
-            was, now = self.settings.read_text(encoding="utf-8"), " ".join(self.settled)
+            was, now = self.settings.read_text(encoding="utf-8"), self.identity
             if was != now:
                 was, now = (f"with settings '{opts}'" if opts else "without settings" for opts in (was, now))
                 raise UserError(f"{self.settings.parent} was run {was}, not {now}; choose another --output")

@@ -23,6 +23,7 @@ from .. import train
 from ..errors import UserError, explain, one_line
 from ..files import atomic
 from ..results import RESULTS
+from .checkouts import Checkout
 from .runs import Job
 
 
@@ -35,7 +36,9 @@ def run(job: Job, gpus: int = 1) -> None:
         if not (folder / RESULTS).exists():
             # Before the results: a folder that holds these must say what they were made with.
             with _claimed(job):
-                if gpus > 1:
+                if isinstance(job.method, Checkout):
+                    job.run_checkout(folder, arguments)
+                elif gpus > 1:
                     _torchrun(gpus, arguments)
                 else:
                     with _own_console():
@@ -61,10 +64,10 @@ def locked(job: Job, wait: bool = False) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _claimed(job: Job) -> Iterator[None]:
-    """Write the job's `settings`, and take them back if nothing comes of them but an error."""
+    """Write the job's `identity`, and take it back if nothing comes of it but an error."""
     was_there = job.settings.exists()
     with atomic(job.settings) as temporary:
-        temporary.write_text(" ".join(job.settled), encoding="utf-8")
+        temporary.write_text(job.identity, encoding="utf-8")
     try:
         yield
     except Exception:

@@ -28,7 +28,7 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True, order=True)
 class Method:
-    """A trainer (`CoOp`, `CoOp@virtual`) with its shots and the config it ran with."""
+    """A trainer (`CoOp`, `CoOp@virtual`, `MaPLe@checkout-904dbd7`) with its shots and its config."""
 
     name: str
     shots: str
@@ -39,7 +39,7 @@ class Method:
     def label(self) -> str:
         trainer, _, source = self.name.partition("@")
         name = method_name(trainer, self.config)
-        return name + (" (virtual)" if source else "") + (" (log)" if self.from_log else "")
+        return name + (f" ({source})" if source else "") + (" (log)" if self.from_log else "")
 
 
 @dataclass
@@ -154,7 +154,7 @@ def collect_logs(folder: Path) -> list[Outcome]:
 
     Raises UserError when there is none.
     """
-    return _gather(folder, _read_log, "logs of CoOp")
+    return _gather(folder, read_log, "logs of CoOp")
 
 
 def _gather(
@@ -177,7 +177,7 @@ def _gather(
                 of, part = _source(root), dataset if part == "test_all" else part
             elif protocol == "fewshot":
                 part, shots = f"{shots} shot{'' if shots == '1' else 's'}", ""
-            key = protocol, of, Method(name, shots, config, read is _read_log), int(seed[4:])
+            key = protocol, of, Method(name, shots, config, read is read_log), int(seed[4:])
             outcome = found.setdefault(key, Outcome(*key))
             if results is not None:
                 outcome.parts[part] = results
@@ -242,7 +242,6 @@ FIELDS: dict[str, Check] = {
     "per_class": _list_of(
         _row_of(**{"class": _is_text}, correct=_is_count, total=_is_count, new=_is_bool),
     ),
-    "trained_parameters": _is_count,
     "images_used": _is_count,
     "queries": _is_count,
     "seconds": _dict_of(_is_number),
@@ -250,6 +249,7 @@ FIELDS: dict[str, Check] = {
 }
 OPTIONAL: dict[str, Check] = {
     "backbone": _is_text,
+    "trained_parameters": _is_count,
     "versions": _dict_of(_is_text),
     "curves": _dict_of(_list_of(_is_number)),
 }
@@ -270,13 +270,19 @@ def _read_run(folder: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 ACCURACY = re.compile(r"\* accuracy: (100(?:\.0+)?|\d\d?(?:\.\d+)?)%", re.ASCII)
+TOTAL = re.compile(r"^\* total: (\d[\d,]{0,14})$", re.ASCII | re.MULTILINE)
+CORRECT = re.compile(r"^\* correct: (\d[\d,]{0,14})$", re.ASCII | re.MULTILINE)
+CLASS = re.compile(
+    r"^\* class: \d+ \((.*)\)\s+total: (\d[\d,]{0,14})\s+correct: (\d[\d,]{0,14})\s+acc: ",
+    re.ASCII | re.MULTILINE,
+)
 TRAINING_ENDED = re.compile(r"Finish\w* training")
 TRAINING = re.compile(r"^epoch \[\d+/\d+\]", re.MULTILINE)
 ELAPSED = re.compile(r"Elapsed: (?:(\d{1,5}) days?, )?(\d{1,5}):(\d\d):(\d\d)", re.ASCII)
 IMAGES = re.compile(r"# train_x\s+(\d[\d,]{0,14})", re.ASCII)
 
 
-def _read_log(folder: Path) -> tuple[dict[str, Any] | None, str]:
+def read_log(folder: Path) -> tuple[dict[str, Any] | None, str]:
     """(results, failure) of one run of CoOp: the last of its log files that comes to a test result."""
     failure = ""
     for path in sorted(folder.glob("log.txt*"), reverse=True):
@@ -291,7 +297,8 @@ def parse_log(text: str) -> dict[str, Any] | None:
     """Results from the text of a log of CoOp; None where the run did not come to its test.
 
     A run that trains tests on validation images between its epochs, so that only what stands after
-    "Finish training" is its test result.
+    "Finish training" is its test result. Rows of classes are those that TEST.PER_CLASS_RESULT prints; which
+    of them are `new` a log does not tell.
     """
     ended = TRAINING_ENDED.search(text)
     if TRAINING.search(text) and not ended:
@@ -300,10 +307,23 @@ def parse_log(text: str) -> dict[str, Any] | None:
     accuracies = ACCURACY.findall(after)
     if not accuracies:
         return None
-    results: dict[str, Any] = {"accuracy": float(accuracies[-1]), "per_class": [], "notes": []}
+    results: dict[str, Any] = {"accuracy": float(accuracies[-1]), "notes": []}
+    last = after[after.rfind("=> result") :]
+    total, correct = (_number(found[1]) if (found := of.search(last)) else 0 for of in (TOTAL, CORRECT))
+    # What is printed has one digit after the point.
+    if total and abs(100 * correct / total - results["accuracy"]) < 0.06:
+        results["accuracy"] = 100 * correct / total
+    results["per_class"] = [
+        {"class": one_line(name), "correct": _number(right), "total": _number(of), "new": False}
+        for name, of, right in CLASS.findall(last)
+    ]
     if ended and (elapsed := ELAPSED.search(after)):
         days, hours, minutes, seconds = (int(part or 0) for part in elapsed.groups())
         results["seconds"] = {"train": ((days * 24 + hours) * 60 + minutes) * 60 + seconds}
     if ended and (images := IMAGES.search(text)):
-        results["images_used"] = int(images[1].replace(",", ""))
+        results["images_used"] = _number(images[1])
     return results
+
+
+def _number(printed: str) -> int:
+    return int(printed.replace(",", ""))

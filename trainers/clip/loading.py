@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import logging
 import os
+import shutil
 import socket
 import zipfile
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from dfzsl import safe_pickle
 from dfzsl.errors import UserError
-from dfzsl.files import bounded, digest
+from dfzsl.files import atomic, bounded, digest
 
 from .backbone import Backbone, first_line, import_open_clip
 
@@ -56,6 +57,30 @@ def identity(name: str, weights: str) -> str:
     the weights, reads none, and raises UserError as that does."""
     name = name.replace("/", "-")
     return f"{name} ({_locate(name, weights)[1]})" if name else "features (features)"
+
+
+def offer_to_coop(name: str, weights: str) -> None:
+    """Put the weights that `load_backbone` would load where `clip.load` in CoOp and its relatives looks
+    for them, ~/.cache/clip/NAME.pt, so that they fetch nothing.
+
+    Raises UserError for weights that cannot be fetched, and for others than OpenAI's: `clip.load` knows a
+    file by its checksum and would put OpenAI's in its place.
+    """
+    name = name.replace("/", "-")
+    path = _locate(name, weights)[0]
+    url = import_open_clip().pretrained.get_pretrained_cfg(name, "openai").get("url", f"/{name}.pt")
+    *_, checksum, file = url.split("/")
+    place = Path("~/.cache/clip").expanduser() / file
+    if path == place:
+        return
+    if path is None or (name != BUILT_IN and checksum != digest(path)):
+        raise UserError(
+            f"MODEL.BACKBONE.WEIGHTS {weights}: a checkout of CoOp's kind loads OpenAI's own file of {name} "
+            "alone, and this is another; run the checkout without it, into another --output"
+        )
+    if not place.exists() or digest(place) != digest(path):
+        with atomic(place) as temporary:
+            shutil.copyfile(path, temporary)
 
 
 def _locate(name: str, weights: str) -> tuple[Path | None, str, Mapping[str, Any] | None]:

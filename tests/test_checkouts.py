@@ -1,0 +1,259 @@
+"""Other people's checkouts as methods, on stand-ins (tests/standins) in the style of CoOp's and MaPLe's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fake_data
+import pytest
+from conftest import ROOT
+
+from dfzsl.errors import UserError
+from dfzsl.files import digest
+from dfzsl.launch.__main__ import choose, parser, plan
+from dfzsl.launch.checkouts import RECIPES, Checkout, Code
+from dfzsl.launch.workers import work
+from dfzsl.results import CHANGING
+
+STANDINS = Path(__file__).parent / "standins"
+ON_SHAPES = ["oxford_pets", "1", "MODEL.BACKBONE.NAME", "shapes", "OPTIM.MAX_EPOCH", "3"]
+
+
+def git(folder: Path, *words: str) -> str:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    return subprocess.run(
+        ["git", "-C", folder, *who, *words], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def checkout(kind: str, folder: Path, commit: bool = True) -> Path:
+    """A stand-in, under git or not."""
+    for part in ("common", kind):
+        shutil.copytree(
+            STANDINS / part, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+        )
+    clip = folder / "clip" / "clip.py"
+    clip.write_text(clip.read_text().replace("CHECKSUM", digest(ROOT / "datasets/shapes/clip.safetensors")))
+    if commit:
+        git(folder, "init", "-q")
+        git(folder, "remote", "add", "origin", "https://me:secret@example.org/them/theirs")
+        git(folder, "add", ".")
+        git(folder, "commit", "-qm", "as published")
+    return folder
+
+
+def jobs(*words: str, protocol: str = "base2new"):
+    return plan(parser().parse_intermixed_args([protocol, *words]))
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch) -> Path:
+    fake_data.make("OxfordPets", tmp_path / "data")
+    checkout("coop", tmp_path / "theirs")
+    checkout("maple", tmp_path / "maple-code", commit=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(folder: Path, methods: str, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "dfzsl.launch", "base2new", "--methods", methods, "--root", "data"]
+    return subprocess.Popen(
+        [*command, "--workers", "2", *(words or ON_SHAPES)],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def outcome(folder: Path) -> dict[str, dict]:
+    """Every result without what the clock decides."""
+    found = {}
+    for path in (folder / "output").rglob("results.json"):
+        results = json.loads(path.read_text())
+        for key in CHANGING:
+            results.pop(key, None)
+        del results["versions"]["revision"]
+        # Where a run was is no part of what it found.
+        found[str(path.relative_to(folder))] = json.loads(json.dumps(results).replace(str(folder), ""))
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_makes_a_command_line_in_every_protocol(name, world):
+    for protocol, dataset in (("base2new", "oxford_pets"), ("base2new", "imagenet"), ("xd", "imagenet")):
+        made = Checkout(name, world / "theirs", "", Code.of(world / "theirs"))
+        recipe = made.recipe(protocol, dataset, 16)
+        assert recipe.config.endswith(".yaml") and "{" not in recipe.config
+        assert all(key.isupper() or key.startswith("TRAINER.") for key in {**recipe.opts, **recipe.cpu})
+    assert (RECIPES / f"{name}.yaml").read_text().startswith("# https://github.com/")
+
+
+def test_cases_of_a_recipe_hold_where_all_their_words_do(world):
+    mmrl = Checkout("MMRL", world / "theirs", "", Code.of(world / "theirs"))
+    configs = {
+        case: mmrl.recipe(*case, 16)
+        for case in (("base2new", "dtd"), ("base2new", "imagenet"), ("xd", "imagenet"))
+    }
+    assert [Path(recipe.config).stem for recipe in configs.values()] == [
+        "vit_b16",
+        "vit_b16_imagenet",
+        "vit_b16_cross_datasets",
+    ]
+    assert [recipe.opts["TASK"] for recipe in configs.values()] == ["B2N", "B2N", "CD"]
+    coop = Checkout("CoOp", world / "theirs", "", Code.of(world / "theirs"))
+    assert [Path(coop.recipe("fewshot", "dtd", shots).config).stem for shots in (1, 2, 16)] == [
+        "rn50_ep50",
+        "rn50_ep100",
+        "rn50",
+    ]
+
+
+def test_runs_keep_coops_folders_and_name_whose_code_they_are(world):
+    (job,) = jobs("--methods", "coop@theirs", "--root", "data", *ON_SHAPES)
+    commit = git(world / "theirs", "rev-parse", "HEAD").strip()
+    (trained, words), (_, test_words) = job.parts()
+    assert trained.as_posix() == (
+        f"output/base2new/train_base/oxford_pets/shots_16/CoOp@theirs-{commit[:7]}/vit_b16_ep50_ctxv1/seed1"
+    )
+    assert words[words.index("--config-file") + 1].startswith(str(world / "theirs/configs/trainers"))
+    assert words[words.index("--dataset-config-file") + 1].startswith(str(world / "theirs/configs/datasets"))
+    assert words[-4:] == ON_SHAPES[2:]
+    assert test_words[test_words.index("--model-dir") + 1] == str(trained)
+    assert job.method.whose == f"the code of https://example.org/them/theirs, commit {commit[:12]}"
+    assert Checkout.parse("MaPLe@maple-code").name == "MaPLe@maple-code-no-git"
+
+
+def test_a_changed_checkout_has_a_folder_of_its_own_and_another_at_its_place_is_refused(world):
+    words = ["--root", "data", *ON_SHAPES]
+    (before,) = jobs("--methods", "CoOp@theirs", *words)
+    with open(world / "theirs/trainers/method.py", "a") as file:
+        file.write("# mine\n")
+    (after,) = jobs("--methods", "CoOp@theirs", *words)
+    assert after.method.name == before.method.name + "-modified"
+    assert after.method.whose.endswith(", modified")
+    after.settings.parent.mkdir(parents=True)
+    after.settings.write_text(after.identity)
+    jobs("--methods", "CoOp@theirs", *words)
+    with open(world / "theirs/trainers/method.py", "a") as file:
+        file.write("# and more\n")
+    with pytest.raises(UserError, match=r"was run with settings .* of /.*theirs .*; choose another --output"):
+        jobs("--methods", "CoOp@theirs", *words)
+    (world / "theirs/configs/datasets/oxford_pets.yaml").write_text("DATASET: {NAME: OxfordPets}\n# other\n")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("MaPLe@/nowhere/at/all", "/nowhere/at/all is no folder; clone the repository there"),
+        ("MaPLe@data", r"no train\.py in .*data; name the folder"),
+        ("MaPLe@.", r"no train\.py in .*; there is one in maple-code, theirs; name"),
+        (
+            "Mine@theirs",
+            r"unknown repository 'Mine'; known: .*MaPLe.* write .*theirs/dfzsl\.yaml with the lines",
+        ),
+        ("MaPLe@theirs", r"has no config configs/trainers/MaPLe/.*; in MaPLe/ are: none"),
+        ("CoOp@theirs:rn51", r"has no config .*rn51\.yaml; in CoOp/ are: vit_b16_ep50_ctxv1"),
+        ("CoOp@virtul", "unknown method 'CoOp@virtul'"),
+    ],
+)
+def test_a_slip_is_told_in_one_line(method, message, world):
+    with pytest.raises(UserError, match=message):
+        jobs("--methods", method, "--root", "data", *ON_SHAPES)
+
+
+def test_a_data_set_that_the_checkout_lacks_and_a_protocol_that_is_not_coops_are_told(world):
+    with pytest.raises(
+        UserError, match=r"no data set configs/datasets/dtd\.yaml; in datasets/ are: oxford_pets"
+    ):
+        jobs("--methods", "CoOp@theirs", "dtd", "1")
+    with pytest.raises(UserError, match=r"a checkout runs in base2new, xd.*, not in gzsl"):
+        jobs("--methods", "CoOp@theirs", "oxford_pets", "1", protocol="gzsl")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trainer: Mine", "it needs 'trainer: NAME' and 'config: PATH'"),
+        ("- trainer", "it needs 'trainer: NAME' and 'config: PATH'"),
+        ("{trainer: Mine, config: a.yaml, epochs: 3}", "unknown key in .* 'epochs'"),
+        ("{trainer: Mine, config: a.yaml, opts: A}", "opts must not be 'A'"),
+        ("{trainer: Mine, config: a.yaml, when: {xd: 3}}", "it needs"),
+        ("{trainer: Mine, config: a.yaml, when: [xd]}", "it needs"),
+    ],
+)
+def test_a_recipe_with_a_mistake_is_told(text, message, world):
+    (world / "theirs/dfzsl.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        choose("Mine@theirs")
+
+
+def test_a_checkouts_own_recipe_goes_first(world):
+    (world / "theirs/dfzsl.yaml").write_text(
+        "{trainer: CoOp, config: configs/trainers/CoOp/vit_b16_ep50_ctxv1.yaml, "
+        "opts: {TRAINER.COOP.N_CTX: 4}}"
+    )
+    (job,) = jobs("--methods", "Mine@theirs", "--root", "data", *ON_SHAPES, "RECOVERY.THETA", "2")
+    words = job.parts()[0][1]
+    assert words[words.index("TRAINER.COOP.N_CTX") + 1] == "4"
+    assert "RECOVERY.THETA" not in words  # a key that is ours alone
+    assert job.method.name.startswith("Mine@theirs-")
+
+
+def test_a_run_that_fails_is_quoted(world):
+    (world / "maple-code/dfzsl.yaml").write_text(
+        "{trainer: MaPLe, config: configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml}"  # half on a CPU
+    )
+    (job,) = jobs("--methods", "MaPLe@maple-code", "--root", "data", *ON_SHAPES)
+    work([job], threads=1)
+    assert re.search(r"train\.py ended with code 1: .*not implemented for 'Half'", job.failure.read_text())
+    assert not job.settings.exists()
+
+
+@pytest.mark.slow
+def test_two_checkouts_and_ours_in_one_sweep_killed_and_gone_on_with(world):
+    methods = "CoOp,DFZSL,CoOp@theirs,MaPLe@maple-code"
+    quiet, killed = world, world / "killed"
+    killed.mkdir()
+    for name in ("data", "theirs", "maple-code"):
+        shutil.copytree(world / name, killed / name)
+    sweep = start(quiet, methods)
+    shown, errors = sweep.communicate()
+    assert sweep.returncode == 0, errors[-3000:]
+    git_name = Code.of(world / "theirs").short
+    for label in ("CoOp ", "DFZSL ", f"CoOp (theirs-{git_name})", "MaPLe (maple-code-no-git)"):
+        assert re.search(rf"^{re.escape(label)}", shown, re.MULTILINE), shown
+    assert "the code of https://example.org/them/theirs, commit" in shown and "secret" not in shown
+    assert "without a GPU, so TRAINER.MAPLE.PREC fp32" in shown
+
+    sweep = start(killed, methods)
+    while not list((killed / "output").glob("base2new/train_base/*/*/CoOp@*/*/*/prompt_learner")):
+        assert sweep.poll() is None
+        time.sleep(0.02)
+    os.killpg(sweep.pid, signal.SIGKILL)
+    sweep.communicate()
+    before = len(outcome(killed))
+    sweep = start(killed, methods)
+    _, errors = sweep.communicate()
+    assert sweep.returncode == 0, errors[-3000:]
+    assert before < len(outcome(quiet)) == 2 * 5  # with the owner's
+    assert outcome(killed) == outcome(quiet)
+    theirs = json.loads(
+        next((quiet / "output").glob("base2new/test_new/*/*/CoOp@*/*/*/results.json")).read_text()
+    )
+    assert [row["total"] for row in theirs["per_class"]] == [3, 3] and all(
+        row["new"] for row in theirs["per_class"]
+    )
+    assert theirs["accuracy"] == pytest.approx(100 * sum(row["correct"] for row in theirs["per_class"]) / 6)
+    assert "TRAINER:" in theirs["config"] and theirs["backbone"] == "shapes"
