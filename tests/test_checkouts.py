@@ -22,6 +22,7 @@ from dfzsl.launch.__main__ import choose, parser, plan
 from dfzsl.launch.checkouts import RECIPES, Checkout, Code
 from dfzsl.launch.workers import work
 from dfzsl.results import CHANGING
+from dfzsl.trainers.clip.loading import offer_to_coop
 
 STANDINS = Path(__file__).parent / "standins"
 ON_SHAPES = ["oxford_pets", "1", "MODEL.BACKBONE.NAME", "shapes", "OPTIM.MAX_EPOCH", "3"]
@@ -219,6 +220,18 @@ def test_a_run_that_fails_is_quoted(world):
     work([job], threads=1)
     assert re.search(r"train\.py ended with code 1: .*not implemented for 'Half'", job.failure.read_text())
     assert not job.settings.exists()
+
+
+def test_weights_lie_where_clip_looks_for_them_and_others_are_refused(world):
+    offer_to_coop("shapes", "openai")
+    offered = world / "home/.cache/clip/shapes.pt"
+    assert digest(offered) == digest(ROOT / "datasets/shapes/clip.safetensors")
+    (world / "mine.pt").write_bytes(b"not OpenAI's")
+    with pytest.raises(UserError, match=r"loads OpenAI's own file of ViT-B-16 alone, and this is another"):
+        offer_to_coop("ViT-B/16", str(world / "mine.pt"))
+    with pytest.raises(UserError, match="and this is another"):
+        offer_to_coop("ViT-B/16", "random")
+    assert [path.name for path in offered.parent.iterdir()] == ["shapes.pt"]
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY
@@ -22,6 +23,7 @@ from dassl.engine import TRAINER_REGISTRY
 from dfzsl import cli, geometry, train
 from dfzsl.datasets import extract
 from dfzsl.launch import __main__ as launch
+from dfzsl.launch.checkouts import RECIPES
 from dfzsl.prepare import __main__ as prepare
 from dfzsl.report import __main__ as report
 from dfzsl.toolbox import DEFAULTS
@@ -113,6 +115,10 @@ def given(tmp_path):
             kind, colon, path = word.partition(":")
             if colon and kind in ("folder", "csv", "features"):
                 word = f"{kind}:{_touched(tmp_path / Path(path).name)}"
+            elif i and words[i - 1] == "--methods":
+                word = re.sub(
+                    r"@([^,]*/[^,]*)", lambda at: f"@{_checkout(tmp_path / Path(at[1]).name)}", word
+                )
             elif i and words[i - 1] == "TEACHER.FILE":
                 word = str(_touched(tmp_path / Path(word).name))
             new.append(word)
@@ -126,6 +132,17 @@ def _touched(path: Path) -> Path:
     return path
 
 
+def _checkout(folder: Path) -> Path:
+    """What a repository of CoOp's kind has: train.py, the configs of data sets and of every recipe."""
+    recipes = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in RECIPES.glob("*.yaml")]
+    configs = [recipe["config"] for recipe in recipes]
+    configs += [f"configs/datasets/{path.name}" for path in (ROOT / "configs/datasets").glob("*.yaml")]
+    for path in (*configs, "train.py"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        _touched(folder / path)
+    return folder
+
+
 def accept_train(words: list[str]) -> None:
     cfg = train.setup_cfg(train.parser().parse_args([word for word in words if word != "..."]))
     if "..." not in words:  # nothing is left to the reader
@@ -136,7 +153,7 @@ def accept_launch(words: list[str]) -> None:
     jobs = launch.plan(launch.parser().parse_intermixed_args(words))
     for job in jobs:
         if job.seed == jobs[0].seed and job.data == jobs[0].data:
-            for _, arguments in job.parts():
+            for _, arguments in job.reader.parts():
                 train.setup_cfg(train.parser().parse_args(arguments))
 
 
@@ -202,6 +219,8 @@ def test_commands_are_accepted(words, monkeypatch, examples, given):
         path = rest[-1].partition("[")[0]
         assert rest[0] == "install"
         assert path.startswith("/path/to/") or (ROOT / path / "pyproject.toml").exists()
+    elif program == "git":
+        assert rest[0] == "clone"
     elif program == "pytest":
         assert all(Path(path).exists() for path in rest)
     else:
@@ -256,9 +275,9 @@ def test_files_and_what_they_define_exist(page):
             assert any(fnmatch.filter(FILES, pattern) for pattern in patterns), span
         if attribute and name.endswith(".py"):
             pkgutil.resolve_name(f"dfzsl.{name.removesuffix('.py').replace('/', '.')}:{attribute}")
-        elif match := re.match(r"((?:dfzsl|dassl|torch)(?:\.\w+)+)\b", span):
+        elif match := re.match(r"(?!\w+\.yaml)((?:dfzsl|dassl|torch)(?:\.\w+)+)\b", span):
             pkgutil.resolve_name(match[1])
-        elif (match := re.match(r"(\w+)\.(?!py|safetensors)([\w.]+)$", span)) and (
+        elif (match := re.match(r"(\w+)\.(?!py|safetensors|yaml)([\w.]+)$", span)) and (
             files := [file for file in FILES if re.fullmatch(rf"trainers/(\w+/)*{match[1]}\.py", file)]
         ):
             pkgutil.resolve_name(f"dfzsl.{files[0].removesuffix('.py').replace('/', '.')}:{match[2]}")

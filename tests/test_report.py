@@ -256,6 +256,19 @@ def test_a_log_that_breaks_off_has_no_result_although_it_holds_validation_accura
     assert parse_log("=> result\n* accuracy: 61.25%\n* error: 38.75%")["accuracy"] == 61.25
 
 
+def test_a_log_with_counts_gives_exact_accuracies_and_rows_of_classes():
+    counts = "=> result\n* total: 1,201\n* correct: 919\n* accuracy: 76.5%\n=> per-class result\n"
+    rows = "* class: 0 (a (big) cat)\ttotal: 1,200\tcorrect: 918\tacc: 76.5%\n* class: 1 (ox)\ttotal: 1"
+    results = parse_log(f"{LOG.format(end='Finish training')}{counts}{rows}\tcorrect: 1\tacc: 100.0%\n")
+    assert results["accuracy"] == 100 * 919 / 1201
+    assert results["per_class"] == [
+        {"class": "a (big) cat", "correct": 918, "total": 1200, "new": False},
+        {"class": "ox", "correct": 1, "total": 1, "new": False},
+    ]
+    # Counts that belong to something else do not stand in for what is printed.
+    assert parse_log("=> result\n* total: 10\n* correct: 3\n* accuracy: 61.25%")["accuracy"] == 61.25
+
+
 @given(st.text())
 def test_no_text_breaks_the_reader_of_logs(text):
     parse_log(text)

@@ -47,7 +47,8 @@ def check(jobs: Sequence[Job]) -> None:
     for job in jobs:
         reader = job.reader
         if isinstance(job.method, Checkout):
-            offer(*reader.opts[1:4:2])
+            given = dict(zip(reader.opts[::2], reader.opts[1::2], strict=True))
+            offer(given["MODEL.BACKBONE.NAME"], given["MODEL.BACKBONE.WEIGHTS"])
         for part, ((folder, _), (_, arguments)) in enumerate(zip(job.parts(), reader.parts(), strict=True)):
             there = (folder / CONFIG).exists()
             trains = part == 0 and job.method.trains and not job.method.data_free
