@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -93,8 +94,10 @@ def outcome(folder: Path) -> dict[str, dict]:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_every_recipe_makes_a_command_line_in_every_protocol(name, world):
-    for protocol, dataset in (("base2new", "oxford_pets"), ("base2new", "imagenet"), ("xd", "imagenet")):
-        made = Checkout(name, world / "theirs", "", Code.of(world / "theirs"))
+    made = Checkout(name, world / "theirs", "", Code.of(world / "theirs"))
+    for protocol, dataset in itertools.product(
+        ("base2new", "xd", "dg", "fewshot"), ("oxford_pets", "imagenet")
+    ):
         recipe = made.recipe(protocol, dataset, 16)
         assert recipe.config.endswith(".yaml") and "{" not in recipe.config
         assert all(key.isupper() or key.startswith("TRAINER.") for key in {**recipe.opts, **recipe.cpu})
@@ -134,6 +137,24 @@ def test_runs_keep_coops_folders_and_name_whose_code_they_are(world):
     assert test_words[test_words.index("--model-dir") + 1] == str(trained)
     assert job.method.whose == f"the code of https://example.org/them/theirs, commit {commit[:12]}"
     assert Checkout.parse("MaPLe@maple-code").name == "MaPLe@maple-code-no-git"
+
+
+def test_few_shots_are_runs_of_the_whole_data_set_by_the_recipes_configs(world):
+    for config in ("rn50_ep50", "rn50_ep100", "rn50"):
+        (world / f"theirs/configs/trainers/CoOp/{config}.yaml").touch()
+    planned = jobs("--methods", "CoOp@theirs", "--root", "data", *ON_SHAPES, protocol="fewshot")
+    told = [
+        (job.shots, folder.parts[-2], "--eval-only" in words)
+        for job in planned
+        for folder, words in job.parts()
+    ]
+    assert told == [
+        (1, "rn50_ep50", False),
+        (2, "rn50_ep100", False),
+        (4, "rn50_ep100", False),
+        (8, "rn50", False),
+        (16, "rn50", False),
+    ]
 
 
 def test_a_changed_checkout_has_a_folder_of_its_own_and_another_at_its_place_is_refused(world):
@@ -179,7 +200,7 @@ def test_a_data_set_that_the_checkout_lacks_and_a_protocol_that_is_not_coops_are
         UserError, match=r"no data set configs/datasets/dtd\.yaml; in datasets/ are: oxford_pets"
     ):
         jobs("--methods", "CoOp@theirs", "dtd", "1")
-    with pytest.raises(UserError, match=r"a checkout runs in base2new, xd.*, not in gzsl"):
+    with pytest.raises(UserError, match=r"a checkout runs in base2new, xd, dg, fewshot, not in gzsl"):
         jobs("--methods", "CoOp@theirs", "oxford_pets", "1", protocol="gzsl")
 
 

@@ -153,8 +153,11 @@ class Checkout:
     def recipe(self, protocol: str, dataset: str, shots: int) -> Recipe:
         """For runs that train on a data set. Raises UserError for a mistake in its file."""
         keys = dict(_book(self.recipe_file))
+        here = {protocol, dataset, f"shots_{shots}"} | (
+            {"xd"} if protocol == "dg" else set()
+        )  # the same model
         for case, changes in keys.pop(CASES, {}).items():
-            if set(case.split()) <= {protocol, dataset, f"shots_{shots}"}:
+            if set(case.split()) <= here:
                 opts = {**keys.get("opts", {}), **changes.get("opts", {})}
                 keys = {**keys, **changes, "opts": opts}
         keys["config"] = keys["config"].replace("{dataset}", dataset)
