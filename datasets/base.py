@@ -140,7 +140,8 @@ class ClassDataset(DatasetBase):
 
     def datum(self, row: Row, label: int) -> Datum:
         if not os.path.isfile(row.path):
-            raise UserError(f"{row.path}: no such image (class '{row.classname}'); {self.how_to_get()}")
+            what = "a folder and no image" if os.path.isdir(row.path) else "no such image"
+            raise UserError(f"{row.path}: {what} (class '{row.classname}'); {self.how_to_get()}")
         return Datum(impath=row.path, label=label, classname=row.classname)
 
     # The classes of a run are those of its split, not those that happen to have a training image.
@@ -222,9 +223,32 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".p
 
 
 def folders_in(directory: str, how: str) -> list[str]:
-    """Names of the folders in `directory`, sorted, without hidden ones."""
+    """Names of the folders in `directory`, sorted, without hidden ones. Links are followed.
+
+    Raises UserError for a link that leads nowhere, since it may have been a class, and for two names of one.
+    """
     require(directory, how)
-    return sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
+    entries = [entry for entry in os.scandir(directory) if entry.name[0] != "."]
+    if lost := [entry.path for entry in entries if not os.path.exists(entry.path)]:
+        raise UserError(f"{min(lost)}: a link that leads nowhere; mend or remove it")
+    names = sorted(entry.name for entry in entries if entry.is_dir())
+    once(os.path.join(directory, name) for name in names)
+    return names
+
+
+def once(paths: Iterable[str]) -> None:
+    """Raise UserError if two of these paths are one file or folder: listed twice, or by a link."""
+    seen: dict[tuple[int, int], str] = {}
+    for path in paths:
+        try:
+            about = os.stat(path)
+        except (OSError, ValueError):  # that it is missing is told where it is read
+            continue
+        if (key := (about.st_dev, about.st_ino)) in seen and about.st_ino:
+            same = os.path.normpath(path) == os.path.normpath(seen[key])
+            how = "is listed twice" if same else f"is a link to {seen[key]}, or the other way round"
+            raise UserError(f"{path} {how}; one of the two has to go")
+        seen[key] = path
 
 
 def images_in(directory: str) -> list[str]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import os
 import random
+import unicodedata
 
 from dassl.data.datasets import DATASET_REGISTRY
 
 from dfzsl.errors import UserError
 from dfzsl.toolbox import register
 
-from .base import ClassDataset, Row, Split, folders_in, images_in
+from .base import ClassDataset, Row, Split, folders_in, images_in, once
 from .images import read_names
 
 PARTS = ("train", "val", "test")
@@ -34,19 +35,41 @@ def shares(rows: list[Row]) -> tuple[list[Row], list[Row], list[Row]]:
     return parts
 
 
+class Own(ClassDataset):
+    """Images that nobody has published, as a subclass has `listed` them; each is one example of one class.
+
+    Raises UserError for an image that is there twice: it would be learned and tested, or be of two classes.
+    """
+
+    def listed(self) -> Split:
+        raise NotImplementedError
+
+    def read(self) -> Split:
+        split = self.listed()
+        parts = (split.test,) if self.data_free else (split.train, split.val, split.test)
+        once(row.path for part in parts for row in part)
+        return split
+
+
+def _composed(name: str) -> str:
+    """`name` in one form of Unicode: a Mac writes the marks of letters apart."""
+    return unicodedata.normalize("NFC", name)
+
+
 @register(DATASET_REGISTRY, replace=True)
-class Folder(ClassDataset):
+class Folder(Own):
     """`DATASET.ROOT` holds a folder for each class, or train/, val/ and test/ that hold those.
 
     Classes are the folders in alphabetical order; a file classnames.txt of lines "folder name" gives them
-    readable names and its own order. Of train/, val/ and test/ only one of the last two is necessary;
-    without test/, val/ is the test set. Undivided folders are divided by `shares`.
+    readable names and its own order, whatever form of Unicode the disk writes folders in. Of train/, val/
+    and test/ only one of the last two is necessary; without test/, val/ is the test set. Undivided folders
+    are divided by `shares`.
     """
 
     def how_to_get(self) -> str:
         return "DATASET.ROOT names a folder that holds a folder of images for each class"
 
-    def read(self) -> Split:
+    def listed(self) -> Split:
         root, how = self.dataset_dir, self.how_to_get()
         there = {part for part in PARTS if os.path.isdir(os.path.join(root, part))}
         divided = bool(there & {"val", "test"})
@@ -58,21 +81,21 @@ class Folder(ClassDataset):
             names = {name: name for name in folders_in(os.path.join(root, tested) if divided else root, how)}
 
         def rows(directory: str) -> list[Row]:
-            unknown = [name for name in folders_in(directory, how) if name not in names]
-            if unknown:
-                raise UserError(
-                    f"{directory}: '{unknown[0]}' is no class of the test set or of classnames.txt"
-                )
-            places = [(label, os.path.join(directory, folder)) for label, folder in enumerate(names)]
-            called = list(names.values())
-            return [
-                Row(path, label, called[label])
-                for label, place in places
-                if os.path.isdir(place)
-                for path in images_in(place)
-            ]
+            found: dict[int, list[Row]] = {}
+            for folder in folders_in(directory, how):
+                label = labels.get(_composed(folder))
+                if label is None:
+                    raise UserError(
+                        f"{directory}: '{folder}' is no class of the test set or of classnames.txt"
+                    )
+                if label in found:
+                    raise UserError(f"{directory}: two folders '{folder}', written in two forms of Unicode")
+                images = images_in(os.path.join(directory, folder))
+                found[label] = [Row(path, label, classnames[label]) for path in images]
+            return [row for label in sorted(found) for row in found[label]]
 
         classnames = list(names.values())
+        labels = {_composed(folder): label for label, folder in enumerate(names)}
         if not divided:
             train, val, test = shares(rows(root))
             return Split(classnames, train, val, test)
@@ -84,33 +107,41 @@ class Folder(ClassDataset):
 
 
 @register(DATASET_REGISTRY, replace=True)
-class Csv(ClassDataset):
+class Csv(Own):
     """`DATASET.ROOT` is a CSV file with a header: `path`, `label` and, as you like, `classname` and `split`.
 
-    Paths count from the file's folder. Labels are class names, taken in alphabetical order, or, where
-    there is a column `classname`, numbers from 0. `split` says train, val or test; without it the rows
-    are divided by `shares`.
+    Paths count from the file's folder and may lead out of it: the file is its owner's. Labels are class
+    names, taken in alphabetical order, or, where there is a column `classname`, numbers from 0. `split` says
+    train, val or test; without it the rows are divided by `shares`.
     """
 
     def how_to_get(self) -> str:
         return "DATASET.ROOT names the CSV file; its paths count from its folder"
 
-    def read(self) -> Split:
+    def listed(self) -> Split:
         path = self.dataset_dir
         try:
             with open(path, encoding="utf-8-sig", newline="") as file:
-                table = csv.DictReader(file)
-                columns = set(table.fieldnames or ())
-                entries = list(table)
+                table = csv.DictReader(file, strict=True)
+                columns = list(table.fieldnames or ())
+                lines = [(table.line_num, entry) for entry in table]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{path}: not a readable CSV file ({error})") from None
-        if not {"path", "label"} <= columns:
+        if not {"path", "label"} <= set(columns):
             raise UserError(f"{path}: its first line must name the columns path and label")
-        for line, entry in enumerate(entries, start=2):
+        if len(set(columns)) < len(columns):
+            raise UserError(f"{path}: its first line names a column twice: {', '.join(columns)}")
+        for line, entry in lines:
+            if None in entry:
+                raise UserError(
+                    f"{path}: line {line} has more than {len(columns)} fields; a comma in a name or a path "
+                    'stands in quotes ("a, b")'
+                )
             if not entry["path"] or not entry["label"] or entry.get("split", "train") not in PARTS:
                 raise UserError(
                     f"{path}: line {line} needs a path, a label, and train, val or test as its split"
                 )
+        entries = [entry for _, entry in lines]
         names = self._names(entries) if "classname" in columns else _themselves(entries)
         number = {label: place for place, label in enumerate(names)}
         home = os.path.dirname(path)

@@ -202,7 +202,11 @@ def read_names(path: str, how: str) -> dict[str, str]:
     pairs = [line.partition(" ") for line in read_lines(path, how)]
     if wrong := [folder for folder, _, _ in pairs if leads_out(folder)]:
         raise UserError(f"{path}: '{wrong[0]}' leads out of the data set")
-    return {folder: name for folder, _, name in pairs}
+    names: dict[str, str] = {}
+    for folder, _, name in pairs:
+        if names.setdefault(folder, name) != name:
+            raise UserError(f"{path}: the folder '{folder}' is called both '{names[folder]}' and '{name}'")
+    return names
 
 
 def imagenet_names(folder: str, how: str) -> dict[str, str]:

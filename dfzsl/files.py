@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -184,28 +185,31 @@ def checked_names(names: object, where: object, taken: Iterable[str] = ()) -> li
     """`names` if it is a list of class names, none of them one of `taken`: the one rule for all that come in.
 
     Raises UserError, naming `where`, for a name that is empty, that has control characters (logs, tables and
-    terminals would obey them), or that stands for two classes: prompts read _ as a space.
+    terminals would obey them), or that stands for two classes (`spoken`).
     """
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: it has no list of class names")
-    known = {_spoken(name) for name in taken}
-    seen = set(known)
+    base = {spoken(name): name for name in taken}
+    seen = dict(base)
     for label, name in enumerate(names):
         if UNPRINTABLE.search(name):
             raise UserError(
                 f"{where}: the name of class {label} has characters that cannot be shown: '{name}'"
             )
-        if not (spoken := _spoken(name)):
+        if not (said := spoken(name)):
             raise UserError(f"{where}: class {label} has no name")
-        if spoken in seen:
-            how = "is a base class already" if spoken in known else "is the name of two classes"
-            raise UserError(f"{where}: '{name}' {how}; a class needs a name of its own")
-        seen.add(spoken)
+        if said in seen:
+            how = "is a base class already" if said in base else "is the name of two classes"
+            other = "" if seen[said] == name else f" (also written '{seen[said]}')"
+            raise UserError(f"{where}: '{name}' {how}{other}; a class needs a name of its own")
+        seen[said] = name
     return list(names)
 
 
-def _spoken(name: str) -> str:
-    return name.replace("_", " ").strip()
+def spoken(name: str) -> str:
+    """What a text encoder reads of a class name: _ is a space, and case, blanks in a row and the Unicode form
+    of a letter are nothing. Names that are spoken alike are one."""
+    return " ".join(unicodedata.normalize("NFC", name.replace("_", " ").casefold()).split())
 
 
 def save_tensors(

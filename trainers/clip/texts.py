@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dfzsl.datasets.encoding import default_cache_dir
 from dfzsl.errors import UserError
-from dfzsl.files import load_tensors, read_json, save_tensors
+from dfzsl.files import load_tensors, read_json, save_tensors, spoken
 
 from .backbone import import_open_clip
 from .learner import require_text_encoder
@@ -110,15 +110,15 @@ class ClassTexts:
         if not backbone.has_text_encoder:
             raise UserError("TEXT.PROMPTS needs a text encoder: name a backbone with MODEL.BACKBONE.NAME")
         if self.spec != SENTENCES:
-            texts = [[t.replace("{}", _spoken(name)) for t in self.templates] for name in classnames]
+            texts = [[t.replace("{}", name.replace("_", " ")) for t in self.templates] for name in classnames]
         else:
-            if missing := [name for name in classnames if _key(name) not in self.sentences]:
+            if missing := [name for name in classnames if spoken(name) not in self.sentences]:
                 more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
                 raise UserError(
                     f"no sentence for the class {', '.join(missing[:5])}{more}: give a .json file "
                     "(TEXT.PROMPTS, --text) that names every class"
                 )
-            texts = [list(self.sentences[_key(name)]) for name in classnames]
+            texts = [list(self.sentences[spoken(name)]) for name in classnames]
         if sum(map(len, texts)) < CACHED:
             return backbone.mean_features(texts)
         said = json.dumps([backbone.identity, backbone.precision, texts]).encode()
@@ -126,14 +126,6 @@ class ClassTexts:
         if not kept.exists():
             save_tensors(kept, {"features": backbone.mean_features(texts)}, {"kind": "text features"})
         return load_tensors(kept, "text features")[0]["features"].to(backbone.device)
-
-
-def _spoken(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _key(name: str) -> str:
-    return " ".join(_spoken(name).casefold().split())
 
 
 def _sentences(path: str) -> dict[str, list[str]]:
@@ -149,5 +141,5 @@ def _sentences(path: str) -> dict[str, list[str]]:
             raise UserError(
                 f'{path}: not a JSON of sentences: it must be {{"class name": ["sentence", ...], ...}}'
             )
-        found.setdefault(_key(name), []).extend(texts)
+        found.setdefault(spoken(name), []).extend(texts)
     return found
