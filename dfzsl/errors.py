@@ -14,6 +14,10 @@ from types import TracebackType
 
 LONGEST = 2000  # characters of a message
 LISTED = 60  # known names in a message
+LESS_MEMORY = (
+    "lower DATALOADER.TRAIN_X.BATCH_SIZE, DATALOADER.TEST.BATCH_SIZE, RECOVERY.NUM_PER_CLASS or --shots, "
+    "or use a smaller backbone"
+)
 TOKEN = "DFZSL_TEACHER_TOKEN"  # in the environment: for the teacher's server, and for nobody else
 # Control characters, line separators, marks that turn the direction of writing, halves of characters.
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -58,11 +62,9 @@ def explain(error: BaseException) -> str | None:
     # By its name: this module is imported where torch is not.
     short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if short or "DefaultCPUAllocator" in said:
-        return (
-            "out of memory; lower DATALOADER.TRAIN_X.BATCH_SIZE, DATALOADER.TEST.BATCH_SIZE, "
-            "RECOVERY.NUM_PER_CLASS or --shots, or use a smaller backbone"
-        )
-    if isinstance(error, RuntimeError) and ("DataLoader worker" in said or "shared memory" in said):
+        return f"out of memory; {LESS_MEMORY}"
+    died = ("DataLoader worker", "shared memory", "process pool was terminated abruptly")
+    if isinstance(error, RuntimeError) and any(words in said for words in died):
         return (
             "a process that decodes images died, most likely for want of memory or of shared memory "
             "(/dev/shm); set DATALOADER.NUM_WORKERS 0, or --workers 0"

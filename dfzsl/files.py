@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import secrets
+import tempfile
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -67,6 +69,43 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
         if error.errno and not error.filename:
             error.filename = os.fspath(path)
         raise
+
+
+@contextlib.contextmanager
+def lock(path: str | os.PathLike[str], wait: bool = False) -> Iterator[bool | None]:
+    """Hold `path` against other processes, also of other machines on this disk; yields whether it is held.
+
+    None where the disk knows no locks: nothing is held, and nobody else can be known to hold it. The system
+    drops a lock with its process: none is ever stale, and no clock, name or process number decides.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if not knows_locks(folder):
+        yield None
+        return
+    held = FileLock(path)
+    try:
+        held.acquire(timeout=-1 if wait else 0)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        held.release()
+
+
+def knows_locks(folder: str | os.PathLike[str]) -> bool:
+    """Whether files in `folder` can be locked: some network disks cannot."""
+    try:
+        import fcntl
+    except ImportError:  # Windows locks otherwise
+        return True
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
 
 
 def write_json(path: str | os.PathLike[str], value: object) -> None:

@@ -9,10 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from .errors import UserError
-from .files import atomic, digest, read_text
+from .files import atomic, digest, lock, read_text
 from .toolbox import changes
 
 CONFIG = "config.yaml"
@@ -60,26 +58,18 @@ class Folder:
         and nothing is removed.
         """
         folder = self.path.parent
-        lock = FileLock(folder / HELD)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UserError(
-                f"another process is at work in {folder}; wait for it, or choose another --output-dir"
-            ) from None
-        except NotImplementedError:
-            yield
-            return
-        try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with lock(folder / HELD) as held:
+            if held is False:
+                raise UserError(
+                    f"another process is at work in {folder}; wait for it, or choose another --output-dir"
+                )
             # A folder in it that has been held is another run's.
             for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-                if place == folder or not (place / HELD).exists():
+                if held and (place == folder or not (place / HELD).exists()):
                     for left in filter(HALF.fullmatch, os.listdir(place)):
                         (place / left).unlink(missing_ok=True)
             yield
-        finally:
-            lock.release()
 
     def claim(self) -> None:
         """Write config.yaml, when all that the run reads was read: a mistake must not mark the folder."""

@@ -367,7 +367,7 @@ class _AccessLog:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, status = time.time(), 500
+        began, started, status = time.time(), time.perf_counter(), 500
 
         async def watched(message: Mapping[str, Any]) -> None:
             nonlocal status
@@ -379,12 +379,12 @@ class _AccessLog:
         finally:
             state = scope.get("state", {})
             line = {
-                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
                 "client": state.get("client"),
                 "method": scope["method"],
                 "path": scope["path"][:100],
                 "status": status,
-                "seconds": round(time.time() - started, 4),
+                "seconds": round(time.perf_counter() - started, 4),
             }
             line |= {key: state[key] for key in ("level", "queries", "billed") if key in state}
             log.info(json.dumps(line))

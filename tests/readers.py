@@ -7,6 +7,7 @@ in an error that `dfzsl.errors.explain` puts into one line.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 import tarfile
 import zipfile
@@ -17,7 +18,7 @@ from typing import Any
 import fake_data
 import numpy as np
 import torch
-from conftest import ROOT
+from conftest import ROOT, peak_memory
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from dassl.utils import load_checkpoint
@@ -268,3 +269,25 @@ def damaged(whole: bytes, edits: list[tuple]) -> bytes:
         else:
             del data[place : place + size]
     return bytes(data)
+
+
+def grown(load: Callable, path: Path) -> tuple[str | None, int]:
+    """(the line in which reading ended, bytes by which a process of its own grew at its peak)."""
+
+    def work(pipe: Any) -> None:
+        before = peak_memory()
+        try:
+            said: str | None = attempt(load, path)
+        except BaseException as error:
+            said = f"DEFECT {error!r}"
+        pipe.send((said, peak_memory() - before))
+
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    process = fork.Process(target=work, args=(theirs,))
+    process.start()
+    assert ours.poll(120), "no answer"
+    said, size = ours.recv()
+    process.join()
+    assert not (said or "").startswith("DEFECT"), said
+    return said, size

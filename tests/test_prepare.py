@@ -42,9 +42,11 @@ class Server:
                 start = 0
                 if asked and self.headers["If-Range"] == tag:
                     start = int(asked.removeprefix("bytes=").rstrip("-"))
-                    if start >= len(content):
-                        return self.send_error(416)
-                self.send_response(206 if start else 200)
+                whole = start >= len(content)
+                self.send_response(416 if whole else 206 if start else 200)
+                if start:
+                    span = "*" if whole else f"{start}-{len(content) - 1}"
+                    self.send_header("Content-Range", f"bytes {span}/{len(content)}")
                 self.send_header("ETag", tag)
                 self.send_header("Content-Type", owner.kind)
                 self.send_header("Content-Length", str(len(content) - start))

@@ -29,7 +29,7 @@ from dfzsl.trainers.base import CLIPTrainer
 from .. import report, train
 from ..errors import UserError, one_line
 from .checkouts import Checkout
-from .checks import check
+from .checks import check, check_locks
 from .forecast import forecast
 from .runs import DEFAULT_SEEDS, FREE, METHODS, OWNER, PROTOCOLS, TARGETS, Data, Job, Method
 from .workers import gpu_shares, launch
@@ -163,6 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     todo = [job for job in jobs if not job.finished]
     gpus = args.gpus_per_run
     workers = args.workers or len(gpu_shares(gpus)) or (1 if gpus > 1 else os.cpu_count() or 1)
+    if workers > 1 and len(todo) > 1:
+        check_locks(Path(args.output))
     print(f"{len(jobs)} runs ({len(jobs) - len(todo)} finished already) into {args.output}/{args.protocol}")
     if todo:
         print(forecast(todo, min(workers, len(todo))))

@@ -16,6 +16,7 @@ from dfzsl.trainers.clip.loading import identity, offer_to_coop
 
 from .. import train
 from ..errors import UserError
+from ..files import knows_locks
 from ..output import CONFIG, refuse_others
 from .checkouts import Checkout
 from .runs import Job
@@ -67,8 +68,21 @@ def check(jobs: Sequence[Job]) -> None:
                     refuse_others(config, test, "--output", root)
 
 
+def check_locks(output: Path) -> None:
+    """Raise UserError where several workers would do the same run."""
+    if not knows_locks(_existing(output)):
+        raise UserError(
+            f"--output {output}: its disk knows no file locks, by which workers keep out of each other's "
+            "runs; use one sweep at a time with --workers 1, or another --output"
+        )
+
+
+def _existing(output: Path) -> Path:
+    return next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+
+
 def _writable(output: Path) -> None:
-    there = next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
+    there = _existing(output)
     try:
         with tempfile.TemporaryDirectory(dir=there):
             pass

@@ -5,13 +5,16 @@ from __future__ import annotations
 import datetime
 import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tabulate import tabulate
 
 from ..results import RESULTS, read_results
 from .runs import Job
+
+LONGEST = 1e8  # seconds that a run can take: three years
 
 
 def forecast(todo: Sequence[Job], workers: int) -> str:
@@ -21,7 +24,7 @@ def forecast(todo: Sequence[Job], workers: int) -> str:
     def usual(runs: Path) -> float | None:
         """Median over the seeds in a folder; None where none is finished."""
         found = [read_results(path) for path in runs.glob(f"seed*/{RESULTS}")]
-        elapsed = [results["elapsed"] for results in found if "elapsed" in results]
+        elapsed = [seconds for seconds in map(_seconds, found) if seconds is not None]
         return statistics.median(elapsed) if elapsed else None
 
     def seconds(job: Job) -> float | None:
@@ -47,6 +50,13 @@ def forecast(todo: Sequence[Job], workers: int) -> str:
     longest = max(sum(known) / workers, max(known))
     basis = "by the median of finished runs of the same method on the same data"
     return f"{table}\nAbout {_clock(longest)} on {workers} workers{of}; {basis}."
+
+
+def _seconds(results: Mapping[str, Any]) -> float | None:
+    """What a run took; None where that is no length of time, as of a clock that was set back."""
+    said = results.get("elapsed")
+    real = isinstance(said, int | float) and not isinstance(said, bool)
+    return said if real and 0 <= said < LONGEST else None  # type: ignore[operator]
 
 
 def _clock(seconds: float) -> str:

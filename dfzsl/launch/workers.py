@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -14,17 +15,23 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from .. import train
-from ..errors import UserError, explain, one_line
-from ..files import atomic
+from ..errors import LESS_MEMORY, UserError, explain, one_line
+from ..files import atomic, lock
+from ..output import HELD
 from ..results import RESULTS
 from .checkouts import Checkout
 from .runs import Job
+
+KILLED = (
+    "its process was killed, as the system does when memory runs out (dmesg tells); use fewer --workers, "
+    f"{LESS_MEMORY}"
+)
 
 
 def run(job: Job, gpus: int = 1) -> None:
@@ -47,19 +54,12 @@ def run(job: Job, gpus: int = 1) -> None:
 
 @contextlib.contextmanager
 def locked(job: Job, wait: bool = False) -> Iterator[bool]:
-    """Hold a job against other workers and sweeps; yields whether it was free."""
+    """Hold a job against other workers and sweeps; yields whether it was free. On a disk without locks any
+    is: `check` has seen to it that there is one worker."""
     folder = job.parts()[0][0]
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=-1 if wait else 0)
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
+    with lock(folder / ".lock", wait) as held:
+        yield held is not False
 
 
 @contextlib.contextmanager
@@ -106,16 +106,19 @@ def _torchrun(gpus: int, arguments: list[str]) -> None:
     if process.returncode:
         # The first rank's word, or the end of its traceback; behind it come the other ranks' and torchrun's.
         told = re.search(r"^(?:error: |\[rank\d+\]: (?=[\w.]+: ))(.+)", said, re.MULTILINE)
-        raise UserError(
-            told[1] if told else f"a process died without a word (torchrun: {process.returncode})"
-        )
+        killed = re.search(r"SIGKILL|exitcode *: *-9\b", said)
+        died = KILLED if killed else f"a process died without a word (torchrun: {process.returncode})"
+        raise UserError(told[1] if told else died)
 
 
-def work(jobs: Sequence[Job], threads: int, gpus: int = 1, visible: str | None = None) -> None:
+def work(
+    jobs: Sequence[Job], threads: int, gpus: int = 1, visible: str | None = None, note: Path | None = None
+) -> None:
     """One worker: take each job that nobody has taken, run it, note what failed and go on.
 
     A second round waits for those that others had taken, and takes over what they left unfinished. Each run
     takes `gpus` GPUs, of those `visible` (as CUDA_VISIBLE_DEVICES names them) unless the engine chose them.
+    The file `note` says which run this is at, for whoever finds the worker killed.
     """
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
@@ -126,6 +129,8 @@ def work(jobs: Sequence[Job], threads: int, gpus: int = 1, visible: str | None =
                 if not free or job.finished or (wait and job.failure.exists()):
                     continue
                 job.failure.unlink(missing_ok=True)
+                if note:
+                    note.write_text(str(job.failure), encoding="utf-8")
                 try:
                     run(job, gpus)
                 except Exception as error:
@@ -154,22 +159,6 @@ def _errors_into(path: Path) -> Iterator[None]:
         os.close(console)
 
 
-def _workers_in(folder: Path) -> set[str]:
-    """submitit calls a local worker's files by its process."""
-    return {path.name.partition("_")[0] for path in folder.iterdir()}
-
-
-def _alive(process: str) -> bool:
-    """Whether there is such a process on this machine; a word that is none is of nobody."""
-    try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:  # of another user
-        pass
-    return True
-
-
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     """Somebody who presses Ctrl-C twice must not leave workers behind."""
@@ -184,6 +173,11 @@ def _uninterrupted() -> Iterator[None]:
 def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path) -> None:
     """Run the jobs on `workers` processes and show their progress. Failures are in each job's failed.txt."""
     open_jobs = [job for job in jobs if not job.finished]
+    for job in open_jobs:
+        if job.failure.exists():
+            with locked(job) as free:
+                if free:
+                    job.failure.unlink(missing_ok=True)
     # By all jobs, not by those still open: the number of threads can decide the last bit of a sum, and a
     # sweep that goes on has to end as one that was never interrupted.
     share = (os.cpu_count() or 1) // min(workers, len(jobs))
@@ -195,33 +189,68 @@ def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path
     import submitit
 
     here = f"{launcher}-{socket.gethostname()}-"
-    folder = output / ".workers" / f"{here}{os.getpid()}"
+    folder = output / ".workers" / f"{here}{secrets.token_hex(4)}"  # process numbers come again
     if launcher == "local":
         for left in folder.parent.glob(f"{here}*"):  # by sweeps that were killed
-            if not any(map(_alive, [left.name.removeprefix(here), *_workers_in(left)])):
-                shutil.rmtree(left, ignore_errors=True)
+            with lock(left / HELD) as held:
+                if held:
+                    shutil.rmtree(left, ignore_errors=True)
+    folder.mkdir(parents=True)
     executor = submitit.AutoExecutor(folder=folder, cluster=launcher)
     executor.update_parameters(timeout_min=7 * 24 * 60, cpus_per_task=threads)
     # submitit's own choice on one machine would be the first GPU for every worker.
     shares = gpu_shares(gpus) if launcher == "local" else []
     if gpus > 1 or torch.cuda.is_available():
         executor.update_parameters(gpus_per_node=gpus)
-    visible = itertools.islice(itertools.cycle(shares or [None]), workers)
-    with _errors_into(folder / "engine.log"):
-        tasks = [executor.submit(work, open_jobs, threads, gpus, share) for share in visible]
-    try:
-        with tqdm(total=len(open_jobs), desc="runs", unit="run") as bar:
-            while not all(task.done() for task in tasks):
-                time.sleep(0.5)
-                bar.update(sum(job.finished or job.failure.exists() for job in open_jobs) - bar.n)
-            bar.update(sum(job.finished or job.failure.exists() for job in open_jobs) - bar.n)
-    except BaseException:
-        with _uninterrupted():
-            for task in tasks:
-                task.cancel()
-        raise
-    early = [task for task in tasks if task.exception()]
+    numbers, early = itertools.count(), []
+    running: dict[Path, tuple[Any, str | None]] = {}
+
+    def start(share: str | None) -> None:
+        note = folder / f"{next(numbers)}.run"
+        todo = list(filter(_is_open, open_jobs))
+        with _errors_into(folder / "engine.log"):
+            running[note] = executor.submit(work, todo, threads, gpus, share, note), share
+
+    with lock(folder / HELD):
+        try:
+            for first in itertools.islice(itertools.cycle(shares or [None]), workers):
+                start(first)
+            with tqdm(total=len(open_jobs), desc="runs", unit="run") as bar:
+                while running:
+                    time.sleep(0.5)
+                    for note, (task, own) in [item for item in running.items() if item[1][0].done()]:
+                        del running[note]
+                        # One without a word was killed: its run has failed, and the others go on.
+                        word = task.exception()
+                        killed = isinstance(word, submitit.core.utils.UncompletedJobError)
+                        if word and not (killed and _blame(note, open_jobs)):
+                            early.append(task)
+                        elif word and not running and any(map(_is_open, open_jobs)):
+                            start(own)
+                    bar.update(sum(not _is_open(job) for job in open_jobs) - bar.n)
+        except BaseException:
+            with _uninterrupted():
+                for task, _ in running.values():
+                    task.cancel()
+            raise
     for task in early:
         print(f"a worker ended early; its log: {task.paths.stderr}", file=sys.stderr)
     if not early:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_open(job: Job) -> bool:
+    return not (job.finished or job.failure.exists())
+
+
+def _blame(note: Path, jobs: Sequence[Job]) -> bool:
+    """Note as failed the run that a killed worker was at, unless another has taken it over; whether there was
+    one."""
+    at = note.read_text(encoding="utf-8") if note.exists() else ""
+    for job in jobs:
+        if str(job.failure) == at:
+            with locked(job) as free:
+                if free and _is_open(job):
+                    job.failure.write_text(f"{KILLED}\n", encoding="utf-8")
+            return True
+    return False

@@ -5,20 +5,23 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import shutil
 import tarfile
 import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+from email.message import Message
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
 from dfzsl.errors import UserError
-from dfzsl.files import digest, read_json, write_json
+from dfzsl.files import EXPANSION, bounded, digest, read_json, write_json
 
 BLOCK = 1 << 20
+SLACK = 1 << 30  # bytes that any archive may grow to, beside what its own size allows
 LEDGER = "sha256.json"  # what was downloaded from where, for files whose authors publish no checksum
 
 
@@ -28,7 +31,8 @@ def download(url: str, path: Path, checksum: str = "") -> Path:
     checksum: "md5:..." or "sha256:...". Without one, the sha256 of the first download is written to
     sha256.json beside `path`, and a later download of the same address must agree with it.
 
-    Raises UserError if the address does not answer, sends a web page or too little, or another file.
+    Raises UserError if the address does not answer, sends a web page, too little or another file, or does not
+    say how long the file is: an end that is none could not be told.
     """
     if path.exists():
         verify(path, url, checksum)
@@ -36,10 +40,10 @@ def download(url: str, path: Path, checksum: str = "") -> Path:
     part, tag = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.etag")
     path.parent.mkdir(parents=True, exist_ok=True)
     request = urllib.request.Request(url, headers={"User-Agent": "dfzsl"})
-    if part.exists() and tag.exists():
+    if part.exists() and tag.exists() and _tag(tag):
         # If the file has changed since, the server then sends all of it.
         request.add_header("Range", f"bytes={part.stat().st_size}-")
-        request.add_header("If-Range", tag.read_text(encoding="utf-8"))
+        request.add_header("If-Range", _tag(tag))
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
             if answer.headers.get_content_type() == "text/html":
@@ -47,13 +51,28 @@ def download(url: str, path: Path, checksum: str = "") -> Path:
                     f"{url} sent a web page, not the file: fetch it in a browser and save it as {path}"
                 )
             goes_on = answer.status == 206
-            done = part.stat().st_size if goes_on else 0
+            done = part.stat().st_size if goes_on and part.exists() else 0
             length = answer.headers["Content-Length"]
-            total = done + int(length) if length else None
-            if answer.headers["ETag"]:
-                tag.write_text(answer.headers["ETag"], encoding="utf-8")
+            now = answer.headers["ETag"] or ""
+            start, total = _range(answer.headers)
+            if total is None and length:
+                total = done + int(length)
+            if goes_on:
+                if start != done or (done and now not in ("", _tag(tag))):
+                    _forget(part, tag)
+                    raise UserError(
+                        f"{url} goes on at another place or with another file than it began; give the "
+                        "command again to fetch it anew"
+                    )
+            elif not (length or checksum or getattr(answer, "chunked", False)):
+                raise UserError(
+                    f"{url} does not say how long the file is, and its end could not be told from a broken "
+                    f"line: fetch it in a browser and save it as {path}"
+                )
             else:
-                tag.unlink(missing_ok=True)
+                _forget(part, tag)  # first: an old half must never stand beside a new name
+                if now.isprintable() and now.isascii():
+                    tag.write_text(now, encoding="utf-8")
             with (
                 open(part, "ab" if goes_on else "wb") as file,
                 tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=path.name) as bar,
@@ -68,11 +87,18 @@ def download(url: str, path: Path, checksum: str = "") -> Path:
                 f"{url} answers {error.code} {error.reason}; see docs/DATASETS.md for mirrors"
             ) from None
         total = part.stat().st_size
-    except (OSError, http.client.HTTPException) as error:
+        if _range(error.headers)[1] not in (total, None if checksum else total):
+            _forget(part, tag)
+            raise UserError(
+                f"{url} is another file than before; give the command again to fetch it"
+            ) from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(
             f"{url}: {getattr(error, 'reason', error)}; give the command again to go on"
         ) from None
-    if total is not None and part.stat().st_size < total:
+    if total is not None and part.stat().st_size != total:
         raise UserError(
             f"{url} broke off at {part.stat().st_size} of {total} bytes; give the command again to go on"
         )
@@ -84,6 +110,26 @@ def download(url: str, path: Path, checksum: str = "") -> Path:
     return path
 
 
+def _tag(path: Path) -> str:
+    """What the server called the version of which the first half is there; "" where that is unreadable."""
+    said = path.read_bytes()
+    return said.decode() if said.isascii() and said.decode().isprintable() else ""
+
+
+def _forget(part: Path, tag: Path) -> None:
+    part.unlink(missing_ok=True)
+    tag.unlink(missing_ok=True)
+
+
+def _range(headers: Message) -> tuple[int | None, int | None]:
+    """(first byte, length of the whole file) of a Content-Range; None for what it does not say."""
+    found = re.fullmatch(
+        r"bytes (?:(\d{1,15})-\d{1,15}|\*)/(?:(\d{1,15})|\*)", headers["Content-Range"] or ""
+    )
+    start, whole = found.groups() if found else (None, None)
+    return None if start is None else int(start), None if whole is None else int(whole)
+
+
 def verify(path: Path, url: str, checksum: str, ledger: Path | None = None) -> None:
     """Hold a file against its checksum, or against the ledger.
 
@@ -93,7 +139,8 @@ def verify(path: Path, url: str, checksum: str, ledger: Path | None = None) -> N
     found = digest(path, kind)
     ledger = ledger or path.parent / LEDGER
     known = read_json(ledger) if ledger.exists() else {}
-    assert isinstance(known, dict)
+    if not isinstance(known, dict):
+        raise UserError(f"{ledger}: not a list of checksums; delete it, and the next download is the measure")
     expected = expected or known.get(url, found)
     if found != expected:
         path.unlink()
@@ -114,10 +161,11 @@ def unpack(archive: Path, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as inside:
         try:
-            if zipfile.is_zipfile(archive):
-                _unzip(archive, Path(inside))
-            else:
-                _untar(archive, Path(inside))
+            with bounded(archive):  # headers of a tar can be as large as anything else in it
+                if zipfile.is_zipfile(archive):
+                    _unzip(archive, Path(inside))
+                else:
+                    _untar(archive, Path(inside))
         except tarfile.FilterError as error:
             raise UserError(f"{archive}: unsafe, not extracted ({error})") from None
         except UserError:
@@ -152,13 +200,13 @@ def _untar(archive: Path, place: Path) -> None:
                 raise UserError(f"{archive}: unsafe, not extracted ('{member.name}' is a link or a device)")
             size += member.size
             _room_for(size, archive, place)
-            # "data" refuses absolute paths and "..".
+            # "data" refuses "..", and takes what is absolute for a path within.
             file.extract(member, place, filter="data")
 
 
 def _room_for(size: int, archive: Path, place: Path) -> None:
     """Raise UserError for an archive with more content than it can honestly hold or the disk has room for."""
-    if size > 1e9 + 100 * archive.stat().st_size:
+    if size > SLACK + EXPANSION * archive.stat().st_size:
         raise UserError(f"{archive}: unsafe, not extracted (it grows to {size / 1e9:,.1f} GB)")
     free = shutil.disk_usage(place).free
     if size > free:

@@ -9,7 +9,7 @@ from pathlib import Path
 from dassl.data.datasets import DATASET_REGISTRY
 
 from dfzsl.errors import UserError
-from dfzsl.files import atomic
+from dfzsl.files import atomic, lock
 
 from .fetch import download, listing, move_into, unpack
 
@@ -21,8 +21,47 @@ XLSA17 = "http://datasets.d2.mpi-inf.mpg.de/xian/xlsa17.zip"
 CLASSNAMES = "1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF"  # CoOp's classnames.txt of ImageNet
 
 
+class Step:
+    """What brings `gives` into a data set's folder."""
+
+    gives: str
+
+    def missing(self, folder: Path, downloads: Path) -> bool:
+        return not (folder / self.gives).exists()
+
+    def fetch(self, folder: Path, downloads: Path) -> None:
+        """Raises UserError with what is left to do by hand."""
+        raise NotImplementedError
+
+
+class Opened(Step):
+    """A folder of an archive whose contents go `into` the data set's: all of it, interrupted or not."""
+
+    into: str = ""
+
+    def moving(self, folder: Path, downloads: Path) -> Path:
+        """Holds what is still on its way."""
+        return downloads / f"{folder.name}-{self.into or 'all'}.moving"
+
+    def missing(self, folder: Path, downloads: Path) -> bool:
+        return super().missing(folder, downloads) or self.moving(folder, downloads).exists()
+
+    def fetch(self, folder: Path, downloads: Path) -> None:
+        moving = self.moving(folder, downloads)
+        if not moving.exists():
+            opened = downloads / f"{folder.name}.open"
+            self.open(opened, folder, downloads).rename(moving)
+            shutil.rmtree(opened, ignore_errors=True)  # the whole of it may have been moved
+        move_into(moving, folder / self.into)
+        shutil.rmtree(moving)
+
+    def open(self, opened: Path, folder: Path, downloads: Path) -> Path:
+        """Unpack the archive into `opened`; returns the folder in it."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class Archive:
+class Archive(Opened):
     """An archive whose folder `take` becomes `into` in the data set's folder; `gives` is there afterwards."""
 
     url: str
@@ -32,9 +71,8 @@ class Archive:
     into: str = ""
     inner: str = ""  # an archive within the archive, under `take`
 
-    def fetch(self, folder: Path, downloads: Path) -> None:
+    def open(self, opened: Path, folder: Path, downloads: Path) -> Path:
         archive = download(self.url, downloads / Path(self.url).name, self.checksum)
-        opened = downloads / f"{folder.name}.open"
         unpack(archive, opened)
         source = opened / self.take
         if self.inner:
@@ -44,12 +82,30 @@ class Archive:
             raise UserError(
                 f"{archive}: it has no folder '{self.take}'; put its contents into {folder / self.into}"
             )
-        move_into(source, folder / self.into)
-        shutil.rmtree(opened)
+        return source
 
 
 @dataclass(frozen=True)
-class File:
+class Mirrored(Opened):
+    """The mirror's archive `name`: the folder in it that holds `gives`, whatever is around it."""
+
+    name: str
+    gives: str
+
+    def open(self, opened: Path, folder: Path, downloads: Path) -> Path:
+        files = listing(MIRROR)
+        if self.name not in files:
+            raise UserError(f"the mirror {MIRROR} has no {self.name}; it has {', '.join(sorted(files))}")
+        url, checksum = files[self.name]
+        unpack(download(url, downloads / self.name, checksum), opened)
+        found = next((path for path in sorted(opened.rglob(self.gives))), None)
+        if found is None:
+            raise UserError(f"{downloads / self.name}: it holds no {self.gives}; look into {opened}")
+        return found.parents[len(Path(self.gives).parts) - 1]
+
+
+@dataclass(frozen=True)
+class File(Step):
     """A single small file."""
 
     url: str
@@ -58,11 +114,12 @@ class File:
 
     def fetch(self, folder: Path, downloads: Path) -> None:
         fetched = download(self.url, downloads / f"{folder.name}-{self.gives}", self.checksum)
-        shutil.copy(fetched, folder / self.gives)
+        with atomic(folder / self.gives) as temporary:
+            shutil.copyfile(fetched, temporary)
 
 
 @dataclass(frozen=True)
-class Names:
+class Names(Step):
     """FLO's class names, which xlsa17 leaves out: those of torchvision's Flowers102, in the same order."""
 
     gives: str = "classnames.txt"
@@ -78,7 +135,7 @@ class Names:
 
 
 @dataclass(frozen=True)
-class ByHand:
+class ByHand(Step):
     """What nobody may or can download by itself."""
 
     gives: str
@@ -93,7 +150,7 @@ class Recipe:
     """How to get a data set, from its authors' addresses or by one file of the mirror; and what it holds."""
 
     counts: tuple[int, int, int, int]  # classes, training, validation and test images
-    steps: tuple[Archive | File | Names | ByHand, ...] = ()
+    steps: tuple[Step, ...] = ()
     mirror: str = ""
     marker: str = ""  # a path that tells the data set's folder in the mirror's archive
 
@@ -307,31 +364,23 @@ def prepare(name: str, root: Path, source: str) -> None:
     """Bring one data set into `root`. Raises UserError with what is left to do by hand."""
     recipe = RECIPES[name]
     folder, downloads = root / DATASET_REGISTRY.get(name).folder, root / ".downloads"
-    mirrored = recipe.mirror and (source == "mirror" or not recipe.steps)
-    if mirrored and not (folder / recipe.marker).exists():
-        from_mirror(recipe, folder, downloads)
-    folder.mkdir(parents=True, exist_ok=True)
-    left = []
-    for step in recipe.steps:
-        if not (folder / step.gives).exists():
-            try:
-                step.fetch(folder, downloads)
-            except UserError as error:
-                left.append(str(error))
+    downloads.mkdir(parents=True, exist_ok=True)
+    with lock(downloads / ".lock") as held:
+        if held is False:
+            raise UserError(f"another process is preparing data sets in {root}; wait for it")
+        for half in downloads.glob(".*.open.*") if held else ():  # of processes that were killed
+            shutil.rmtree(half)
+        mirror = Mirrored(recipe.mirror, recipe.marker)
+        mirrored = recipe.mirror and (source == "mirror" or not recipe.steps)
+        if mirrored and mirror.missing(folder, downloads):
+            mirror.fetch(folder, downloads)
+        folder.mkdir(parents=True, exist_ok=True)
+        left = []
+        for step in recipe.steps:
+            if step.missing(folder, downloads):
+                try:
+                    step.fetch(folder, downloads)
+                except UserError as error:
+                    left.append(str(error))
     if left:
         raise UserError("; ".join(left))
-
-
-def from_mirror(recipe: Recipe, folder: Path, downloads: Path) -> None:
-    """Fetch the mirror's archive and take from it the folder that holds the recipe's marker."""
-    files = listing(MIRROR)
-    if recipe.mirror not in files:
-        raise UserError(f"the mirror {MIRROR} has no {recipe.mirror}; it has {', '.join(sorted(files))}")
-    url, checksum = files[recipe.mirror]
-    opened = downloads / f"{folder.name}.open"
-    unpack(download(url, downloads / recipe.mirror, checksum), opened)
-    found = next((path for path in sorted(opened.rglob(recipe.marker))), None)
-    if found is None:
-        raise UserError(f"{downloads / recipe.mirror}: it holds no {recipe.marker}; look into {opened}")
-    move_into(found.parents[len(Path(recipe.marker).parts) - 1], folder)
-    shutil.rmtree(opened)

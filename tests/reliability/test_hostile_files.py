@@ -9,7 +9,6 @@ import copy
 import csv
 import io
 import json
-import multiprocessing
 import os
 import pickle
 import re
@@ -26,7 +25,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, needs_proc, peak_memory
+from conftest import ROOT, needs_proc
 from dassl.utils import load_checkpoint, read_image
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -42,6 +41,7 @@ from readers import (
     config,
     damaged,
     feature_safetensors,
+    grown,
     results,
     split_json,
     tables_of,
@@ -554,28 +554,6 @@ def test_a_link_in_a_zip_is_a_file_that_names_its_target(tmp_path):
 
 
 # ---------------------------------------------------------------- small files that grow
-
-
-def grown(load: Callable, path: Path) -> tuple[str | None, int]:
-    """(the line in which reading ended, bytes by which a process of its own grew at its peak)."""
-
-    def work(pipe: Any) -> None:
-        before = peak_memory()
-        try:
-            said: str | None = attempt(load, path)
-        except BaseException as error:
-            said = f"DEFECT {error!r}"
-        pipe.send((said, peak_memory() - before))
-
-    fork = multiprocessing.get_context("fork")
-    ours, theirs = fork.Pipe()
-    process = fork.Process(target=work, args=(theirs,))
-    process.start()
-    assert ours.poll(120), "no answer"
-    said, size = ours.recv()
-    process.join()
-    assert not (said or "").startswith("DEFECT"), said
-    return said, size
 
 
 def npy(shape: tuple[int, ...], data: bytes = b"") -> bytes:

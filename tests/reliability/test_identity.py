@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 from pathlib import Path
 
 import fake_data
@@ -19,12 +18,13 @@ from dfzsl import train
 from dfzsl.datasets.encoding import checksum
 from dfzsl.datasets.extract import open_dataset
 from dfzsl.errors import UserError, cli
+from dfzsl.files import lock
 from dfzsl.launch import workers
 from dfzsl.launch.__main__ import main, parser, plan
 from dfzsl.launch.checks import check
 from dfzsl.launch.runs import Data
 from dfzsl.launch.workers import launch, work
-from dfzsl.output import Folder
+from dfzsl.output import HELD, Folder
 from dfzsl.trainers.recovery.teacher import Teacher
 
 SMALL = {"RECOVERY.NUM_PER_CLASS": 8, "GENERATOR.NAME": "vmf", "GENERATOR.CLASSIFIER_STEPS": 5}
@@ -290,15 +290,15 @@ def test_two_runs_in_one_folder_at_once_are_refused(tmp_path, tried):
 
 
 def test_folders_of_workers_that_are_gone_are_removed(tmp_path, monkeypatch):
-    """Of this machine's, by processes that are no more; a slurm job may still wait for its files."""
+    """Of this machine's, by sweeps that hold them no more: their process numbers may be others' by now. A
+    slurm job may still wait for its files."""
     path = write_features(tmp_path / "x.npz", per_class=8)
-    gone, host = subprocess.Popen(["true"]), socket.gethostname()
-    gone.wait()
-    kept = [f"local-{host}-{os.getppid()}", f"local-elsewhere-{gone.pid}", f"slurm-{host}-{gone.pid}"]
-    names = [*kept, f"local-{host}-{gone.pid}"]
+    host = socket.gethostname()
+    kept = [f"local-{host}-held", "local-elsewhere-1", f"slurm-{host}-1"]
+    names = [*kept, f"local-{host}-{os.getppid()}"]
     for name in names:
         (tmp_path / "out/.workers" / name).mkdir(parents=True)
-        (tmp_path / "out/.workers" / name / f"{gone.pid}_0_log.err").write_text("", encoding="utf-8")
+        (tmp_path / "out/.workers" / name / f"{os.getpid()}_0_log.err").write_text("", encoding="utf-8")
     given = [
         "base2new",
         "--methods",
@@ -308,7 +308,8 @@ def test_folders_of_workers_that_are_gone_are_removed(tmp_path, monkeypatch):
         f"features:{path}",
         "1",
     ]
-    launch(plan(parser().parse_intermixed_args(given)), "local", 1, 1, tmp_path / "out")
+    with lock(tmp_path / "out/.workers" / kept[0] / HELD):
+        launch(plan(parser().parse_intermixed_args(given)), "local", 1, 1, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out/.workers").iterdir()) == sorted(kept)
 
 

@@ -391,11 +391,12 @@ def _within(seconds: float, work: Callable[[], bytes]) -> bytes:
 
 
 def _retry_after(headers: Message) -> float:
-    """Seconds that a server asks to wait, given as a number or as a date; 0 if it does not say."""
+    """Seconds that a server asks to wait, a number or a date by its clock; 0 if it does not say."""
     said = headers.get("Retry-After", "").strip()
     if said.isascii() and said.isdigit():
         return float(said[:9])
     try:
-        return max(parsedate_to_datetime(said).timestamp() - time.time(), 0.0)
+        now = parsedate_to_datetime(headers["Date"]).timestamp() if headers["Date"] else time.time()
+        return max(parsedate_to_datetime(said).timestamp() - now, 0.0)
     except (ValueError, TypeError, IndexError, OverflowError):
         return 0.0

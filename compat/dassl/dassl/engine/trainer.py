@@ -469,7 +469,7 @@ class SimpleTrainer(TrainerBase):
             else:
                 print("Deploy the last-epoch model")
             self.test()
-        elapsed = round(time.time() - self.time_start)
+        elapsed = max(round(time.time() - self.time_start), 0)  # a clock may be set back
         print(f"Elapsed: {datetime.timedelta(seconds=elapsed)}")
         self.close_writer()
 
@@ -534,11 +534,11 @@ class SimpleTrainer(TrainerBase):
         data_time = AverageMeter()
         self.num_batches = num_batches
         print_freq = self.cfg.TRAIN.PRINT_FREQ
-        end = time.time()
+        end = time.perf_counter()
         for self.batch_idx, batch in zip(range(num_batches), batches, strict=False):
-            data_time.update(time.time() - end)
+            data_time.update(time.perf_counter() - end)
             losses.update(self.forward_backward(*batch))
-            batch_time.update(time.time() - end)
+            batch_time.update(time.perf_counter() - end)
             if (self.batch_idx + 1) % print_freq == 0 or num_batches < print_freq:
                 remaining = num_batches * (self.max_epoch - self.epoch) - self.batch_idx - 1
                 eta = datetime.timedelta(seconds=int(batch_time.avg * remaining))
@@ -555,7 +555,7 @@ class SimpleTrainer(TrainerBase):
             for name, meter in losses.meters.items():
                 self.write_scalar(f"train/{name}", meter.avg, step)
             self.write_scalar("train/lr", self.get_current_lr(), step)
-            end = time.time()
+            end = time.perf_counter()
 
 
 class TrainerX(SimpleTrainer):

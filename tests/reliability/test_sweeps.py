@@ -1,0 +1,200 @@
+"""Sweeps whose workers are killed, whose disk knows no locks, whose clocks jump."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from email.message import Message
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+from conftest import needs_proc, write_features
+from test_sweep import files, finish, start
+
+from dfzsl import errors
+from dfzsl.errors import UserError
+from dfzsl.files import knows_locks, lock, write_json
+from dfzsl.launch import __main__ as launch
+from dfzsl.launch import workers
+from dfzsl.launch.forecast import forecast
+from dfzsl.launch.runs import Job
+from dfzsl.trainers.recovery.oracles import _retry_after
+
+METHODS = "ZeroshotCLIP,TeacherZeroshot,TextTeacherMix"
+
+
+@pytest.fixture
+def world(tmp_path) -> Path:
+    write_features(tmp_path / "animals.npz")
+    return tmp_path
+
+
+def given(world: Path, *more: str) -> list[str]:
+    words = ["base2new", "--methods", METHODS, "--output", str(world / "output")]
+    return [*words, f"features:{world / 'animals.npz'}", "1", *more]
+
+
+def jobs(world: Path) -> list[Job]:
+    return launch.plan(launch.parser().parse_intermixed_args(given(world)))
+
+
+# ---------------------------------------------------------------- killed by another process
+
+
+def children(process: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+@needs_proc
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_worker_that_the_system_kills(count, world, tried):
+    """The run that it was at is noted, or taken over by another worker; all others are made, by a new worker
+    where there was no other."""
+    sweep = start(world, "1", methods=METHODS, workers=count)
+    at: list[Path] = []
+    while not at:
+        assert sweep.poll() is None
+        notes = sorted((world / "output").glob(".workers/*/*.run"))
+        at = [path for path in notes if "ZeroshotCLIP" in path.read_text()]
+        time.sleep(0.01)
+    job = Path(at[0].read_text())
+    number = int(at[0].stem)
+    controllers = sorted(children(sweep.pid))
+    (worker,) = [one for parent in controllers[number : number + 1] for one in children(parent)]
+    os.kill(worker, signal.SIGKILL)
+    said = sweep.communicate()[1]
+    noted = [path.parent for path in files(world, "failed.txt").values()]
+    assert "Traceback" not in said and sweep.returncode == (2 if noted else 0)
+    if count == 1 or noted:
+        (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert (
+            "1 of 3 runs failed; the first, ZeroshotCLIP: its process was killed, as the system does" in line
+        )
+        assert "fewer --workers" in line and "DATALOADER.TRAIN_X.BATCH_SIZE" in line
+        assert noted == [world / job.parent]
+    assert len(files(world, "results.json")) >= 4
+    finish(start(world, "1", methods=METHODS, workers=count))
+    assert len(files(world, "results.json")) == 6 and not files(world, "failed.txt")
+    tried("sweeps", "a worker killed by the system, as where memory runs out", 1, "noted; the others go on")
+
+
+def test_a_rank_that_the_system_kills(monkeypatch):
+    ended = "import sys; sys.stderr.write('exitcode  : -9 (pid: 7)'); sys.exit(1)"
+    real = subprocess.Popen
+    monkeypatch.setattr(
+        workers.subprocess, "Popen", lambda _, **keys: real([sys.executable, "-c", ended], **keys)
+    )
+    with pytest.raises(UserError, match="its process was killed, as the system does when memory runs out"):
+        workers._torchrun(2, [])
+
+
+def test_a_pool_that_lost_a_process_is_one_line(tried):
+    from concurrent.futures import ProcessPoolExecutor
+
+    with pytest.raises(RuntimeError) as broken, ProcessPoolExecutor(1) as pool:
+        pool.submit(os.kill, os.getpid(), 0).result()
+        pool.submit(_die).result()
+    assert "want of memory" in str(errors.explain(broken.value))
+    tried("sweeps", "a process that decodes images killed by the system", 1, "one line")
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# ---------------------------------------------------------------- disks of several machines
+
+WITHOUT = {"ENOLCK": errno.ENOLCK, "ENOSYS": errno.ENOSYS, "EOPNOTSUPP": errno.EOPNOTSUPP}
+
+
+@pytest.fixture(params=WITHOUT)
+def no_locks(request, monkeypatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(WITHOUT[request.param], os.strerror(WITHOUT[request.param]))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_a_disk_without_locks(no_locks, world, monkeypatch, tried):
+    """Told before any run, where several workers would do the same; one worker needs no lock."""
+    assert not knows_locks(world)
+    with pytest.raises(UserError, match=r"its disk knows no file locks, .* --workers 1"):
+        launch.main(given(world, "--workers", "2"))
+    assert not (world / "output").exists()
+    planned = jobs(world)
+    left = planned[0].parts()[0][0] / ".results.json.0123abcd.tmp"
+    left.parent.mkdir(parents=True)
+    left.write_text("")
+    workers.work(planned, 1)
+    assert all(job.finished for job in planned)
+    assert left.exists()  # it may be another machine's
+    tried("sweeps", "a disk without locks", 1, "refused before any run; one worker goes on")
+
+
+HOLD = """
+import sys, time
+from dfzsl.files import lock
+with lock(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("when", ["now", "in ten years", "in 1970"])
+def test_no_lock_is_stale(when, tmp_path, tried):
+    """Who holds is asked of the system: not of a file's age, of what it says, or of a process's number."""
+    path = tmp_path / ".lock"
+    path.write_text("elsewhere 1\n")
+    moment = {"now": time.time(), "in ten years": time.time() + 3e8, "in 1970": 0}[when]
+    with lock(path) as held:
+        assert held
+    other = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout and other.stdout.readline() == "held\n"
+    os.utime(path, (moment, moment))
+    with lock(path) as held:
+        assert held is False
+    other.kill()
+    other.wait()
+    other.stdout.close()
+    assert path.exists()
+    with lock(path) as held:
+        assert held
+    tried("sweeps", "locks left by killed processes, files of any age and content", 1, "free, or held")
+
+
+# ---------------------------------------------------------------- clocks
+
+ODD = [-5.0, -1e9, 1e300, float("nan"), True, "12", None, [1]]
+
+
+@pytest.mark.parametrize("elapsed", ODD, ids=str)
+def test_a_forecast_rests_on_lengths_of_time(elapsed, world, tried):
+    planned = jobs(world)
+    for folder, _ in planned[1].parts():
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text(json.dumps({"schema": 1, "elapsed": elapsed}))
+    (again,) = [
+        Job(**{**vars(planned[1]), "seed": 2}),
+    ]
+    assert "How long: unknown" in forecast([again], 1)
+    for folder, _ in planned[1].parts():
+        write_json(folder / "results.json", {"schema": 1, "elapsed": 30})
+    assert "About 0:01:00" in forecast([again], 1)
+    tried("sweeps", "clocks: results that took no time, less or for ever", 1, "no part of the forecast")
+
+
+@pytest.mark.parametrize("ahead", [-86400, 0, 86400])
+def test_a_server_whose_clock_is_wrong(ahead, tried):
+    """A date is one of the server's clock, which its reply tells."""
+    headers = Message()
+    headers["Date"] = formatdate(time.time() + ahead, usegmt=True)
+    headers["Retry-After"] = formatdate(time.time() + ahead + 30, usegmt=True)
+    assert 29 <= _retry_after(headers) <= 31
+    tried("sweeps", "clocks: a server's is a day off", 1, "its own date counts")
