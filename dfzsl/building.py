@@ -27,7 +27,7 @@ from .files import checked_names, read_json, read_text
 from .progress import bar, hidden
 from .train import merge, read_config
 from .trainers.clip.backbone import Backbone
-from .trainers.clip.loading import BUILT_IN, load_backbone
+from .trainers.clip.loading import BUILT_IN, BUILT_INS, load_backbone
 from .trainers.dfzsl import DFZSL
 from .trainers.generation.classifier import Classifier
 from .trainers.recovery.oracles import Oracle, open_oracle
@@ -221,13 +221,13 @@ def named(identity: str) -> tuple[str, str]:
             f"the teacher does not say whose features it reads ({identity or 'no backbone'}): name the model "
             "with --backbone"
         )
-    return match[1], "openai" if match[1] == BUILT_IN else match[2]
+    return match[1], "openai" if match[1] in BUILT_INS else match[2]
 
 
 def identity_of(backbone: str, weights: str) -> str:
     """The `identity` of a backbone; it is loaded only where its weights are a file, which it is known by."""
     tag = weights or "openai"
-    if backbone == BUILT_IN or os.path.isfile(tag):
+    if backbone in BUILT_INS or os.path.isfile(tag):
         return load_backbone(backbone, tag).identity
     return f"{backbone.replace('/', '-')} ({tag})"
 
@@ -278,7 +278,7 @@ def backbone_of(
         raise UserError(
             f"{where} was made of features alone: it does not know how to read pictures and names"
         )
-    tag = "openai" if classifier.backbone == BUILT_IN else classifier.weights
+    tag = "openai" if classifier.backbone in BUILT_INS else classifier.weights
     if not weights and os.path.exists(tag):
         raise UserError(f"{where} asks for the file {tag}; give it with --weights if you trust it")
     backbone = load_backbone(classifier.backbone, weights or tag, device)

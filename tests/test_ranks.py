@@ -36,6 +36,8 @@ CASES = {
     # From the template's own words, the direction that ProGrad keeps to is at first a rounding error's.
     "ProGrad": ("TRAINER.COOP.CTX_INIT", ""),
     "FLPT": (),
+    "MaPLe": (),
+    "PromptSRC": (),
 }
 
 

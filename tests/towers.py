@@ -18,6 +18,11 @@ VISION = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3}
 CONFIGS: dict[str, dict] = {
     "tiny-vit": {"quick_gelu": True, "vision_cfg": VISION, "text_cfg": TEXT},
+    "tiny-deep": {
+        "quick_gelu": True,
+        "vision_cfg": {**VISION, "layers": 4, "width": 96, "head_width": 48},
+        "text_cfg": TEXT,
+    },
     "tiny-openai": {"vision_cfg": VISION, "text_cfg": {**TEXT, "heads": 1}},
     "tiny-rn": {
         "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 16},
@@ -39,7 +44,7 @@ CONFIGS: dict[str, dict] = {
         "text_cfg": {**TEXT, "no_causal_mask": True, "pool_type": "last", "proj_bias": True},
     },
 }
-FAST = ("tiny-vit", "tiny-rn", "tiny-custom", "tiny-scaled", "tiny-eos")
+FAST = ("tiny-vit", "tiny-deep", "tiny-rn", "tiny-custom", "tiny-scaled", "tiny-eos")
 
 
 def register_towers() -> None:

@@ -69,6 +69,7 @@ class CLIPTrainer(TrainerX):
     recipe = ""  # the config in configs/trainers/NAME/ that a protocol takes unless told otherwise
     trains = True  # False: nothing is learned, there is nothing to load for a test
     needs_teacher = False  # True: always data-free
+    image_prompts = False  # True: learns inside the image encoder, from pictures, at its backward pass's cost
 
     @property
     def data_free(self) -> bool:
@@ -363,8 +364,10 @@ class CLIPTrainer(TrainerX):
 
     def _concentrations(self) -> list[dict]:
         """Recovered and true concentration of each class, the truth measured on the test features."""
+        if self.virtual is None:
+            return []
         labels = self.test_loader.labels
-        if self.virtual is None or torch.bincount(labels, minlength=self.num_classes).min() < 2:
+        if torch.bincount(labels, minlength=self.num_classes).min() < 2:
             return []
         _, true = fit_classes(self.test_loader.features, labels, self.num_classes)
         return [

@@ -83,10 +83,14 @@ class CoOp(CLIPTrainer):
 
     def forward_backward(self, batch: dict) -> dict[str, float]:
         input, label = self.parse_batch_train(batch)
-        summary = self.step(ranks.encoded(self.backbone.encode_image, input), label)
+        summary = self.step(self.image_features(input), label)
         if (self.batch_idx + 1) == self.num_batches:
             self.update_lr()
         return summary
+
+    def image_features(self, input: Tensor) -> Tensor:
+        """Unit features (n, d) of a batch of pictures (n, 3, h, w); features stay as they are."""
+        return ranks.encoded(self.backbone.encode_image, input)
 
     def step(self, features: Tensor, label: Tensor) -> dict[str, float]:
         """One optimiser step on unit features (n, d) and labels (n,); returns what the log shows."""

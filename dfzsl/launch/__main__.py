@@ -35,12 +35,14 @@ from .runs import DEFAULT_SEEDS, FREE, METHODS, OWNER, PROTOCOLS, TARGETS, Data,
 from .workers import gpu_shares, launch
 
 
-def choose(given: str) -> list[Method | Checkout]:
-    """The methods that `--methods` names, the owner first: others wait for its teacher."""
+def choose(given: str, image_prompts: bool) -> list[Method | Checkout]:
+    """The methods that `--methods` names, the owner first: others wait for its teacher. Those that learn inside
+    the image encoder are of all only with `image_prompts`."""
     found: list[Method | Checkout] = []
     if given == "all":
         registered = map(Method, TRAINER_REGISTRY.registered_names())
-        found += [method for method in registered if issubclass(method.type, CLIPTrainer)]
+        ours = [method for method in registered if issubclass(method.type, CLIPTrainer)]
+        found += [method for method in ours if image_prompts or not method.type.image_prompts]
     for word in given.split(",") if given != "all" else ():
         if checkout := Checkout.parse(word):
             found.append(checkout)
@@ -58,7 +60,8 @@ def plan(args: argparse.Namespace) -> list[Job]:
     opts = rest[len(seeds) :]
     if len(opts) % 2 or not all(map(re.compile(r"[A-Z]\w*(\.\w+)*").fullmatch, opts[::2])):
         raise UserError(f"after DATASET and seeds (numbers) come KEY VALUE pairs, not {' '.join(opts)}")
-    methods = choose(args.methods or ",".join([*FREE, "DFZSL"] if args.words else METHODS))
+    chosen = args.methods or ",".join([*FREE, "DFZSL"] if args.words else METHODS)
+    methods = choose(chosen, args.image_prompts)
     names = ["imagenet", *TARGETS] if given == "all" else [given]
     protocol = PROTOCOLS[args.protocol]
     if protocol.targets:
@@ -114,6 +117,11 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("protocol", choices=PROTOCOLS)
     flags.add_argument(
         "--methods", default="", help="all, or TRAINER[@virtual or @CHECKOUT][:CONFIG][+VARIANT],..."
+    )
+    flags.add_argument(
+        "--image-prompts",
+        action="store_true",
+        help="all means MaPLe and PromptSRC too, which cost a backward pass of the image encoder",
     )
     flags.add_argument("--root", default=os.environ.get("DATA", "data"), help="data folder (or env DATA)")
     flags.add_argument("--output", default="output", help="where all runs and tables go")

@@ -67,7 +67,7 @@ class Data:
         return path or self.root
 
     def overrides(self) -> list[str]:
-        """The backbone of a data set that brings its own stands above the trainer's."""
+        """The backbone of a data set that brings its own stands above that of a trainer's common config."""
         model = _shipped(self.config).get("MODEL", {})
         backbone = model.get("BACKBONE", {})
         return [word for key, value in backbone.items() for word in (f"MODEL.BACKBONE.{key}", value)]
@@ -120,6 +120,8 @@ class Method:
         if name.lower() not in known or source not in ("", "virtual"):
             raise unknown("method", given, [*known.values(), "CoOp@virtual"])
         method = cls(known[name.lower()], bool(source), config, variant)
+        if method.virtual and method.type.image_prompts:
+            raise UserError(f"{given}: {method.trainer} learns inside the image encoder, from pictures alone")
         if variant and variant not in method.variants:
             raise unknown(f"variant of {method.trainer}", variant, method.variants)
         return method
@@ -231,7 +233,8 @@ class Job:
         words += ["DATASET.SUBSAMPLE_CLASSES", classes, "DATASET.NUM_SHOTS", str(self.shots_seen)]
         if isinstance(self.method, Checkout):
             return [*words, *self.method.key_values(self.recipe, self.seed), *self.settled]
-        words += self.data.overrides()
+        if not self.config_file or self.config_file.stem != self.data.given.partition(":")[0]:
+            words += self.data.overrides()
         if self.waits_for_owner:
             owner = self.teacher.folder(f"train_{PROTOCOLS[self.protocol].train}")
             words += ["TEACHER.FILE", str(owner / "teacher.safetensors")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,9 @@ class PromptLearner(nn.Module):
             first, none = backbone.tokenize([words]), backbone.tokenize([""])
             n_ctx = int((first != backbone.pad_id).sum() - (none != backbone.pad_id).sum())
         self.position = position
-        self.prompts = Prompts(backbone, classnames, n_ctx, position, class_specific)
+        self.n_ctx, self.class_specific = n_ctx, class_specific
+        self.deep: Iterable[Tensor] = ()  # tokens (M, w) of the layers after the first
+        self.prompts = self.layout(classnames)
         if words:
             start = start_and_word(backbone)[0]
             ctx = backbone.text_tower.embed(first[0, start : start + n_ctx]).detach().clone()
@@ -70,19 +72,23 @@ class PromptLearner(nn.Module):
         self._kept = None
         return super().train(mode)
 
+    def layout(self, classnames: Sequence[str]) -> Prompts:
+        """The prompts of any classes."""
+        return Prompts(self.backbone, classnames, self.n_ctx, self.position, self.class_specific)
+
     def forward(self) -> Tensor:
         """Unit text features (C, d) of the classes. In evaluation they are computed once."""
         if self.training or torch.is_grad_enabled():
-            return self.prompts.encode(self.ctx[None])[0]
+            return self.prompts.encode(self.ctx[None], self.deep)[0]
         if self._kept is None:
-            self._kept = self.prompts.encode(self.ctx[None])[0]
+            self._kept = self.prompts.encode(self.ctx[None], self.deep)[0]
         return self._kept
 
     def text_features(self, classnames: Sequence[str]) -> Tensor:
         """Unit text features (n, d) of any classes in the shared context."""
         if self.prompts.class_specific:
             raise UserError("class-specific contexts know no other classes: set CSC False")
-        return Prompts(self.backbone, classnames, self.prompts.n_ctx, self.position).encode(self.ctx[None])[0]
+        return self.layout(classnames).encode(self.ctx[None], self.deep)[0]
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -26,6 +26,8 @@ from dfzsl.files import atomic, bounded, digest
 from .backbone import Backbone, first_line, import_open_clip
 
 BUILT_IN = "shapes"
+# What the files of each are called; shapes-vit is the same text tower beside a vision transformer.
+BUILT_INS = {BUILT_IN: "clip", "shapes-vit": "vit"}
 BUILT_IN_FOLDER = Path(__file__).resolve().parents[2] / "datasets" / "shapes"
 # What OpenAI's archives hold beside the weights; nobody else's do.
 OPENAI_MARKS = ("input_resolution", "context_length", "vocab_size")
@@ -37,16 +39,17 @@ def load_backbone(
     """Load a frozen model.
 
     Args:
-        name: open_clip's name, CoOp's spelling ("ViT-B/16") included, or "shapes", the built-in small model.
+        name: open_clip's name, CoOp's spelling ("ViT-B/16") included, or "shapes" or "shapes-vit", the
+            built-in small models.
         weights: open_clip's pretrained tag ("openai", ...), the path of a file (safetensors, a state dict,
-            OpenAI's own archive), or "random": the same random weights every time. The built-in model
+            OpenAI's own archive), or "random": the same random weights every time. A built-in model
             brings its own and knows no tags.
         device, precision: where and how the encoders run; see `Backbone`.
 
     Raises UserError for an unknown name or tag, weights that cannot be fetched, and files that are broken
     or belong to another model.
     """
-    backbone = _load_built_in(weights) if name == BUILT_IN else _load_open_clip(name, weights)
+    backbone = _load_built_in(name, weights) if name in BUILT_INS else _load_open_clip(name, weights)
     backbone = backbone.to(device)
     backbone.use_precision(precision)
     return backbone
@@ -85,16 +88,18 @@ def offer_to_coop(name: str, weights: str) -> None:
 
 def _locate(name: str, weights: str) -> tuple[Path | None, str, Mapping[str, Any] | None]:
     """The weights' file, fetched if need be (None: random ones), their id, what open_clip knows of a tag."""
-    if name == BUILT_IN:
+    if name in BUILT_INS:
         if weights == "random":
             return None, weights, None
         # It has one set of weights: the configured default tag means that.
-        path = BUILT_IN_FOLDER / "clip.safetensors" if weights in ("openai", "") else Path(weights)
+        path = (
+            BUILT_IN_FOLDER / f"{BUILT_INS[name]}.safetensors" if weights in ("openai", "") else Path(weights)
+        )
         return path, _file_id(path), None
     open_clip = import_open_clip()
     known = open_clip.list_models()
     if name not in known:
-        lowered = {n.lower(): n for n in (*known, BUILT_IN)}
+        lowered = {n.lower(): n for n in (*known, *BUILT_INS)}
         near = [lowered[n] for n in difflib.get_close_matches(name.lower(), lowered, n=4, cutoff=0.4)]
         raise UserError(
             f"unknown backbone '{name}'; nearest: {', '.join(near) or BUILT_IN}; all: open_clip.list_models()"
@@ -113,17 +118,16 @@ def _locate(name: str, weights: str) -> tuple[Path | None, str, Mapping[str, Any
     )
 
 
-def _load_built_in(weights: str) -> Backbone:
+def _load_built_in(name: str, weights: str) -> Backbone:
     open_clip = import_open_clip()
-    open_clip.add_model_config(BUILT_IN_FOLDER / "clip.json")
-    model, dim = _random_model("clip")
-    path, weights_id, _ = _locate(BUILT_IN, weights)
+    stem = BUILT_INS[name]
+    open_clip.add_model_config(BUILT_IN_FOLDER / f"{stem}.json")
+    model, dim = _random_model(stem)
+    path, weights_id, _ = _locate(name, weights)
     if path:
         _load_state(model, _read_state(path), path)
     length = model.context_length
-    return Backbone(
-        model, BUILT_IN, weights_id, dim, lambda: open_clip.SimpleTokenizer(context_length=length)
-    )
+    return Backbone(model, name, weights_id, dim, lambda: open_clip.SimpleTokenizer(context_length=length))
 
 
 def _load_open_clip(name: str, weights: str) -> Backbone:

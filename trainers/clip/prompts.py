@@ -12,7 +12,7 @@ import copy
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,21 +113,23 @@ class Prompts:
         bare, none = backbone.tokenize(names), backbone.tokenize([""])
         return (bare != backbone.pad_id).sum(1, keepdim=True) - (none != backbone.pad_id).sum()
 
-    def encode(self, context: Tensor) -> Tensor:
+    def encode(self, context: Tensor, deep: Iterable[Tensor] = ()) -> Tensor:
         """Unit text features (B, C, d) of B contexts: (B, M, w), or (B, C, M, w) where class-specific.
 
         Exact, whichever way the tower allows; differentiable in `context`. CoOp has B = 1, CoCoOp one
-        context an image.
+        context an image. `deep` are tokens (M, w) that take the context's places in the second layer, the
+        third and so on; the tower must be `cacheable`.
         """
         if context.ndim == 3:
             context = context[:, None]
         if ranks.count() == 1:
-            return self._encode(context)
+            return self._encode(context, tuple(deep))
         classes = len(self.ids)
         context = ranks.shared(context)
         if self.class_specific:
             context = context[:, ranks.share(classes).to(context.device)]
-        return ranks.gathered(self.my_share._encode(context).transpose(0, 1), classes).transpose(0, 1)
+        rows = self.my_share._encode(context, tuple(map(ranks.shared, deep)))
+        return ranks.gathered(rows.transpose(0, 1), classes).transpose(0, 1)
 
     @functools.cached_property
     def my_share(self) -> Prompts:
@@ -137,21 +139,21 @@ class Prompts:
         part.ids, part.slots, part.end = self.ids[chosen], self.slots[chosen], self.end[chosen]
         return part
 
-    def _encode(self, context: Tensor) -> Tensor:
+    def _encode(self, context: Tensor, deep: Sequence[Tensor] = ()) -> Tensor:
         """Unit text features (B, C, d) of contexts (B, C or 1, M, w)."""
-        run = self._encode_fast if self.tower.cacheable else self._encode_plain
         with self.autocast():
-            features = run(context)
+            fast = self.tower.cacheable
+            features = self._encode_fast(context, deep) if fast else self._encode_plain(context)
         return F.normalize(features.float(), dim=-1)
 
-    def _encode_fast(self, context: Tensor) -> Tensor:
+    def _encode_fast(self, context: Tensor, deep: Sequence[Tensor]) -> Tensor:
         blocks = self.blocks
         run_layer = _compiled_layer() if self.compiled and torch.is_grad_enabled() else _run_layer
         parts = []
         for block in blocks:
             at_once = max(1, self.rows_at_once // len(block.ids))
             several = len(blocks) > 1 or len(context) > at_once
-            run = functools.partial(_run_block, self.tower, block, run_layer)
+            run = functools.partial(_run_block, self.tower, block, run_layer, deep)
             parts.append(torch.cat([_recomputed(run, part, several) for part in context.split(at_once)]))
         order = torch.cat([block.order for block in blocks])
         return torch.cat(parts, dim=1)[:, order.argsort()]
@@ -237,16 +239,22 @@ class Prompts:
         )
 
 
-def _run_block(tower: TextTower, block: Block, run_layer: Callable, context: Tensor) -> Tensor:
-    """Features (B, n, d) of one block for contexts (B, C or 1, M, w)."""
+def _run_block(
+    tower: TextTower, block: Block, run_layer: Callable, deep: Sequence[Tensor], context: Tensor
+) -> Tensor:
+    """Features (B, n, d) of one block for contexts (B, C or 1, M, w), `deep` (M, w) in later layers."""
     x = tower.embed(block.ids).expand(len(context), -1, -1)
     learned = (block.slots >= 0).nonzero()[:, 0]
     x = x.index_copy(1, learned, context[:, block.owner[learned], block.slots[learned]].to(x.dtype))
     x = x + tower.positions[block.positions]
-    for layer in tower.blocks[:-1]:
-        x = run_layer(layer, x, block.groups, block.masks)
-    # Of the last layer's rows only the end tokens are looked at.
-    return tower.project(run_layer(tower.blocks[-1], x, block.groups, block.masks, block.last))
+    for number, layer in enumerate(tower.blocks):
+        if 0 < number <= len(deep):
+            mine = deep[number - 1][block.slots[learned]].to(x.dtype)
+            x = x.index_copy(1, learned, mine.expand(len(x), -1, -1))
+        # Of the last layer's rows only the end tokens are looked at.
+        wanted = (block.last,) if layer is tower.blocks[-1] else ()
+        x = run_layer(layer, x, block.groups, block.masks, *wanted)
+    return tower.project(x)
 
 
 def _run_layer(

@@ -222,9 +222,9 @@ def test_evaluation_encodes_once_until_the_context_changes(backbone, monkeypatch
     calls = []
     encode = learner.prompts.encode
 
-    def counted(context):
+    def counted(*given):
         calls.append(1)
-        return encode(context)
+        return encode(*given)
 
     monkeypatch.setattr(learner.prompts, "encode", counted)
     learner.eval()
