@@ -35,9 +35,9 @@ from .runs import DEFAULT_SEEDS, FREE, METHODS, OWNER, PROTOCOLS, TARGETS, Data,
 from .workers import gpu_shares, launch
 
 
-def choose(given: str, image_prompts: bool) -> list[Method | Checkout]:
-    """The methods that `--methods` names, the owner first: others wait for its teacher. Those that learn inside
-    the image encoder are of all only with `image_prompts`."""
+def choose(given: str, image_prompts: bool = False) -> list[Method | Checkout]:
+    """The methods that `--methods` names, the owner first: others wait for its teacher. "all" has those that
+    learn inside the image encoder only with `image_prompts`."""
     found: list[Method | Checkout] = []
     if given == "all":
         registered = map(Method, TRAINER_REGISTRY.registered_names())
