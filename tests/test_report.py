@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_results import ELEVEN, GAINS, write, write_failure, write_pair, write_transfer, write_world
 
+import dfzsl.trainers  # noqa: F401
 from dfzsl import report
 from dfzsl.errors import UserError
 from dfzsl.report import __main__ as command

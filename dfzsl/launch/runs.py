@@ -8,14 +8,15 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import yaml
 from dassl.engine import TRAINER_REGISTRY
 
 from dfzsl.configs import CONFIGS, dataset_config
 from dfzsl.trainers.base import CLIPTrainer
 
 from ..errors import UserError, unknown
+from ..files import read_yaml
 from ..results import RESULTS, read_results
 from ..toolbox import ADDED
 from .checkouts import Checkout, Recipe, in_words
@@ -35,9 +36,9 @@ XD_TARGETS = (*TARGETS, *VARIANTS["imagenet"])
 
 
 @functools.cache
-def _shipped(config: Path) -> dict:
+def _shipped(config: Path) -> Any:
     """The keys of a config that is part of the project; a sweep of a thousand runs asks for them often."""
-    return yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    return read_yaml(config) or {}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ from .sections import Section, Summary
 try:
     import matplotlib
     from matplotlib.axes import Axes
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
     from matplotlib.ticker import MaxNLocator
 except ImportError as error:
     raise UserError("the HTML page needs matplotlib: pip install matplotlib") from error
@@ -44,6 +46,8 @@ STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dfzsl",
     "text.parse_math": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -86,12 +90,12 @@ def _draw(title: str, height: float, paint: Callable[[Canvas], str]) -> Plot:
     """One plot of `height` inches; `paint` draws on the canvas and returns the caption."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has the fonts, not matplotlib
-        canvas = Canvas((WIDTH, height), layout="constrained")
+        canvas = Canvas((WIDTH, height))
+        svg, out = FigureCanvasSVG(canvas), io.StringIO()
         caption = paint(canvas)
-        canvas.draw_without_rendering()  # lays it out, once
-        canvas.set_layout_engine("none")
-        out = io.StringIO()
-        canvas.savefig(out, format="svg", transparent=True, metadata={"Date": None})
+        # What savefig does, without its first drawing, which is for nothing but the layout.
+        ConstrainedLayoutEngine().execute(canvas)
+        svg.print_svg(out, metadata={"Date": None})
     return Plot(title, caption, _embeddable(out.getvalue(), title))
 
 

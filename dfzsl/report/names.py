@@ -6,10 +6,11 @@ import itertools
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-import yaml
+from ..files import read_yaml
 
-BOOK = yaml.safe_load((Path(__file__).parent / "glossary.yaml").read_text(encoding="utf-8"))
+BOOK: Any = read_yaml(Path(__file__).parent / "glossary.yaml")
 COLORS = 8
 MARKERS = "osD^vPXphd<>"
 NAMES = {

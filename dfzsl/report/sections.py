@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..files import read_yaml
 from ..results import harmonic_mean
 from .names import NAMES, dataset_name, in_papers_order
 from .noise import Draws, averaged, draws
@@ -274,7 +273,7 @@ def _mean_of(name: str, runs: Sequence[dict[str, Any]]) -> int | None:
 
 def published_summaries(protocol: str, datasets: Sequence[str], targets: set[str]) -> list[Summary]:
     """Published figures of the same data sets (and targets), of the methods that have them all."""
-    book = yaml.safe_load((Path(__file__).parent / "published.yaml").read_text(encoding="utf-8"))
+    book: Any = read_yaml(Path(__file__).parent / "published.yaml")
     entries = book.get("xd" if protocol == "dg" else protocol, [])
     every = {name for entry in entries for name in entry.get("figures", ())}
     rows = []
