@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -60,6 +61,21 @@ def real_features() -> Path:
     if not folder.is_dir():
         pytest.skip("the real CLIP features are not on this machine")
     return folder
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """The distribution's browser."""
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed: apt install chromium")
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 needs_proc = pytest.mark.skipif(

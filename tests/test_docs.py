@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
+import io
+import itertools
 import pkgutil
 import re
 import runpy
@@ -19,13 +21,18 @@ import yaml
 from conftest import ROOT
 from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY
+from made_results import write_world
+from PIL import Image
 
-from dfzsl import cli, geometry, train
+from dfzsl import cli, geometry, predict, train
 from dfzsl.datasets import extract
 from dfzsl.launch import __main__ as launch
 from dfzsl.launch.checkouts import RECIPES
+from dfzsl.launch.runs import FREE
 from dfzsl.prepare import __main__ as prepare
 from dfzsl.report import __main__ as report
+from dfzsl.report import collect, sections
+from dfzsl.report.formats import tabulated, terminal
 from dfzsl.toolbox import DEFAULTS
 from dfzsl.trainers.recovery.teacher import Teacher
 
@@ -77,7 +84,7 @@ def commands() -> list:
     cases: dict[str, list[str]] = {}
     for page, line in found:
         for part in line.split("&&"):
-            words = shlex.split(part, comments=True)
+            words = shlex.split(part.replace("$CONFIGS", "configs"), comments=True)
             while words and re.fullmatch(r"\w+=.*", words[0]):
                 words = words[1:]
             if words and words[0] == "cd":  # what follows runs in another project
@@ -301,3 +308,88 @@ def test_flags_exist(page):
     parsers = [train.parser(), launch.parser(), *(make() for make in PARSERS.values())]
     known = {flag for parser in parsers for flag in parser._option_string_actions} | click_flags(cli.main)
     assert {span.split()[0] for span in spans(page) if span.startswith("--")} <= known
+
+
+def shown(start: str) -> str:
+    """The block of the README that begins like this, without that line."""
+    (body,) = [
+        body
+        for kind, body in FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+        if not kind and body.startswith(start)
+    ]
+    return body.partition("\n")[2]
+
+
+def cells_of(table: str) -> list[list[str]]:
+    """The cells of a table, whose second line is dashes, as wide as their columns."""
+    head, dashes, *lines = table.splitlines()
+    spans = [match.span() for match in re.finditer("-+", dashes)]
+    return [[line[a:b] for a, b in spans] for line in (head, *lines)]
+
+
+def test_the_predictions_shown_are_as_the_command_prints_them():
+    text = shown("$ dfzsl predict ")
+    printed = io.StringIO()
+    table = predict.Table(printed)
+    rows = [[cell.strip() for cell in row] for row in cells_of(text)[1:]]
+    for place, (path, *_) in enumerate(rows):
+        if path:
+            ranked = itertools.takewhile(lambda row: not row[0], rows[place + 1 :])
+            best = [(name, float(chance.rstrip("%")) / 100) for _, name, chance in [rows[place], *ranked]]
+            table.add(path, best)
+    table.close()
+    assert printed.getvalue() == text
+
+
+def test_the_table_shown_is_as_a_sweep_prints_it(tmp_path):
+    title, table = shown("$ bash scripts/dfzsl/base2new.sh shapes").rstrip("\n").split("\n\n")
+    write_world(tmp_path / "base2new", ("shapes",), methods=(*FREE, "DFZSL"))
+    made_title, made_table, *_ = terminal(sections(collect(tmp_path))).split("\n\n")
+    assert title == made_title.replace("ViT-B-16", "shapes")
+    (head, *rows), (made_head, *made_rows) = cells_of(table), cells_of(made_table)
+    names = [name.strip() for name in head]
+    assert names == [name.strip() for name in made_head]
+    assert {row[0].strip() for row in rows} == {row[0].strip() for row in made_rows}
+    assert tabulated(names, [[row[0].rstrip(), *row[1:]] for row in rows], "simple") == table
+    for mine, made in zip(rows, made_rows, strict=True):
+        assert [re.sub("[0-9]", "0", cell) for cell in mine[1:4]] == [
+            re.sub("[0-9]", "0", cell) for cell in made[1:4]
+        ]
+
+
+# Texts that leave the narrowest frame around their middle, or lie on another.
+CROWDED = """() => {
+  const box = e => e.getBoundingClientRect();
+  const frames = [...document.querySelectorAll('rect')].map(box);
+  const texts = [...document.querySelectorAll('text')].map(e => [e.textContent, box(e)]);
+  const faults = [];
+  texts.forEach(([said, a], i) => {
+    const x = (a.left + a.right) / 2, y = (a.top + a.bottom) / 2;
+    const around = frames.filter(f => f.left < x && x < f.right && f.top < y && y < f.bottom);
+    const frame = around.sort((f, g) => f.width * f.height - g.width * g.height)[0];
+    if (a.left < frame.left + 2 || a.right > frame.right - 2 || a.bottom > frame.bottom)
+      faults.push(`'${said}' leaves its frame`);
+    for (const [other, b] of texts.slice(i + 1))
+      if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
+          Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3)
+        faults.push(`'${said}' is on '${other}'`);
+  });
+  return faults;
+}"""
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "docs").glob("*.svg")))
+def test_drawings_have_room_for_wide_letters(chromium, name, tmp_path):
+    drawing = (ROOT / "docs" / name).read_text(encoding="utf-8")
+    wide = re.sub('font-family="[^"]*"', 'font-family="Verdana, DejaVu Sans, sans-serif"', drawing)
+    (tmp_path / name).write_text(wide, encoding="utf-8")
+    tab = chromium.new_page()
+    tab.goto((tmp_path / name).as_uri())
+    assert tab.evaluate(CROWDED) == []
+    tab.close()
+
+
+def test_the_picture_of_the_report_is_small():
+    with Image.open(ROOT / "docs/report.webp") as picture:
+        assert picture.width >= 1000
+    assert (ROOT / "docs/report.webp").stat().st_size < 200_000

@@ -6,7 +6,6 @@ import csv
 import io
 import itertools
 import re
-import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -129,7 +128,6 @@ def test_colours_of_methods_are_told_apart_by_everyone(theme):
         assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(places, 2)) >= 10
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 REPORTS: dict[str, Callable[[Path], None]] = {
     "six": lambda root: write_world(root),
     "24": lambda root: write_world(root, ("dtd",), 24, "a class with quite a long name {}", list(GAINS)),
@@ -158,17 +156,6 @@ FAULTS = """() => {
   if (page.scrollWidth > page.clientWidth) faults.push(`the page is ${page.scrollWidth} wide`);
   return faults;
 }"""
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if CHROMIUM is None:
-        pytest.skip("no Chromium is installed: apt install chromium")
-    api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize("name", REPORTS)

@@ -31,14 +31,15 @@ def terminal(parts: Sequence[Section], marked: bool = False) -> str:
     blocks = []
     for section in parts:
         for table in tables(section):
-            blocks.append(f"{table.title}\n\n{_tabulated(table.headers, table.texts(mark), 'simple')}")
+            blocks.append(f"{table.title}\n\n{tabulated(table.headers, table.texts(mark), 'simple')}")
         if section.notes:
             blocks.append("\n".join(_wrapped(note, "  * ") for note in section.notes))
     lines = [*legend(parts), *sources(parts)]
     return "\n\n".join([*blocks, "\n".join(_wrapped(line, "") for line in lines)]) + "\n"
 
 
-def _tabulated(headers: Sequence[str], texts: list[list[str]], style: str) -> str:
+def tabulated(headers: Sequence[str], texts: list[list[str]], style: str) -> str:
+    """Text of a table: names left, numbers right, one below the other."""
     if not texts:
         return "no finished run yet"
     return tabulate(
@@ -65,7 +66,7 @@ def markdown(parts: Sequence[Section]) -> str:
     for section in parts:
         for table in tables(section):
             headers = [header.translate(MARKDOWN) for header in table.headers]
-            body = _tabulated(headers, table.texts(mark), "github")
+            body = tabulated(headers, table.texts(mark), "github")
             blocks += [f"### {table.title.translate(MARKDOWN)}", body]
         if section.notes:
             blocks.append("\n".join(f"- {note}" for note in section.notes))

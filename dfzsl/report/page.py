@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import itertools
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -16,9 +17,10 @@ from .formats import no_formula
 from .names import NAMES, meaning
 from .outcomes import TRANSFER
 from .sections import Section, sources
-from .tables import Table, legend, tables
+from .tables import RANKS, SPREADS, Table, columns, tables
 
 STYLE = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
+SHORT_WORD, NO_BREAK = re.compile(r" (?=\S\S?( |$))|(?<= \S) |(?<= \S\S) "), "\N{NO-BREAK SPACE}"
 FOLDED = 4  # more notes than these are folded
 
 
@@ -35,7 +37,6 @@ def page(parts: Sequence[Section]) -> str:
     body = "".join(_section(part, place, id(part) in averaged) for place, part in enumerate(parts))
     links = "".join(f'<li><a href="#s{i}">{escape(part.title)}</a></li>' for i, part in enumerate(parts))
     contents = f'<nav aria-label="Contents"><ul>{links}</ul></nav>' if len(parts) > 1 else ""
-    lines = "".join(f"<li>{escape(line)}</li>" for line in legend(parts))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -54,7 +55,7 @@ def page(parts: Sequence[Section]) -> str:
 {body}</main>
 <footer>
 <h2>Reading this page</h2>
-<ul>{lines}</ul>
+<p>{escape(SPREADS)} {escape(RANKS)}</p>
 {_glossary(parts)}{_sources(parts)}{_versions(parts)}</footer>
 </body>
 </html>
@@ -83,7 +84,7 @@ def _table(table: Table) -> str:
         return "<p>No finished run yet.</p>\n"
     kinds = ["published" if _published(name) else "" for name in table.headers]
     head = "".join(
-        f'<th scope="col" class="{kind}">{escape(name)}</th>'
+        f'<th scope="col" class="{kind}">{escape(SHORT_WORD.sub(NO_BREAK, name))}</th>'
         for kind, name in zip(kinds, table.headers, strict=True)
     )
 
@@ -131,9 +132,9 @@ def _figure(plot: Plot) -> str:
 
 
 def _glossary(parts: Sequence[Section]) -> str:
-    """What the methods on this page are."""
+    """What the columns and the methods on this page are."""
     labels = dict.fromkeys(row.label for part in parts for row in part.summaries if not row.source)
-    said = {label: meaning(label) for label in sorted(labels)}
+    said = columns(parts) | {label: meaning(label) for label in sorted(labels)}
     entries = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in said.items() if v)
     return f"<dl>{entries}</dl>\n" if entries else ""
 

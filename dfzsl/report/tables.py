@@ -13,10 +13,8 @@ from .noise import interval
 from .sections import OTHERS, Section, Spread, Summary
 
 Cell = str | int | float | Spread | None
-RANKS = (
-    "Bold: the best method measured here, beyond noise (95 % interval of a paired bootstrap over seeds and "
-    "classes). Underlined: the second; where several are the best within noise, these."
-)
+SPREADS = "Accuracies in percent, mean ± standard deviation over seeds."
+RANKS = " ".join(f"{mark.capitalize()}: {means}." for mark, means in BOOK["marks"].items())
 
 
 @dataclass(frozen=True)
@@ -85,11 +83,16 @@ def _by_dataset(section: Section) -> Table:
     return Table(f"{section.title}: each of them", ["data set", "score", *labels], rows)
 
 
-def legend(parts: Sequence[Section]) -> list[str]:
+def columns(parts: Sequence[Section]) -> dict[str, str]:
     """What the columns of these sections mean."""
     shown = {re.sub(r"^\w+ shots?$", "N shots", name) for part in parts for name in tables(part)[0].headers}
-    columns = [f"{name}: {means}" for name, means in BOOK["columns"].items() if name in shown]
-    return ["Accuracies in percent, mean ± standard deviation over seeds.", RANKS, ". ".join(columns) + "."]
+    return {name: means for name, means in BOOK["columns"].items() if name in shown}
+
+
+def legend(parts: Sequence[Section]) -> list[str]:
+    """How to read the tables of these sections."""
+    said = ". ".join(f"{name}: {means}" for name, means in columns(parts).items())
+    return [SPREADS, RANKS, f"{said}."]
 
 
 def _targets(section: Section) -> list[str]:
