@@ -1,4 +1,4 @@
-"""The top of the report page as a browser shows it, docs/report.webp: python docs/report_picture.py OUTPUT
+"""The results on the report page as a browser shows it, docs/report.webp: python docs/report_picture.py OUTPUT
 
 OUTPUT is what `bash scripts/dfzsl/base2new.sh` left. Needs playwright and an installed Chromium.
 """
@@ -18,7 +18,7 @@ from dfzsl.report import collect, sections
 from dfzsl.report.page import write_page
 
 PICTURE = Path(__file__).with_name("report.webp")
-WIDTH, HEIGHT = 1200, 900  # of the window, in CSS pixels; the picture has twice as many
+WIDTH, SCALE = 1360, 1.5  # of the page in CSS pixels, and how many of the picture make one
 
 
 def draw(output: Path, picture: Path = PICTURE) -> None:
@@ -27,9 +27,11 @@ def draw(output: Path, picture: Path = PICTURE) -> None:
         page = Path(folder, "report.html")
         write_page(page, sections(collect(output)))
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, device_scale_factor=2)
+        tab = browser.new_page(viewport={"width": WIDTH, "height": 900}, device_scale_factor=SCALE)
         tab.goto(page.as_uri())
-        shot = Image.open(io.BytesIO(tab.screenshot()))
+        end = tab.evaluate("document.querySelector('main').getBoundingClientRect().bottom")
+        clip = {"x": 0, "y": 0, "width": WIDTH, "height": end}
+        shot = Image.open(io.BytesIO(tab.screenshot(full_page=True, clip=clip)))
         shot.convert("RGB").save(picture, quality=70, method=6)
         browser.close()
 

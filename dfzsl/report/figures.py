@@ -255,7 +255,7 @@ def _apart(wanted: Sequence[float], gap: float) -> list[float]:
 
 def _iso_h(axes: Axes) -> None:
     """Dashed curves y = H x / (2 x - H), about five, each named where it enters: on top or at the left."""
-    axes.margins(0.2, 0.15)  # for the names at the left
+    axes.margins(0.35, 0.15)  # for the names at the left
     (x0, x1), (y0, y1) = axes.get_xlim(), axes.get_ylim()
     low, high = harmonic_mean(max(x0, 1), max(y0, 1)), harmonic_mean(x1, y1)
     step = next((step for step in (0.5, 1, 2, 5, 10) if (high - low) / step <= 6), 20)
