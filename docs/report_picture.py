@@ -1,4 +1,6 @@
-"""The results on the report page as a browser shows it, docs/report.webp: python docs/report_picture.py OUTPUT
+"""The results on the report page as a browser shows it, docs/report.webp:
+
+    python docs/report_picture.py OUTPUT
 
 OUTPUT is what `bash scripts/dfzsl/base2new.sh` left. Needs playwright and an installed Chromium.
 """
