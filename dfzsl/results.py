@@ -3,7 +3,7 @@
 The keys of schema 1:
     trainer, dataset, backbone, classes ("base", "new", "all"), shots, seed: which run it is
     accuracy: in percent, over all test images; per_class: [{class, correct, total, new}]
-    trained_parameters, images_used (for training), queries (to the teacher)
+    trained_parameters (a checkout's log tells none), images_used (for training), queries (to the teacher)
     curves: {name: a value an epoch}; concentration: [{class, recovered, true}] where the truth is known
     notes: sentences for the tables
     seconds: {stage: seconds of training}; elapsed: seconds of the whole run; peak_memory: bytes

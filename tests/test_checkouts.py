@@ -16,13 +16,15 @@ from pathlib import Path
 import fake_data
 import pytest
 from conftest import ROOT
+from dassl.data import data_manager
 
 from dfzsl.errors import UserError
 from dfzsl.files import digest
+from dfzsl.launch import host
 from dfzsl.launch.__main__ import choose, parser, plan
 from dfzsl.launch.checkouts import RECIPES, Checkout, Code
 from dfzsl.launch.workers import work
-from dfzsl.results import CHANGING
+from dfzsl.results import CHANGING, read_results
 from dfzsl.trainers.clip.loading import offer_to_coop
 
 STANDINS = Path(__file__).parent / "standins"
@@ -124,6 +126,12 @@ def test_cases_of_a_recipe_hold_where_all_their_words_do(world):
     ]
 
 
+def test_checkouts_stand_beside_all_methods(world):
+    methods = choose("all,CoOp@theirs")
+    assert methods[0].trainer == "TeacherZeroshot"
+    assert [method.name for method in methods][-1].startswith("CoOp@theirs-") and len(methods) > 5
+
+
 def test_runs_keep_coops_folders_and_name_whose_code_they_are(world):
     (job,) = jobs("--methods", "coop@theirs", "--root", "data", *ON_SHAPES)
     commit = git(world / "theirs", "rev-parse", "HEAD").strip()
@@ -134,7 +142,8 @@ def test_runs_keep_coops_folders_and_name_whose_code_they_are(world):
     assert words[words.index("--config-file") + 1].startswith(str(world / "theirs/configs/trainers"))
     assert words[words.index("--dataset-config-file") + 1].startswith(str(world / "theirs/configs/datasets"))
     assert words[-4:] == ON_SHAPES[2:]
-    assert test_words[test_words.index("--model-dir") + 1] == str(trained)
+    assert words[words.index("--root") + 1] == str(world / "data")  # it runs elsewhere
+    assert test_words[test_words.index("--model-dir") + 1] == str(trained.absolute())
     assert job.method.whose == f"the code of https://example.org/them/theirs, commit {commit[:12]}"
     assert Checkout.parse("MaPLe@maple-code").name == "MaPLe@maple-code-no-git"
 
@@ -253,6 +262,83 @@ def test_weights_lie_where_clip_looks_for_them_and_others_are_refused(world):
     with pytest.raises(UserError, match="and this is another"):
         offer_to_coop("ViT-B/16", "random")
     assert [path.name for path in offered.parent.iterdir()] == ["shapes.pt"]
+
+
+HOSTED = """
+import json, sys
+from filelock import FileLock, Timeout
+from dassl.data.data_manager import build_dataset
+try:
+    FileLock(sys.argv[1] + "/.running", timeout=0).acquire()
+    held = False
+except Timeout:
+    held = True
+seen = [__name__, sys.argv, held, sys.path[1], build_dataset.__module__]
+open("seen.json", "w").write(json.dumps(seen))
+"""
+
+
+@pytest.mark.parametrize("checkpoint_freq", [0, 10])
+def test_the_process_of_a_checkout_holds_its_folder_and_starts_anew_where_nothing_can_be_gone_on_with(
+    checkpoint_freq, world, monkeypatch
+):
+    folder = world / "output/base2new/train_base/oxford_pets/shots_16/CoOp@theirs/c/seed1"
+    (folder / "prompt_learner").mkdir(parents=True)
+    (folder / "settings.txt").write_text("ours")
+    (world / "train.py").write_text(HOSTED)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(data_manager, "build_dataset", data_manager.build_dataset)
+    host.main(str(folder), "/a/fork", str(checkpoint_freq), str(folder), "--seed", "1")
+    name, argv, held, fork, place = json.loads((world / "seen.json").read_text())
+    assert (name, argv) == ("__main__", ["train.py", str(folder), "--seed", "1"])
+    assert held and fork == "/a/fork" and place == "dfzsl.launch.host"
+    assert (folder / "prompt_learner").exists() == bool(checkpoint_freq)
+    assert (folder / "settings.txt").exists()
+
+
+LOG = """** Config **
+************
+TRAINER: theirs
+Collecting env info ...
+# train_x  12
+Finish training
+=> result
+* total: 9
+* correct: 3
+* accuracy: 33.3%
+* class: 0 (a cat)\ttotal: 9\tcorrect: 3\tacc: 33.3%
+Elapsed: 0:00:02
+"""
+
+
+def test_an_interrupted_checkout_repeats_no_finished_part_and_its_test_loads_the_last_epoch(
+    world, monkeypatch
+):
+    ran = []
+
+    def process(self, folder, words, recipe):
+        ran.append(words)
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        (folder / "prompt_learner").mkdir(parents=True)
+        (folder / "prompt_learner/checkpoint").write_text("model.pth.tar-3\n")
+        (folder / "log.txt").write_text(LOG)
+
+    monkeypatch.setattr(Checkout, "_process", process)
+    (job,) = jobs("--methods", "CoOp@theirs", "--root", "data", *ON_SHAPES)
+    with pytest.raises(KeyboardInterrupt):
+        work([job], threads=1)
+    assert not job.finished and job.settings.read_text() == job.identity
+    work([job], threads=1)
+    assert job.finished and ["--eval-only" in words for words in ran] == [False, True, True]
+    assert ran[2][ran[2].index("--load-epoch") + 1] == "3" and "--load-epoch" not in ran[0]
+    trained, tested = (read_results(folder / "results.json") for folder, _ in job.parts())
+    assert trained["accuracy"] == tested["accuracy"] == 100 / 3 and trained["config"] == "TRAINER: theirs\n"
+    assert (trained["images_used"], tested["images_used"]) == (12, 0)
+    assert [run["per_class"][0]["new"] for run in (trained, tested)] == [False, True]
+    assert (trained["classes"], tested["classes"], tested["shots"]) == ("base", "new", 16)
+    assert trained["notes"][0] == job.method.whose
 
 
 @pytest.mark.slow

@@ -39,17 +39,17 @@ def choose(given: str, image_prompts: bool = False) -> list[Method | Checkout]:
     """The methods that `--methods` names, the owner first: others wait for its teacher. "all" has those that
     learn inside the image encoder only with `image_prompts`."""
     found: list[Method | Checkout] = []
-    if given == "all":
-        registered = map(Method, TRAINER_REGISTRY.registered_names())
-        ours = [method for method in registered if issubclass(method.type, CLIPTrainer)]
-        found += [method for method in ours if image_prompts or not method.type.image_prompts]
-    for word in given.split(",") if given != "all" else ():
-        if checkout := Checkout.parse(word):
+    for word in given.split(","):
+        if word == "all":
+            registered = map(Method, TRAINER_REGISTRY.registered_names())
+            ours = [method for method in registered if issubclass(method.type, CLIPTrainer)]
+            found += [method for method in ours if image_prompts or not method.type.image_prompts]
+        elif checkout := Checkout.parse(word):
             found.append(checkout)
-            continue
-        method = Method.parse(word.removesuffix("+all"))
-        variants = method.variants if word.endswith("+all") else [method.variant]
-        found += [replace(method, variant=variant) for variant in variants]
+        else:
+            method = Method.parse(word.removesuffix("+all"))
+            variants = method.variants if word.endswith("+all") else [method.variant]
+            found += [replace(method, variant=variant) for variant in variants]
     return sorted(dict.fromkeys(found), key=lambda method: method.trainer != OWNER)
 
 
@@ -179,7 +179,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dry_run:
         for job in todo:
             for _, arguments in job.parts():
-                there = f"cd {job.method.folder} && " if isinstance(job.method, Checkout) else ""
+                there = (
+                    f"cd {shlex.quote(str(job.method.folder))} && "
+                    if isinstance(job.method, Checkout)
+                    else ""
+                )
                 print(one_line(f"{there}python train.py {shlex.join(arguments)}"))
         return
     # Either signal ends the workers too; a sweep in the background of a script would ignore the first.

@@ -212,6 +212,16 @@ class Checkout:
         # CoOp takes --seed 0 for none.
         return in_words(given | recipe.opts | ({} if seed else {"SEED": 0}))
 
+    @staticmethod
+    def from_its_folder(arguments: Sequence[str]) -> list[str]:
+        """Arguments of train.py whose paths hold where it runs."""
+        before = ["", *arguments]
+        paths = ("--root", "--output-dir", "--model-dir")
+        return [
+            os.path.abspath(word) if flag in paths else word
+            for flag, word in zip(before, arguments, strict=False)
+        ]
+
     def backbone(self, recipe: Recipe, opts: Sequence[str]) -> str:
         """What it will load, as CoOp spells it."""
         given = {**recipe.opts, **dict(zip(opts[::2], opts[1::2], strict=True))}
@@ -226,13 +236,11 @@ class Checkout:
 
         Raises UserError with the last that it said if it fails.
         """
-        if Code.of(self.folder) != self.code:
+        now = Code.of(self.folder)
+        gitless = self.code.commit and not now.commit  # a node of a cluster
+        if now != self.code and not gitless:
             raise UserError(f"{self.folder} was changed while the sweep ran; start it again")
         words = list(arguments)
-        for flag in ("--root", "--output-dir", "--model-dir"):
-            if flag in words:
-                at = words.index(flag) + 1
-                words[at] = str(Path(words[at]).absolute())
         if "--model-dir" in words:
             at = words.index("--model-dir") + 1
             words[at + 1 : at + 1] = _load_epoch(recipe, Path(words[at]))

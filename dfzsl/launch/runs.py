@@ -233,7 +233,8 @@ class Job:
                 words += ["--model-dir", str(trained)]
         words += ["DATASET.SUBSAMPLE_CLASSES", classes, "DATASET.NUM_SHOTS", str(self.shots_seen)]
         if isinstance(self.method, Checkout):
-            return [*words, *self.method.key_values(self.recipe, self.seed), *self.settled]
+            words += [*self.method.key_values(self.recipe, self.seed), *self.settled]
+            return self.method.from_its_folder(words)
         if not self.config_file or self.config_file.stem != self.data.given.partition(":")[0]:
             words += self.data.overrides()
         if self.waits_for_owner:
