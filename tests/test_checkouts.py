@@ -284,7 +284,8 @@ def test_the_process_of_a_checkout_holds_its_folder_and_starts_anew_where_nothin
 ):
     folder = world / "output/base2new/train_base/oxford_pets/shots_16/CoOp@theirs/c/seed1"
     (folder / "prompt_learner").mkdir(parents=True)
-    (folder / "settings.txt").write_text("ours")
+    for name in ("settings.txt", "log.txt"):
+        (folder / name).touch()
     (world / "train.py").write_text(HOSTED)
     monkeypatch.setattr(sys, "argv", [])
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -293,7 +294,7 @@ def test_the_process_of_a_checkout_holds_its_folder_and_starts_anew_where_nothin
     name, argv, held, fork, place = json.loads((world / "seen.json").read_text())
     assert (name, argv) == ("__main__", ["train.py", str(folder), "--seed", "1"])
     assert held and fork == "/a/fork" and place == "dfzsl.launch.host"
-    assert (folder / "prompt_learner").exists() == bool(checkpoint_freq)
+    assert (folder / "prompt_learner").exists() == (folder / "log.txt").exists() == bool(checkpoint_freq)
     assert (folder / "settings.txt").exists()
 
 

@@ -153,9 +153,9 @@ class Checkout:
     def recipe(self, protocol: str, dataset: str, shots: int) -> Recipe:
         """For runs that train on a data set. Raises UserError for a mistake in its file."""
         keys = dict(_book(self.recipe_file))
-        here = {protocol, dataset, f"shots_{shots}"} | (
-            {"xd"} if protocol == "dg" else set()
-        )  # the same model
+        here = {protocol, dataset, f"shots_{shots}"}
+        if protocol == "dg":  # of the same model
+            here.add("xd")
         for case, changes in keys.pop(CASES, {}).items():
             if set(case.split()) <= here:
                 opts = {**keys.get("opts", {}), **changes.get("opts", {})}
@@ -244,7 +244,8 @@ class Checkout:
         if "--model-dir" in words:
             at = words.index("--model-dir") + 1
             words[at + 1 : at + 1] = _load_epoch(recipe, Path(words[at]))
-        on_cpu = [] if torch.cuda.is_available() else in_words(recipe.cpu)
+        slow = {} if torch.cuda.is_available() else recipe.cpu
+        on_cpu = in_words({key: value for key, value in slow.items() if key not in words})
         words += on_cpu
         started = time.perf_counter()
         self._process(folder.absolute(), words, recipe)

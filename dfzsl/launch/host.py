@@ -33,8 +33,11 @@ def main(output: str, fork: str, checkpoint_freq: str, *arguments: str) -> None:
     _one_at_a_time(data_manager, folder.parents[6] / ".datasets.lock")
     with FileLock(folder / HELD):
         if checkpoint_freq == "0":
-            for left in filter(Path.is_dir, list(folder.iterdir())):
-                shutil.rmtree(left)
+            for left in list(folder.iterdir()):
+                if left.is_dir():
+                    shutil.rmtree(left)
+                elif left.name.startswith("log.txt"):
+                    left.unlink()
         sys.argv = [TRAIN, *arguments]
         runpy.run_path(TRAIN, run_name="__main__")
 
