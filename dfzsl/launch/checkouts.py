@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -295,8 +296,10 @@ class Checkout:
         if process.returncode:
             lines = (folder / CONSOLE).read_text(encoding="utf-8", errors="replace").splitlines()
             last = " | ".join([line.strip() for line in lines if line.strip()][-QUOTED:])
+            killed = process.returncode == -signal.SIGKILL
+            how = "was killed, as the system does when memory runs out (dmesg tells)" if killed else ""
             raise UserError(
-                f"{self.folder / TRAIN} ended with code {process.returncode}: "
+                f"{self.folder / TRAIN} {how or f'ended with code {process.returncode}'}: "
                 f"{last or 'it said nothing'} (all that it said: {folder / CONSOLE})"
             )
 

@@ -15,12 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
+from ..files import lock
 from ..torchvision_guard import import_torchvision
 
 TRAIN = "train.py"
-HELD = ".running"
 
 
 def main(output: str, fork: str, checkpoint_freq: str, *arguments: str) -> None:
@@ -30,8 +28,10 @@ def main(output: str, fork: str, checkpoint_freq: str, *arguments: str) -> None:
     import_torchvision()
     from dassl.data import data_manager
 
+    from ..output import HELD
+
     _one_at_a_time(data_manager, folder.parents[6] / ".datasets.lock")
-    with FileLock(folder / HELD):
+    with lock(folder / HELD, wait=True):
         if checkpoint_freq == "0":
             for left in list(folder.iterdir()):
                 if left.is_dir():
@@ -42,12 +42,12 @@ def main(output: str, fork: str, checkpoint_freq: str, *arguments: str) -> None:
         runpy.run_path(TRAIN, run_name="__main__")
 
 
-def _one_at_a_time(manager: Any, lock: Path) -> None:
+def _one_at_a_time(manager: Any, place: Path) -> None:
     """Checkouts draw few-shot examples into the data folder where there are none: not two at once."""
     build = manager.build_dataset
 
     def alone(cfg: Any) -> Any:
-        with FileLock(lock):
+        with lock(place, wait=True):
             return build(cfg)
 
     manager.build_dataset = alone
