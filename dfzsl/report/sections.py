@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -271,10 +272,14 @@ def _mean_of(name: str, runs: Sequence[dict[str, Any]]) -> int | None:
     return round(statistics.fmean(values)) if values else None
 
 
+@functools.cache
+def _published() -> Any:
+    return read_yaml(Path(__file__).parent / "published.yaml")
+
+
 def published_summaries(protocol: str, datasets: Sequence[str], targets: set[str]) -> list[Summary]:
     """Published figures of the same data sets (and targets), of the methods that have them all."""
-    book: Any = read_yaml(Path(__file__).parent / "published.yaml")
-    entries = book.get("xd" if protocol == "dg" else protocol, [])
+    entries = _published().get("xd" if protocol == "dg" else protocol, [])
     every = {name for entry in entries for name in entry.get("figures", ())}
     rows = []
     for entry in entries:
