@@ -103,7 +103,9 @@ def test_every_recipe_makes_a_command_line_in_every_protocol(name, world):
         recipe = made.recipe(protocol, dataset, 16)
         assert recipe.config.endswith(".yaml") and "{" not in recipe.config
         assert all(key.isupper() or key.startswith("TRAINER.") for key in {**recipe.opts, **recipe.cpu})
-    assert (RECIPES / f"{name}.yaml").read_text().startswith("# https://github.com/")
+    (address,) = re.findall(r"^# (https://github\.com/[\w./-]+)", (RECIPES / f"{name}.yaml").read_text())
+    page = (ROOT / "docs/checkouts.md").read_text()
+    assert any(f"`{name}`" in line and f"({address})" in line for line in page.splitlines())
 
 
 def test_cases_of_a_recipe_hold_where_all_their_words_do(world):
@@ -118,6 +120,13 @@ def test_cases_of_a_recipe_hold_where_all_their_words_do(world):
         "vit_b16_cross_datasets",
     ]
     assert [recipe.opts["TASK"] for recipe in configs.values()] == ["B2N", "B2N", "CD"]
+    protext = Checkout("ProText", world / "theirs", "", Code.of(world / "theirs")).recipe(
+        "base2new", "dtd", 16
+    )
+    assert (protext.config, protext.dassl) == (
+        "configs/trainers/ProText/base2novel/dtd.yaml",
+        "Dassl.pytorch",
+    )
     coop = Checkout("CoOp", world / "theirs", "", Code.of(world / "theirs"))
     assert [Path(coop.recipe("fewshot", "dtd", shots).config).stem for shots in (1, 2, 16)] == [
         "rn50_ep50",
