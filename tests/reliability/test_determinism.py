@@ -155,8 +155,15 @@ def test_trainers(trainer, animals, tried):
     shapes = {"MODEL.BACKBONE.NAME": "shapes", "GENERATOR.CLASSIFIER_STEPS": 10, "GENERATOR.NAME": "vmf"}
     train.main(words("TeacherZeroshot", animals, animals / "owner", **shapes))
     shapes["TEACHER.FILE"] = animals / "owner" / "teacher.safetensors"
+    if pictures := TRAINER_REGISTRY.get(trainer).image_prompts:
+        shapes = {"MODEL.BACKBONE.NAME": "shapes-vit", "DATALOADER.NUM_WORKERS": 0}
+        root = fake_data.make("Folder", animals)
     for name, seed in (("one", 1), ("two", 1), ("other", 2)):
-        train.main(words(trainer, animals, animals / name, seed, **shapes))
+        given = words(trainer, animals, animals / name, seed, **shapes)
+        if pictures:
+            given[given.index("--root") + 1] = str(root)
+            given[given.index("--dataset-config-file") + 1] = str(ROOT / "configs/datasets/folder.yaml")
+        train.main(given)
     assert made(animals / "one") == made(animals / "two")
     assert made(animals / "one") != made(animals / "other")
     tried("determinism", "each trainer again, and with another seed", 2, "the same bytes; others")
