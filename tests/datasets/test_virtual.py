@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from dassl.config import get_cfg_default
 from dassl.data import DataManager
 from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
+from draws import rng
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,12 +20,8 @@ from dfzsl.trainers.recovery.virtual import VirtualClasses
 NAMES = ["ant", "bee", "cat"]
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def classes(kappa=50.0, weight=None):
-    mu = F.normalize(torch.randn(3, 8, generator=generator(9)), dim=1)
+    mu = F.normalize(torch.randn(3, 8, generator=rng(9)), dim=1)
     return VirtualClasses(mu, torch.full((3,), kappa), NAMES, mu if weight is None else weight)
 
 
@@ -36,7 +33,7 @@ def whole_pass(loader):
 @given(batch_size=st.integers(1, 50), num=st.integers(1, 20), filter=st.booleans())
 @settings(max_examples=30, deadline=None)
 def test_a_pass_is_made_of_dassls_batches(batch_size, num, filter):
-    loader = VirtualLoader(classes(), batch_size, num, filter=filter, generator=generator())
+    loader = VirtualLoader(classes(), batch_size, num, filter=filter, generator=rng())
     batches = list(loader)
     whole = 3 * num >= batch_size
     assert len(batches) == len(loader) == (3 * num // batch_size if whole else 1)
@@ -51,16 +48,16 @@ def test_a_pass_is_made_of_dassls_batches(batch_size, num, filter):
 
 
 def test_classes_are_balanced_and_shuffled():
-    seen = whole_pass(VirtualLoader(classes(), 10, 20, generator=generator()))
+    seen = whole_pass(VirtualLoader(classes(), 10, 20, generator=rng()))
     assert Counter(seen["label"].tolist()) == {0: 20, 1: 20, 2: 20}
     assert seen["label"].tolist() != sorted(seen["label"].tolist())
 
 
 def test_fresh_draws_or_a_fixed_pool():
-    fresh = VirtualLoader(classes(), 10, 20, fresh=True, generator=generator())
+    fresh = VirtualLoader(classes(), 10, 20, fresh=True, generator=rng())
     first, second = whole_pass(fresh), whole_pass(fresh)
     assert not torch.equal(first["img"].sort(0)[0], second["img"].sort(0)[0])
-    pool = VirtualLoader(classes(), 10, 20, fresh=False, generator=generator())
+    pool = VirtualLoader(classes(), 10, 20, fresh=False, generator=rng())
     first, second = whole_pass(pool), whole_pass(pool)
     assert torch.equal(first["img"].sort(0)[0], second["img"].sort(0)[0])
     assert not torch.equal(first["index"], second["index"])
@@ -68,26 +65,26 @@ def test_fresh_draws_or_a_fixed_pool():
 
 @pytest.mark.parametrize("fresh", (True, False))
 def test_the_seed_decides_every_pass(fresh):
-    one, two = (VirtualLoader(classes(), 7, 5, fresh=fresh, generator=generator(3)) for _ in range(2))
+    one, two = (VirtualLoader(classes(), 7, 5, fresh=fresh, generator=rng(3)) for _ in range(2))
     for _ in range(3):
         a, b = whole_pass(one), whole_pass(two)
         assert torch.equal(a["img"], b["img"]) and torch.equal(a["label"], b["label"])
-    other = whole_pass(VirtualLoader(classes(), 7, 5, fresh=fresh, generator=generator(4)))
+    other = whole_pass(VirtualLoader(classes(), 7, 5, fresh=fresh, generator=rng(4)))
     assert not torch.equal(other["img"], a["img"])
 
 
 def test_the_filter_keeps_what_the_teacher_recognises(capsys):
     loose = classes(kappa=4.0)
-    loader = VirtualLoader(loose, 10, 200, filter=True, generator=generator())
+    loader = VirtualLoader(loose, 10, 200, filter=True, generator=rng())
     features, labels = loader.draw()
     assert ((features @ loose.weight.T).argmax(1) == labels).all()
     assert torch.bincount(labels).tolist() == [200] * 3
-    unfiltered, truth = loose.sample(2000, generator(5))
+    unfiltered, truth = loose.sample(2000, rng(5))
     assert loader.kept_share == pytest.approx(float(loose.kept(unfiltered, truth).float().mean()), abs=0.06)
     assert loader.kept_share < 0.9
     next(iter(loader))
     assert f"3 classes x 200, the teacher keeps {loader.kept_share:.0%}"[:30] in capsys.readouterr().out
-    plain = VirtualLoader(loose, 10, 200, filter=False, generator=generator())
+    plain = VirtualLoader(loose, 10, 200, filter=False, generator=rng())
     features, labels = plain.draw()
     assert ((features @ loose.weight.T).argmax(1) != labels).any()
     next(iter(plain))
@@ -97,7 +94,7 @@ def test_the_filter_keeps_what_the_teacher_recognises(capsys):
 def test_a_class_that_the_teacher_disowns_is_kept_as_drawn_and_named(capsys):
     mu = classes().mu
     disowned = classes(1000.0, weight=torch.stack([mu[0], -mu[1], mu[2]]))
-    loader = VirtualLoader(disowned, 10, 10, filter=True, generator=generator())
+    loader = VirtualLoader(disowned, 10, 10, filter=True, generator=rng())
     batch = whole_pass(loader)
     assert torch.bincount(batch["label"]).tolist() == [10] * 3
     assert (batch["img"][batch["label"] == 1] @ mu.T).argmax(1).eq(1).all()

@@ -13,6 +13,7 @@ import torch
 import yaml
 from conftest import ROOT, write_features
 from dassl.engine import TRAINER_REGISTRY
+from draws import directions
 from fake_data import picture
 from torch.nn import functional as F
 from towers import plain_text_features, tiny
@@ -33,10 +34,6 @@ NAMES = ["cat", "dog", "red fox", "golden retriever"]
 ANIMALS = ["cat", "dog", "red fox", "grey wolf", "owl", "snow leopard"]
 
 
-def unit(*shape: int, seed: int = 0) -> torch.Tensor:
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
-
-
 @pytest.fixture
 def backbone():
     return tiny("tiny-vit")
@@ -46,11 +43,11 @@ def backbone():
 def features(tmp_path, backbone) -> Path:
     """A feature file of the small CLIP's dimension, its classes some way off their text features."""
     text = backbone.class_features(ANIMALS, ["a photo of a {}."])
-    means = F.normalize(text + 1.5 * unit(len(ANIMALS), 48), dim=1)
+    means = F.normalize(text + 1.5 * directions(len(ANIMALS), 48), dim=1)
     arrays: dict[str, np.ndarray] = {"classnames": np.array(ANIMALS)}
     for part, seed in (("train", 1), ("test", 2)):
         labels = torch.arange(len(ANIMALS)).repeat_interleave(16)
-        x = F.normalize(means[labels] + 0.7 * unit(len(labels), 48, seed=seed), dim=1)
+        x = F.normalize(means[labels] + 0.7 * directions(len(labels), 48, seed=seed), dim=1)
         arrays[f"x_{part}"], arrays[f"y_{part}"] = x.numpy(), labels.numpy()
     np.savez(tmp_path / "animals.npz", **arrays)  # type: ignore[arg-type]
     return tmp_path / "animals.npz"
@@ -72,7 +69,7 @@ def words(trainer: str, data: Path, output: Path, *more: str) -> list[str]:
 
 def test_coop_is_cosine_with_the_learned_prompt(backbone):
     model = PromptedCLIP(PromptLearner(backbone, NAMES, n_ctx=6), backbone.logit_scale)
-    x = unit(5, 48)
+    x = directions(5, 48)
     text = plain_text_features(backbone, NAMES, model.prompt_learner.ctx, "end")
     expected = backbone.model.logit_scale.exp() * x @ text.T
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
@@ -81,7 +78,7 @@ def test_coop_is_cosine_with_the_learned_prompt(backbone):
 def test_cocoop_makes_one_prompt_an_image(backbone):
     learner = ConditionalPromptLearner(backbone, NAMES, n_ctx=4, ctx_init="a photo of a")
     model = ConditionalCLIP(learner, backbone.logit_scale)
-    x = unit(5, 48)
+    x = directions(5, 48)
     net = learner.meta_net
     rows = []
     for image in x:
@@ -97,7 +94,7 @@ def test_the_step_follows_the_papers_gradient(trainer, features, tmp_path):
     more = ("LOSS.LAMBDA", "0.8", "LOSS.T", "1.5") if trainer is ProGrad else ("TRAINER.KGCOOP.W", "3.0")
     # A random context: at "a photo of a" the two sides of the distillation would be the same.
     run = built([*words(trainer.__name__, features, tmp_path / "run", *more), "TRAINER.COOP.CTX_INIT", ""])
-    x, label = unit(8, 48), torch.arange(8) % 3
+    x, label = directions(8, 48), torch.arange(8) % 3
     ctx = run.model.prompt_learner.ctx
     names, scale = ANIMALS[:3], run.backbone.logit_scale
     text = plain_text_features(run.backbone, names, ctx, "end")
@@ -129,7 +126,7 @@ def test_the_projection_removes_only_what_points_against():
 def test_flpt_sets_out_from_clip_and_shifts_images(backbone):
     learner = FeatureLanguagePromptLearner(backbone, NAMES, 4, "a photo of a", residual_weight=0.5)
     model = ShiftedCLIP(learner, backbone.logit_scale)
-    x = unit(5, 48)
+    x = directions(5, 48)
     zero_shot = backbone.logit_scale * x @ backbone.class_features(NAMES, ["a photo of a {}."]).T
     torch.testing.assert_close(model(x), zero_shot, rtol=1e-4, atol=1e-4)
     with torch.no_grad():
@@ -193,7 +190,7 @@ def test_prompts_are_learned_from_virtual_features(trainer, features, tmp_path):
 
 def test_flpt_hands_over_any_classes_and_its_shift(features, tmp_path):
     run: FLPT = built(words("FLPT", features, tmp_path / "run"))
-    run.step(unit(8, 48), torch.arange(8) % 3)
+    run.step(directions(8, 48), torch.arange(8) % 3)
     text, shift = run.text_features(["owl", "a class of its own"]), run.shift()
     assert text.shape == (2, 48) and shift.shape == (48,)
     assert not text.requires_grad and shift.abs().max() > 0
@@ -205,7 +202,7 @@ def test_flpt_hands_over_any_classes_and_its_shift(features, tmp_path):
 def test_zero_shot_is_cosine_with_the_template(trainer, features, tmp_path, backbone):
     run = built(words(trainer, features, tmp_path / "run"))
     templates = run.dm.dataset.templates if trainer.endswith("2") else ["a photo of a {}."]
-    x = unit(4, 48)
+    x = directions(4, 48)
     expected = backbone.logit_scale * x @ backbone.class_features(ANIMALS[:3], templates).T
     torch.testing.assert_close(run.model_inference(x), expected)
     assert len(templates) == (8 if trainer.endswith("2") else 1)
@@ -213,10 +210,10 @@ def test_zero_shot_is_cosine_with_the_template(trainer, features, tmp_path, back
 
 @pytest.mark.parametrize("normalized", [True, False])
 def test_the_free_baselines_hear_the_teachers_intercept(features, tmp_path, backbone, normalized):
-    rows, bias = 3 * unit(3, 48, seed=5), torch.tensor([0.0, 0.3, -0.2])
+    rows, bias = 3 * directions(3, 48, seed=5), torch.tensor([0.0, 0.3, -0.2])
     teacher = Teacher(rows, ANIMALS[:3], normalized=normalized, bias=bias)
     teacher.save(tmp_path / "owner/teacher.safetensors")
-    x = unit(40, 48)
+    x = directions(40, 48)
 
     def run(trainer: str, *more: str):
         given = words(trainer, features, tmp_path / trainer, *more)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import rng, unit
 from scipy.optimize import minimize
 
 from dfzsl.errors import UserError
@@ -20,14 +21,6 @@ from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.virtual import VirtualClasses
 
 DIM, BASE, NEW = 32, 16, 8
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def unit(x: torch.Tensor) -> torch.Tensor:
-    return F.normalize(x, dim=-1)
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import rng, unit
 
 from dfzsl.trainers.generation.closed_form import closed_form
 from dfzsl.trainers.recovery.geometry import measure_geometry
 from dfzsl.trainers.recovery.mixture import mix, teacher_rows
 
 DIM, BASE, NEW = 32, 80, 12
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def unit(x: torch.Tensor) -> torch.Tensor:
-    return F.normalize(x, dim=-1)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import rng
 
 from dfzsl.errors import UserError
 from dfzsl.files import load_tensors, save_tensors
@@ -27,10 +28,6 @@ NEURAL = sorted(set(GENERATORS) - {"vmf"})
 
 def quick(name: str, **changes):
     return QUICK[name] | (changes if name in NEURAL else {})
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture(scope="module")

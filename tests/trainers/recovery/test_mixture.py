@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import rng, unit
 from sklearn.linear_model import LogisticRegression
 
 from dfzsl.errors import UserError
@@ -16,14 +17,6 @@ from dfzsl.trainers.recovery.ridge import RIDGES, leave_one_out_ridge
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 
 DIM, CLASSES = 24, 10
-
-
-def rng(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def unit(x: torch.Tensor) -> torch.Tensor:
-    return F.normalize(x, dim=-1)
 
 
 @pytest.fixture(scope="module")

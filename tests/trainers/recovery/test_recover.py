@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from draws import rng
 
 from dfzsl.errors import UserError
 from dfzsl.trainers.recovery.extraction import extract_rows
@@ -25,12 +26,8 @@ C, D = 5, 24
 NAMES = ["ant", "bee", "cat", "dog", "elk"]
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def rows(n, seed):
-    return F.normalize(torch.randn(n, D, generator=generator(seed)), dim=1)
+    return F.normalize(torch.randn(n, D, generator=rng(seed)), dim=1)
 
 
 @pytest.fixture
@@ -65,10 +62,10 @@ def test_rows_are_exact_from_logits(teacher, text, level):
 
 def test_the_filter_asks_the_teacher_with_its_intercept(teacher, text, tmp_path):
     teacher.bias = torch.linspace(0, 0.5, C)
-    virtual = recover(open_oracle(teacher, "weights"), text, NAMES, generator=generator())
+    virtual = recover(open_oracle(teacher, "weights"), text, NAMES, generator=rng())
     virtual.save(tmp_path / "v.safetensors")
     virtual = VirtualClasses.load(tmp_path / "v.safetensors").ordered_as(NAMES[::-1])
-    x, labels = virtual.sample(200, generator())
+    x, labels = virtual.sample(200, rng())
     by_teacher = C - 1 - teacher.logits(x).argmax(1) == labels
     assert torch.equal(virtual.kept(x, labels), by_teacher)
     teacher.bias = None
@@ -78,7 +75,7 @@ def test_the_filter_asks_the_teacher_with_its_intercept(teacher, text, tmp_path)
 def biased(teacher, seed=9):
     """The teacher with intercepts that matter: as large as its scores of random features."""
     spread = teacher.logits(rows(200, 3)).std()
-    return replace(teacher, bias=spread * torch.randn(C, generator=generator(seed)))
+    return replace(teacher, bias=spread * torch.randn(C, generator=rng(seed)))
 
 
 def deviations(weight, bias):
@@ -90,7 +87,7 @@ def deviations(weight, bias):
 @pytest.mark.parametrize("level", ("logits", "probabilities", "labels"))
 def test_intercepts_are_recovered_at_every_level(teacher, text, level):
     teacher = biased(teacher)
-    virtual = recover(open_oracle(teacher, level), text, rays=2.5, generator=generator())
+    virtual = recover(open_oracle(teacher, level), text, rays=2.5, generator=rng())
     true, found = deviations(decisive(teacher), teacher.bias), deviations(virtual.weight, virtual.bias)
     if level == "labels":
         true, found = true / true.norm(), found / found.norm()
@@ -117,7 +114,7 @@ WORSE = {
     "float32": ("logits", lambda a: a.float()),
     "3 decimals": ("logits", lambda a: a.round(decimals=3)),
     "2 decimals": ("logits", lambda a: a.round(decimals=2)),
-    "noise": ("logits", lambda a: a + 0.05 * torch.randn(a.shape, generator=generator(len(a)))),
+    "noise": ("logits", lambda a: a + 0.05 * torch.randn(a.shape, generator=rng(len(a)))),
     "4 decimals of probabilities": ("probabilities", lambda a: a.round(decimals=4)),
     "3 decimals of probabilities": ("probabilities", lambda a: a.round(decimals=3)),
     "top 3 probabilities": ("probabilities", top(3)),
@@ -133,7 +130,7 @@ def test_answers_that_are_worse_are_asked_for_until_they_suffice(text, given):
     virtual = recover(
         Oracle(lambda x: change(plain.answer(x)), level, NAMES, D),
         text,
-        generator=generator(),
+        generator=rng(),
         tolerance=0.05,
     )
     true = decisive(teacher) - decisive(teacher).mean(0)
@@ -151,12 +148,12 @@ def test_a_budget_is_never_passed_and_more_of_it_comes_nearer(text, level, budge
 
     def answer(x):
         asked.append(len(x))
-        logits = teacher.logits(x) + 0.05 * torch.randn(len(x), C, generator=generator(len(asked)))
+        logits = teacher.logits(x) + 0.05 * torch.randn(len(x), C, generator=rng(len(asked)))
         return {"logits": logits, "probabilities": logits.softmax(1), "labels": logits.argmax(1)}[level]
 
     def run(budget):
         asked.clear()
-        return recover(Oracle(answer, level, NAMES, D, budget=budget), text, generator=generator())
+        return recover(Oracle(answer, level, NAMES, D, budget=budget), text, generator=rng())
 
     def nearness(virtual):
         true = decisive(teacher) - decisive(teacher).mean(0)
@@ -177,9 +174,9 @@ def test_answers_that_tell_nothing_are_refused(text):
     coarse = Oracle(lambda x: teacher.logits(x).softmax(1).round(decimals=1), "probabilities", NAMES, D)
     with pytest.raises(UserError, match="they tell less than labels do"):
         recover(coarse, text)
-    loud = Oracle(lambda x: 99 * torch.randn(len(x), C, generator=generator(len(x))), "logits", NAMES, D)
+    loud = Oracle(lambda x: 99 * torch.randn(len(x), C, generator=rng(len(x))), "logits", NAMES, D)
     with pytest.raises(UserError, match="say nothing certain of its rows"):
-        recover(loud, text, generator=generator())
+        recover(loud, text, generator=rng())
     with pytest.raises(UserError, match=r"asks 250,000 questions, TEACHER\.BUDGET is 99"):
         recover(open_oracle(teacher, "logits", budget=99), text, method="simulator")
 
@@ -199,7 +196,7 @@ def test_a_class_that_holds_its_antipode_is_left_elsewhere(text):
     starts = rows(400, 3)
     mine = teacher.logits(starts).argmax(1) == 0
     assert (teacher.logits(-starts[mine]).argmax(1) == 0).any()
-    virtual = recover(open_oracle(teacher, "labels"), text, rays=2.0, generator=generator())
+    virtual = recover(open_oracle(teacher, "labels"), text, rays=2.0, generator=rng())
     x = rows(1000, 4)
     assert (virtual.logits(x).argmax(1) == teacher.logits(x).argmax(1)).float().mean() > 0.99
 
@@ -214,7 +211,7 @@ def test_rows_from_probabilities_up_to_the_common_row(teacher, text):
 
 def test_rows_from_labels_up_to_scale(teacher, text):
     oracle = open_oracle(teacher, "labels")
-    virtual = recover(oracle, text, rays=2.0, generator=generator())
+    virtual = recover(oracle, text, rays=2.0, generator=rng())
     true = decisive(teacher)
     true = true - true.mean(0)
     assert cosines(virtual.weight, true).min() > 0.9999
@@ -230,7 +227,7 @@ def test_more_bisections_come_nearer(text):
     gaps = [
         1
         - cosines(
-            extract_rows(oracle, "labels", NAMES, text, bisections=n, generator=generator()).weight, true
+            extract_rows(oracle, "labels", NAMES, text, bisections=n, generator=rng()).weight, true
         ).min()
         for n in (5, 8, 11)
     ]
@@ -261,10 +258,10 @@ def test_a_class_that_is_never_answered_is_named(text):
     inside = rows(C, 2)[:4]
     teacher = Teacher(torch.cat([inside, inside.mean(0, keepdim=True)]), NAMES, normalized=False)
     with pytest.raises(UserError, match="never answered 'elk'"):
-        recover(open_oracle(teacher, "labels"), text, generator=generator())
+        recover(open_oracle(teacher, "labels"), text, generator=rng())
     constant = Oracle(lambda x: torch.arange(len(x)) % C, "labels", NAMES, D)
     with pytest.raises(UserError, match=r"say nothing certain|wherever it is asked"):
-        recover(constant, text, generator=generator())
+        recover(constant, text, generator=rng())
 
 
 @pytest.mark.parametrize("level", ("weights", "logits", "probabilities", "labels"))
@@ -272,8 +269,8 @@ def test_classes_are_matched_by_name(text, level):
     teacher = Teacher(rows(C, 2), NAMES)
     order = [3, 0, 4, 1, 2]
     names = [NAMES[i] for i in order]
-    straight = recover(open_oracle(teacher, level), text, rays=2.0, generator=generator())
-    turned = recover(open_oracle(teacher, level), text[order], names, rays=2.0, generator=generator())
+    straight = recover(open_oracle(teacher, level), text, rays=2.0, generator=rng())
+    turned = recover(open_oracle(teacher, level), text[order], names, rays=2.0, generator=rng())
     assert turned.classnames == names
     assert cosines(turned.weight, straight.weight[order]).min() > 0.999
     assert cosines(turned.ordered_as(NAMES).mu, straight.mu).min() > 0.999
@@ -287,10 +284,10 @@ def test_the_simulator_learns_the_teacher_from_its_logits(text):
     teacher = Teacher(rows(C, 2), NAMES)
     oracle = open_oracle(teacher, "logits")
     settings = {"method": "simulator", "directions": "teacher", "concentration": "paper"}
-    virtual = recover(oracle, text, generator=generator(), epochs=300, draws=12, lr=0.01, **settings)
+    virtual = recover(oracle, text, generator=rng(), epochs=300, draws=12, lr=0.01, **settings)
     assert virtual.queries == 300 * 12 * C
     assert cosines(virtual.mu, teacher.weight).min() > 0.98
-    short = [recover(oracle, text, generator=generator(), epochs=5, **settings).mu for _ in range(2)]
+    short = [recover(oracle, text, generator=rng(), epochs=5, **settings).mu for _ in range(2)]
     assert torch.equal(*short)
 
 
@@ -298,7 +295,7 @@ def test_the_simulator_in_the_white_box_moves_towards_confidence(text):
     teacher = Teacher(rows(C, 2), NAMES)
     oracle = open_oracle(teacher, "weights")
     virtual = recover(
-        oracle, text, generator=generator(), method="simulator", directions="teacher", epochs=100, lr=0.01
+        oracle, text, generator=rng(), method="simulator", directions="teacher", epochs=100, lr=0.01
     )
     labels = torch.arange(C)
     before = F.cross_entropy(teacher.logits(text), labels)
@@ -324,7 +321,7 @@ def test_the_second_moment_gives_the_simulators_expected_loss(text, monkeypatch)
     monkeypatch.setattr("dfzsl.trainers.recovery.recover._descend", descend)
     recover(open_oracle(Teacher(weight, NAMES), "weights"), text, method="moments", coherence=0.6)
     kappa = geometry_concentration(D, 0.6)
-    x = VonMisesFisher(text, kappa).sample((20_000,), generator(3)).flatten(0, 1)
+    x = VonMisesFisher(text, kappa).sample((20_000,), rng(3)).flatten(0, 1)
     assert seen[0] == pytest.approx(float(F.mse_loss(x @ text.T, x @ weight.T)), rel=0.01)
 
 
@@ -349,27 +346,27 @@ def test_gmm_learns_nothing_and_looks_at_all_names(text):
 
 def test_the_generator_makes_features_of_their_class(text, tmp_path):
     oracle = open_oracle(Teacher(rows(C, 2), NAMES), "logits")
-    virtual = recover(oracle, text, method="generator", epochs=30, lr=1e-3, draws=8, generator=generator())
-    features, labels = virtual.sample(20, generator(1))
+    virtual = recover(oracle, text, method="generator", epochs=30, lr=1e-3, draws=8, generator=rng())
+    features, labels = virtual.sample(20, rng(1))
     assert torch.allclose(features.norm(dim=1), torch.ones(C * 20), atol=1e-5)
     assert virtual.kept(features, labels).float().mean() > 0.9
     assert features[labels == 0].var(0).sum() > 1e-3
     virtual.save(tmp_path / "v.safetensors")
     loaded = VirtualClasses.load(tmp_path / "v.safetensors").ordered_as(NAMES[::-1])
-    turned, turned_labels = loaded.sample(20, generator(1))
+    turned, turned_labels = loaded.sample(20, rng(1))
     assert loaded.kept(turned, turned_labels).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gives_virtual_classes_that_survive_a_file(text, method, tmp_path):
     oracle = open_oracle(Teacher(rows(C, 2), NAMES, "some/encoder"), "logits")
-    virtual = recover(oracle, text, method=method, epochs=2, draws=2, generator=generator(), theta=2.0)
+    virtual = recover(oracle, text, method=method, epochs=2, draws=2, generator=rng(), theta=2.0)
     assert virtual.mu.shape == virtual.weight.shape == (C, D)
     assert torch.allclose(virtual.mu.norm(dim=1), torch.ones(C), atol=1e-5)
     assert virtual.kappa.tolist() == pytest.approx([2 * geometry_concentration(D)] * C, rel=1e-5)
     virtual.save(tmp_path / "v.safetensors")
     loaded = VirtualClasses.load(tmp_path / "v.safetensors")
-    assert torch.equal(loaded.sample(3, generator())[0], virtual.sample(3, generator())[0])
+    assert torch.equal(loaded.sample(3, rng())[0], virtual.sample(3, rng())[0])
     about = ("classnames", "queries", "method", "level", "backbone")
     assert [getattr(loaded, key) for key in about] == [getattr(virtual, key) for key in about]
     virtual.mu = virtual.mu[:3]
@@ -380,7 +377,7 @@ def test_every_method_gives_virtual_classes_that_survive_a_file(text, method, tm
 
 def test_draws_are_class_after_class_and_follow_their_vmf(text):
     virtual = recover(open_oracle(Teacher(rows(C, 2), NAMES), "logits"), text)
-    features, labels = virtual.sample(2000, generator())
+    features, labels = virtual.sample(2000, rng())
     assert labels.tolist() == sorted(labels.tolist())
     mu, kappa = fit_classes(features, labels, C)
     assert cosines(mu, virtual.mu).min() > 0.999
@@ -400,7 +397,7 @@ def test_a_teacher_that_dies_midway_is_resumed_to_the_same_result(text, tmp_path
         return Oracle(answer, "labels", NAMES, D, batch_size=50, journal=journal)
 
     def run(limit, journal=tmp_path / "journal"):
-        return recover(oracle(limit, journal), text, generator=generator())
+        return recover(oracle(limit, journal), text, generator=rng())
 
     with pytest.raises(UserError, match="run again"):
         run(limit=20)

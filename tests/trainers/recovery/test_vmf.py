@@ -6,6 +6,7 @@ import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from draws import rng
 from torch.distributions import kl_divergence
 
 from dfzsl.trainers.recovery.vmf import (
@@ -21,12 +22,8 @@ DIMENSIONS = (3, 64, 512, 768)
 KAPPAS = (1e-3, 50.0, 205.0, 1000.0, 1e4, 1e6)
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
 def direction(d, seed=0, dtype=torch.float32):
-    return F.normalize(torch.randn(d, generator=generator(seed), dtype=dtype), dim=0)
+    return F.normalize(torch.randn(d, generator=rng(seed), dtype=dtype), dim=0)
 
 
 def cosine_density(d, kappa):
@@ -44,7 +41,7 @@ def cosine_density(d, kappa):
 @pytest.mark.parametrize("kappa", KAPPAS)
 def test_draws_follow_the_exact_law(d, kappa):
     mu = direction(d)
-    x = VonMisesFisher(mu, kappa).sample((4000,), generator(1))
+    x = VonMisesFisher(mu, kappa).sample((4000,), rng(1))
     assert torch.allclose(x.norm(dim=1), torch.ones(4000), atol=1e-5)
     # 1 - w = |x - mu|^2 / 2 keeps its digits in float32 where w does not.
     gap = 0.5 * (x.double() - mu.double()).square().sum(1)
@@ -58,7 +55,7 @@ def test_draws_follow_the_exact_law(d, kappa):
 @pytest.mark.parametrize("d", (2, 3, 7, 512))
 def test_the_tangent_part_is_uniform(d):
     mu = direction(d)
-    x = VonMisesFisher(mu, 5.0).sample((4000,), generator(2))
+    x = VonMisesFisher(mu, 5.0).sample((4000,), rng(2))
     tangent = F.normalize(x - (x @ mu)[:, None] * mu, dim=1)
     assert (tangent @ mu).abs().max() < 1e-2
     assert tangent.mean(0).norm() < 4 / math.sqrt(len(x))
@@ -68,11 +65,11 @@ def test_the_tangent_part_is_uniform(d):
 
 
 def test_draws_repeat_with_the_seed_and_broadcast_over_the_batch():
-    loc = torch.randn(3, 2, 8, generator=generator())
+    loc = torch.randn(3, 2, 8, generator=rng())
     vmf = VonMisesFisher(loc, torch.tensor([10.0, 1000.0]))
-    x = vmf.sample((5, 4), generator(3))
+    x = vmf.sample((5, 4), rng(3))
     assert x.shape == (5, 4, 3, 2, 8)
-    assert torch.equal(x, vmf.sample((5, 4), generator(3)))
+    assert torch.equal(x, vmf.sample((5, 4), rng(3)))
     assert vmf.expand((7, 3, 2)).sample().shape == (7, 3, 2, 8)
     assert vmf.log_prob(x).shape == (5, 4, 3, 2)
     spread = (x - vmf.loc).norm(dim=-1).mean(dim=(0, 1, 2))
@@ -86,7 +83,7 @@ def test_gradients_in_mu_match_finite_differences(d, kappa):
     target = direction(d, 5, torch.float64)
 
     def loss(mu):
-        x = VonMisesFisher(mu, torch.tensor(kappa, dtype=torch.float64)).rsample((6,), generator(4))
+        x = VonMisesFisher(mu, torch.tensor(kappa, dtype=torch.float64)).rsample((6,), rng(4))
         return (x @ target).square().sum() + VonMisesFisher(mu, kappa).log_prob(target)
 
     assert torch.autograd.gradcheck(loss, (mu,), eps=1e-6, atol=1e-5)
@@ -147,7 +144,7 @@ def test_in_two_dimensions_the_von_mises_distribution():
 def test_moments_entropy_and_divergence_match_draws(d):
     p = VonMisesFisher(direction(d, dtype=torch.float64), 80.0)
     q = VonMisesFisher(direction(d, 1, torch.float64), 20.0)
-    x = p.sample((10_000,), generator(6))
+    x = p.sample((10_000,), rng(6))
     assert (x.mean(0) - p.mean).norm() < 4 / math.sqrt(len(x))
     assert torch.allclose(x.var(0), p.variance, rtol=0.2, atol=2e-4)
     a, b = p.second_moment
@@ -162,7 +159,7 @@ def test_moments_entropy_and_divergence_match_draws(d):
 
 def test_float32_log_prob_keeps_its_digits_at_large_kappa():
     mu = direction(512, dtype=torch.float64)
-    x = VonMisesFisher(mu, 1e6).sample((100,), generator())
+    x = VonMisesFisher(mu, 1e6).sample((100,), rng())
     exact = VonMisesFisher(mu, 1e6).log_prob(x)
     single = VonMisesFisher(mu.float(), 1e6).log_prob(x.float())
     assert (single - exact).abs().max() < 0.05
@@ -172,7 +169,7 @@ def test_float32_log_prob_keeps_its_digits_at_large_kappa():
 @pytest.mark.parametrize("kappa", (50.0, 205.0, 1000.0, 1e4, 1e6))
 def test_fit_returns_the_concentration_of_its_draws(d, kappa):
     mu = direction(d)
-    found_mu, found = fit(VonMisesFisher(mu, kappa).sample((10_000,), generator(7)))
+    found_mu, found = fit(VonMisesFisher(mu, kappa).sample((10_000,), rng(7)))
     assert found == pytest.approx(kappa, rel=0.02)
     assert (found_mu - mu).norm() < 2 * math.sqrt(
         d / (10_000 * kappa * float(mean_resultant_length(kappa, d)))
@@ -181,13 +178,13 @@ def test_fit_returns_the_concentration_of_its_draws(d, kappa):
 
 def test_fit_corrects_for_few_rows():
     vmf = VonMisesFisher(direction(512), 300.0)
-    kappas = [float(fit(vmf.sample((16,), generator(seed)))[1]) for seed in range(40)]
+    kappas = [float(fit(vmf.sample((16,), rng(seed)))[1]) for seed in range(40)]
     assert np.mean(kappas) == pytest.approx(300, rel=0.05)  # plug-in: 1.18 times too large
 
 
 def test_fit_classes_and_the_pooled_concentration():
-    loc = F.normalize(torch.randn(3, 64, generator=generator()), dim=1)
-    x = VonMisesFisher(loc, torch.tensor([100.0, 400.0, 900.0])).sample((3000,), generator(1))
+    loc = F.normalize(torch.randn(3, 64, generator=rng()), dim=1)
+    x = VonMisesFisher(loc, torch.tensor([100.0, 400.0, 900.0])).sample((3000,), rng(1))
     x, y = x.transpose(0, 1).reshape(-1, 64), torch.arange(3).repeat_interleave(3000)
     mu, kappa = fit_classes(x, y, 3)
     assert kappa.tolist() == pytest.approx([100, 400, 900], rel=0.03)
@@ -199,7 +196,7 @@ def test_fit_classes_and_the_pooled_concentration():
 
 
 def test_sample_cosine_returns_sine_and_cosine():
-    w, sine = sample_cosine(torch.tensor([1e-3, 50.0, 1e6]), 16, torch.Size((1000,)), generator())
+    w, sine = sample_cosine(torch.tensor([1e-3, 50.0, 1e6]), 16, torch.Size((1000,)), rng())
     assert w.shape == (1000, 3)
     assert torch.allclose(w**2 + sine**2, torch.ones_like(w))
 
