@@ -68,14 +68,8 @@ class Features(ClassDataset):
                 return []
             x = unit_rows(arrays[f"x_{part}"](), f"{path}: x_{part}")
             y = arrays[f"y_{part}"]() if f"y_{part}" in arrays else torch.empty(0)
-            if y.shape != x.shape[:1] or y.dtype not in WHOLE:
-                raise UserError(f"{path}: y_{part} must hold {len(x)} whole numbers, one a row of x_{part}")
-            labels = y.tolist()
-            if labels and not 0 <= min(labels) <= max(labels) < len(classnames):
-                raise UserError(
-                    f"{path}: y_{part} must lie in 0 to {len(classnames) - 1}, the classes' numbers"
-                )
-            return [Row(path, int(c), classnames[c], feature) for feature, c in zip(x, labels, strict=True)]
+            labels = labels_of(y, len(x), len(classnames), f"{path}: y_{part}").tolist()
+            return [Row(path, c, classnames[c], feature) for feature, c in zip(x, labels, strict=True)]
 
         test = rows("test")
         if not test:
@@ -156,6 +150,17 @@ def _tensor(tensors: Any, name: str, path: str) -> torch.Tensor:
         return tensors.get_tensor(name)
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: '{name}' is not a readable array of numbers ({error})") from None
+
+
+def labels_of(y: torch.Tensor, n: int, classes: int | None, what: str) -> torch.Tensor:
+    """y (n,) as int64 labels from 0, of any number of classes if None. Raises UserError, naming `what`."""
+    if y.shape != (n,) or y.dtype not in WHOLE:
+        raise UserError(f"{what} must hold {n} whole numbers, one a row of features")
+    y = y.long()
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < (classes or 1 << 40):
+        most = "..." if classes is None else classes - 1
+        raise UserError(f"{what} must lie in 0 to {most}, the classes' numbers")
+    return y
 
 
 def unit_rows(x: torch.Tensor, what: str) -> torch.Tensor:

@@ -236,13 +236,15 @@ def _summary(builder: Builder, classifier: Classifier) -> dict[str, str]:
     virtual = builder.virtual
     assert virtual is not None
     new = int(classifier.is_new.sum())
+    card = builder.oracle.card
+    other = card.measured_elsewhere(builder.texts.about) if card else ""
     kappa = f"kappa {float(virtual.kappa.mean()):,.0f}"
     epochs = f"FLPT, {builder.max_epoch} epochs" if builder.tuned else builder.notes()[0]
     return {
         "teacher": f"{len(virtual.classnames)} base classes, {virtual.level} of {builder.backbone.identity}",
         "recovered": f"{virtual.told}, {kappa}",
         "geometry": str(builder.virtual.geometry) if builder.virtual.geometry else "none given: isotropic",
-        "text": classifier.texts.about,
+        "text": classifier.texts.about + (f" ({other})" if other else ""),
         "aligned": epochs,
         "decided": "; ".join(builder.decided) or "-",
         "new classes": f"{new}, bias {classifier.new_bias:+.3f} of the cosine",

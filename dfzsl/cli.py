@@ -284,7 +284,7 @@ def teacher() -> None:
     "--classes", default="", metavar="NAMES", help="Only these: a file, one a line, or 'one, another'."
 )
 @click.option("--backbone", default="ViT-B-16", show_default=True, help="open_clip's name of the model.")
-@options("weights")
+@options("weights", "text")
 @click.option("--shots", type=click.IntRange(0), default=0, help="Pictures of each class; 0: all.")
 @click.option("--linear", is_flag=True, help="Serve scores x.w instead of cosines.")
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
@@ -295,6 +295,7 @@ def fit(
     classes: str,
     backbone: str,
     weights: str,
+    text: str,
     shots: int,
     linear: bool,
     seed: int,
@@ -304,13 +305,15 @@ def fit(
 ) -> None:
     """Fit a teacher on labelled pictures.
 
-    DATA is a folder that holds a folder of pictures for each class, or a feature file's training part.
+    DATA is a folder that holds a folder of pictures for each class, or a feature file's training part. The
+    teacher's card says how much it is worth beside --text, or the text features of the file.
     """
     import torch
 
-    from .building import read_classnames
+    from .building import named, read_classnames
     from .labelled import read_labelled
     from .trainers.clip.loading import load_backbone
+    from .trainers.clip.texts import ClassTexts
     from .trainers.recovery.teacher import fit_teacher
 
     opened = functools.cache(lambda: load_backbone(backbone, weights or "openai", _device(device)))
@@ -327,20 +330,25 @@ def fit(
         raise UserError(known.wrong[0])
     if classes:
         known = known.only(read_classnames(classes))
-    # With text features the owner's card says how much the teacher is worth beside text.
-    text = opened().class_features(known.classnames, ["a photo of a {}."]).cpu() if data.is_dir() else None
+    rows, said = known.text, known.said
+    if text or data.is_dir():
+        texts = ClassTexts.parse(text)
+        encoder = opened() if data.is_dir() else load_backbone(*named(known.backbone), _device(device))
+        rows, said = texts.features(encoder, known.classnames).cpu(), texts.about
     made = fit_teacher(
         known.features,
         known.labels,
         known.classnames,
         known.backbone,
-        text=text,
+        text=rows,
+        said=said,
         normalized=not linear,
         shots=shots,
         generator=torch.Generator().manual_seed(seed),
     )
     made.save(output)
-    click.echo(f"{output}: {made!r}")
+    card = "" if made.card else "; no card: the feature file has no text features (text, or give --text)"
+    click.echo(f"{output}: {made!r}{card}")
 
 
 @teacher.command("import")

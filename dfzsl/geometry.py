@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from dfzsl.datasets.base import IMAGES, folders_in, images_in
 from dfzsl.datasets.encoding import encode_files
-from dfzsl.datasets.features import open_features
+from dfzsl.datasets.features import labels_of, open_features, unit_rows
 from dfzsl.train import cli
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.recovery.geometry import Geometry, measure_geometry
@@ -47,14 +47,15 @@ def geometry_of(
             arrays, _ = open_features(str(path))
             if "x" not in arrays:
                 raise UserError(f"{path}: a feature file to measure has an array x (n, d), and y if labelled")
-            x, y = arrays["x"]().float(), arrays["y"]().long() if "y" in arrays else None
+            x = unit_rows(arrays["x"](), f"{path}: x")
+            y = labels_of(arrays["y"](), len(x), None, f"{path}: y") if "y" in arrays else None
         elif encoder is None:
             raise UserError(f"{path}: pictures need an encoder; give --backbone")
         else:
             x, y = _encode(encoder, path)
         features.append(x)
         labels.append(None if y is None else y + seen)
-        seen += 0 if y is None else int(y.max()) + 1
+        seen += 0 if y is None or not len(y) else int(y.max()) + 1
     if not paths:
         raise UserError("no pictures to measure a geometry on")
     found = [y for y in labels if y is not None]

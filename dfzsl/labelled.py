@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .datasets.base import folders_in, images_in
+from .datasets.base import ClassDataset, folders_in, images_in
 from .datasets.encoding import encode_files
-from .datasets.features import open_features, unit_rows
+from .datasets.features import labels_of, open_features, unit_rows
 from .datasets.images import read_names
 from .errors import UserError
+from .files import checked_names
+from .trainers.clip.texts import ClassTexts
 
 HOW = "name a folder that holds a folder of pictures for each class, or a feature file (.npz, .safetensors)"
 
@@ -25,7 +27,8 @@ class Labelled:
     """Unit features (n, d) with labels (n,) into `classnames`.
 
     `backbone` is whose features they are, where that is known; `wrong` says what is wrong with the pictures
-    that could not be read.
+    that could not be read. `text` (C, d) are the classes' text features and `said` what they say, where a
+    feature file has them.
     """
 
     features: Tensor
@@ -33,6 +36,8 @@ class Labelled:
     classnames: list[str]
     backbone: str
     wrong: list[str]
+    text: Tensor | None = None
+    said: str = ""
 
     def __repr__(self) -> str:
         n, d = self.features.shape
@@ -49,7 +54,10 @@ class Labelled:
         same = self.labels[:, None] == torch.tensor([place[name] for name in classnames])
         rows = same.any(1)
         labels = same[rows].int().argmax(1)
-        return Labelled(self.features[rows], labels, list(classnames), self.backbone, self.wrong)
+        text = None if self.text is None else self.text[[place[name] for name in classnames]]
+        return replace(
+            self, features=self.features[rows], labels=labels, classnames=list(classnames), text=text
+        )
 
 
 def read_labelled(
@@ -108,11 +116,19 @@ def _features(path: str, parts: Sequence[str]) -> Labelled:
     if not there or not about.get("classnames"):
         wanted = " or ".join(f"x_{part}, y_{part}" for part in parts)
         raise UserError(f"{path}: it has no labelled features ({wanted}, classnames)")
-    features = torch.cat([unit_rows(arrays[f"x_{part}"](), f"{path}: x_{part}") for part in there])
-    labels = torch.cat([arrays[f"y_{part}"]().long() for part in there])
-    names = [str(name) for name in about["classnames"]]
-    if labels.shape != features.shape[:1] or not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
-        raise UserError(f"{path}: its labels must be {len(features)} numbers of 0 to {len(names) - 1}")
+    names = checked_names(about["classnames"], path)
+    rows, labels = [], []
+    for part in there:
+        rows.append(unit_rows(arrays[f"x_{part}"](), f"{path}: x_{part}"))
+        labels.append(labels_of(arrays[f"y_{part}"](), len(rows[-1]), len(names), f"{path}: y_{part}"))
+    if len({x.shape[1] for x in rows}) > 1 or not sum(map(len, rows)):
+        raise UserError(f"{path}: its features are none, or of different dimensions")
     known = about.get("backbone") and about.get("weights")
     identity = f"{about['backbone']} ({about['weights']})" if known else ""
-    return Labelled(features, labels, names, identity, [])
+    text, said = None, ""
+    if "text" in arrays:
+        text = unit_rows(arrays["text"](), f"{path}: text")
+        if text.shape != (len(names), rows[0].shape[1]):
+            raise UserError(f"{path}: its text must be a row of {rows[0].shape[1]} numbers for each class")
+        said = ClassTexts((str(about.get("template") or ClassDataset.template),)).about
+    return Labelled(torch.cat(rows), torch.cat(labels), names, identity, [], text, said)

@@ -286,8 +286,11 @@ def test_fit_is_fit_teacher(tmp_path, run):
     assert code == 0 and "Teacher(linear, 5 classes" in out
     x = F.normalize(torch.from_numpy(np.concatenate([data["x_train"], data["x_val"]])).float(), dim=1)
     y = torch.from_numpy(np.concatenate([data["y_train"], data["y_val"]]))
-    expected = dfzsl.fit_teacher(x, y, list(fake_data.NAMES)).weight
-    assert torch.allclose(Teacher.load(tmp_path / "t.safetensors").weight, expected, atol=1e-5)
+    text = F.normalize(torch.from_numpy(data["text"]).float(), dim=1)
+    expected = dfzsl.fit_teacher(x, y, list(fake_data.NAMES), text=text, said="'a photo of a {}.'")
+    found = Teacher.load(tmp_path / "t.safetensors")
+    assert torch.allclose(found.weight, expected.weight, atol=1e-5)
+    assert found.card == expected.card and found.card.text == "'a photo of a {}.'"
     words = (
         "teacher",
         "fit",
@@ -299,6 +302,25 @@ def test_fit_is_fit_teacher(tmp_path, run):
     )
     assert run(*words)[0] == 0
     assert Teacher.load(tmp_path / "two").classnames == ["goldfish", "tench"]
+    np.savez(tmp_path / "bare.npz", **{name: array for name, array in data.items() if name != "text"})
+    _, out, _ = run("teacher", "fit", tmp_path / "bare.npz", "-o", tmp_path / "bare.safetensors")
+    assert "no card: the feature file has no text features" in out
+    assert Teacher.load(tmp_path / "bare.safetensors").card is None
+
+
+def test_a_client_with_another_text_is_told(tmp_path, run):
+    """The weight on an owner's card belongs to the text that it was measured beside."""
+    folder = pictures(tmp_path / "base", BASE, 6)
+    fitted = ("teacher", "fit", folder, "--backbone", "shapes", "-o", tmp_path / "t", "--text", "a drawn {}")
+    code, _, errors = run(*fitted)
+    assert code == 0, errors
+    assert "a drawn {}" in run("show", tmp_path / "t")[1]
+    words = ("build", "--teacher", tmp_path / "t", "--new", "yellow ring", "-o", tmp_path / "c")
+    for text, warned in (("a drawn {}", False), ("ensemble", True)):
+        code, out, errors = run(*words, "--text", text, *SMALL)
+        assert code == 0, errors
+        told = "beside the text 'a drawn {}', not ensemble" in " ".join(out.split())
+        assert told == warned, out
 
 
 def test_show_tells_what_a_file_is(teacher, built, tmp_path, run):

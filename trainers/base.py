@@ -214,6 +214,8 @@ class CLIPTrainer(TrainerX):
                         f"{source}: a teacher of {oracle.backbone} cannot read features of "
                         f"{self.backbone.identity}"
                     )
+                if oracle.card and (other := oracle.card.measured_elsewhere(self.texts.about)):
+                    print(f"Text: {other}")
                 if journal:  # it is this run's
                     self.folder.claim()
                 self.virtual = recover(

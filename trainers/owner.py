@@ -53,7 +53,7 @@ class TeacherZeroshot(CLIPTrainer):
                 labels,
                 self.classnames,
                 self.backbone.identity,
-                **({"C": strength} if strength else {"text": self.text.cpu()}),
+                **({"C": strength} if strength else {"text": self.text.cpu(), "said": self.texts.about}),
             )
             if card := self.teacher.card:
                 print(f"The teacher's card: {card}")

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from dfzsl.errors import UserError
+from dfzsl.errors import UserError, one_line
 
 from .mixture import teacher_rows
 
@@ -34,6 +34,7 @@ class Card:
         accuracy: cross-validated accuracies in percent: "text", "teacher", "mixture".
         coherence: mean length of the classes' mean features; cone: mean cosine of these means to their own
             mean. None where every class has one image.
+        text: what was said of a class when the weight was measured, as `ClassTexts.about` puts it.
     """
 
     images: list[int]
@@ -42,6 +43,15 @@ class Card:
     accuracy: dict[str, float] | None = None
     coherence: float | None = None
     cone: float | None = None
+    text: str = ""
+
+    def measured_elsewhere(self, text: str) -> str:
+        """What a client who says `text` of a class should know; "" where the weight belongs to that."""
+        if self.weight is None or not self.text or self.text == text:
+            return ""
+        return (
+            f"the owner measured the teacher's weight {self.weight:g} beside the text {self.text}, not {text}"
+        )
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -58,14 +68,17 @@ class Card:
             accuracy = words["accuracy"]
             if accuracy is not None:
                 accuracy = {str(name): float(value) for name, value in accuracy.items()}
-            spread = [None if words[name] is None else float(words[name]) for name in ("coherence", "cone")]
+            coherence, cone = (
+                None if words[name] is None else float(words[name]) for name in ("coherence", "cone")
+            )
             sound = len(images) == classes and min(images) >= 0 and strength > 0
-            sound = sound and all(value is None or 0 < value < 1 for value in spread)
-            if not sound or not (weight is None or 0 <= weight <= WEIGHTS[-1]):
+            sound = sound and all(value is None or 0 < value < 1 for value in (coherence, cone))
+            text = words.get("text", "")
+            if not isinstance(text, str) or not sound or not (weight is None or 0 <= weight <= WEIGHTS[-1]):
                 raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
             raise UserError("its card (images, strength, weight, ...) is not that of a teacher") from None
-        return cls(images, strength, weight, accuracy, *spread)
+        return cls(images, strength, weight, accuracy, coherence, cone, one_line(text))
 
 
 def regression(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -111,6 +111,7 @@ def fit_teacher(
     *,
     C: float = PAPER_STRENGTH,
     text: Tensor | None = None,
+    said: str = "",
     max_iter: int = 1000,
     normalized: bool = True,
     balanced: bool = False,
@@ -123,7 +124,7 @@ def fit_teacher(
         features: (n, d) unit rows; labels: (n,) integers below len(classnames).
         C: inverse L2 strength (scikit-learn's).
         text: (C, d) unit text features of the classes: C and the weight beside text are then found by
-            cross-validation and noted on the teacher's card (card.py).
+            cross-validation and noted on the teacher's card (card.py), with what was `said` of a class.
         normalized: serve the rows as a cosine classifier, as the paper does, else as the fitted linear one.
         balanced: weigh the classes equally whatever their sizes.
         shots: fit on this many rows per class, drawn with `generator`; 0 for all rows.
@@ -156,6 +157,7 @@ def fit_teacher(
         if text.shape != (len(classnames), features.shape[1]):
             raise UserError(f"text features have shape {tuple(text.shape)}, expected one row for each class")
         card = cross_validate(features.float(), labels, text.float(), balanced=balanced)
+        card = replace(card, text=said)
         C = card.strength
     weight = regression(features.double(), labels, len(classnames), C, max_iter=max_iter, balanced=balanced)
     return Teacher(weight, list(classnames), backbone, normalized, card=card)
