@@ -36,9 +36,10 @@ def card(path: str | os.PathLike[str]) -> str:
             flags = [bool(flag) for flag in file.get_tensor("is_new")] if kind == "classifier" else []
     except FileNotFoundError:
         raise UserError(f"{os.fspath(path)}: no such file") from None
-    except (SafetensorError, OSError, ValueError, RecursionError, TypeError) as error:
+    # Of types that numpy does not know there are AttributeErrors.
+    except (SafetensorError, OSError, ValueError, RecursionError, TypeError, AttributeError) as error:
         raise UserError(f"{os.fspath(path)}: not a file of this project ({error})") from None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{os.fspath(path)}: a safetensors file, but none that this project writes")
     names = about.pop("classnames", [])
     rows = [("file", f"{os.fspath(path)} ({os.path.getsize(path):,} bytes)"), ("is", KINDS[kind])]

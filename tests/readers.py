@@ -6,6 +6,8 @@ in an error that `dfzsl.errors.explain` puts into one line.
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import multiprocessing
 import pickle
@@ -14,6 +16,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import fake_data
 import numpy as np
@@ -24,13 +27,22 @@ from dassl.data.datasets import DATASET_REGISTRY
 from dassl.utils import load_checkpoint
 from PIL import Image
 
-from dfzsl import errors, report, train
+from dfzsl import errors, output, report, serve, train
+from dfzsl.cards import card
 from dfzsl.datasets import encoding
 from dfzsl.datasets.base import read_fewshot, read_split
+from dfzsl.errors import UserError
 from dfzsl.files import save_tensors
+from dfzsl.geometry import geometry_of
+from dfzsl.importing import import_teacher
+from dfzsl.labelled import read_labelled
 from dfzsl.prepare import fetch
 from dfzsl.trainers.clip.loading import _read_state
+from dfzsl.trainers.clip.texts import ClassTexts
 from dfzsl.trainers.generation.classifier import Classifier
+from dfzsl.trainers.recovery.card import Card
+from dfzsl.trainers.recovery.geometry import Geometry, measure_geometry
+from dfzsl.trainers.recovery.oracles import HTTPTeacher
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.trainers.recovery.virtual import VirtualClasses
 
@@ -46,7 +58,8 @@ def build(name: str, root: Path, **keys: object) -> Any:
 
 
 def teacher(folder: Path) -> tuple[Path, Callable]:
-    Teacher(torch.randn(3, 8), NAMES, "b").save(folder / "t.safetensors")
+    card = Card([5, 6, 7], 3.0, 0.5, {"text": 50.0, "teacher": 60.0, "mixture": 70.0}, 0.8, 0.5)
+    Teacher(torch.randn(3, 8), NAMES, "b", card=card).save(folder / "t.safetensors")
     return folder / "t.safetensors", lambda path: (t := Teacher.load(path)).logits(
         torch.ones(2, t.weight.shape[1])
     )
@@ -207,6 +220,155 @@ def archive(kind: str) -> Callable[[Path], tuple[Path, Callable]]:
     return make
 
 
+def text_of(name: str, content: str | bytes, load: Callable[[Path], object]) -> Callable:
+    def make(folder: Path) -> tuple[Path, Callable]:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        return folder / name, load
+
+    return make
+
+
+def geometry(folder: Path) -> tuple[Path, Callable]:
+    measure_geometry(torch.randn(120, 4), torch.arange(120) % 3, backbone="b").save(folder / "g.safetensors")
+    return folder / "g.safetensors", Geometry.load
+
+
+def pictures_measured(folder: Path) -> tuple[Path, Callable]:
+    x = np.random.default_rng(0).normal(size=(120, 4)).astype("float32")
+    np.savez(folder / "x.npz", x=x, y=np.arange(120) % 3)
+    return folder / "x.npz", lambda path: geometry_of([path])
+
+
+def labelled(folder: Path) -> tuple[Path, Callable]:
+    return fake_data.make("Features", folder), read_parts
+
+
+def labelled_tensors(folder: Path) -> tuple[Path, Callable]:
+    return feature_safetensors(folder)[0], read_parts
+
+
+def read_parts(path: Path) -> None:
+    read_labelled(path, lambda: None, ("train", "test"))
+
+
+def tensors_measured(folder: Path) -> tuple[Path, Callable]:
+    tensors = {"x": torch.randn(120, 4), "y": torch.arange(120) % 3}
+    save_tensors(folder / "x.safetensors", tensors, {"backbone": "b"})
+    return folder / "x.safetensors", lambda path: geometry_of([path])
+
+
+def shown(folder: Path) -> tuple[Path, Callable]:
+    path, _ = classifier(folder)
+    return path, card
+
+
+def head(kind: str) -> Callable[[Path], tuple[Path, Callable]]:
+    """A linear classifier of another toolbox."""
+
+    def make(folder: Path) -> tuple[Path, Callable]:
+        path = folder / f"head.{kind}"
+        weight, names = torch.randn(3, 4), (folder / "names.txt")
+        names.write_text("\n".join(NAMES))
+        if kind == "npz":
+            np.savez(path, coef_=weight.numpy(), intercept_=np.zeros(3), classes_=np.array(NAMES))
+        elif kind == "pt":
+            torch.save({"state_dict": {"fc.weight": weight, "fc.bias": torch.zeros(3)}}, path)
+        elif kind == "safetensors":
+            save_tensors(path, {"head.weight": weight}, {})
+        else:
+            from sklearn.linear_model import LogisticRegression
+            from skops.io import dump
+
+            dump(LogisticRegression().fit(torch.randn(9, 4).numpy(), NAMES * 3), path)
+        given = "" if kind in ("npz", "skops") else names
+        return path, lambda path: import_teacher(path, classnames=given or ())
+
+    return make
+
+
+def names_of_classes(kind: str) -> Callable[[Path], tuple[Path, Callable]]:
+    content = {
+        "txt": "ant\nbee\ncat\n",
+        "csv": 'id,name\n0,ant\n1,"bee, wild"\n2,cat\n',
+        "json": '["ant", "bee", "cat"]',
+        "config.json": '{"id2label": {"0": "ant", "1": "bee", "2": "cat"}}',
+    }[kind]
+
+    def make(folder: Path) -> tuple[Path, Callable]:
+        np.savez(folder / "head.npz", coef_=np.ones((3, 4), dtype="f4"))
+        load = text_of(
+            f"names.{kind}", content, lambda path: import_teacher(folder / "head.npz", classnames=path)
+        )
+        return load(folder)
+
+    return make
+
+
+def sentences(folder: Path) -> tuple[Path, Callable]:
+    content = json.dumps({name: [f"a {name} on grass.", f"a small {name}."] for name in NAMES})
+    return text_of("prompts.json", content, lambda path: ClassTexts.parse(str(path)))(folder)
+
+
+def aircraft(folder: Path) -> tuple[Path, Callable]:
+    fake_data.make("FGVCAircraft", folder)
+    return folder / "fgvc_aircraft/images_variant_test.txt", lambda path: build("FGVCAircraft", folder)
+
+
+def server(folder: Path) -> tuple[Path, Callable]:
+    """One reply, as a description and as the answer to a question."""
+    reply = {"classnames": NAMES, "dim": 4, "normalized": True, "backbone": "b", "budget": 9, "batch": 2}
+    reply["logits"] = [[0.1, -0.2, 3.5], [1.0, 2.0, 1e-3]]
+
+    def load(path: Path) -> None:
+        teacher = HTTPTeacher("http://localhost:1/", retries=0)
+        teacher._read = lambda request, most: path.read_bytes()  # type: ignore[method-assign]
+        oracle = teacher.oracle("logits")
+        oracle(torch.ones(2, 4).double())
+
+    return text_of("reply.json", json.dumps(reply), load)(folder)
+
+
+def question(folder: Path) -> tuple[Path, Callable]:
+    """What a client sends to an owner's server: refused with a status, or answered."""
+
+    def load(path: Path) -> None:
+        try:
+            serve._question(path.read_bytes(), serve.Terms(access="logits"), 2)
+        except serve.Refused as refused:
+            raise UserError(f"{refused.status}: {refused}") from None
+
+    return text_of("q.json", '{"level": "logits", "features": [[0.5, 1], [-1e-3, 2.5]]}', load)(folder)
+
+
+def run_config(folder: Path) -> tuple[Path, Callable]:
+    words = "# made of test data: 0123456789abcdef\nDATASET:\n  ROOT: data/x\nSEED: 1\n"
+    load = lambda path: output.refuse_others(path, {"test data": "0123456789abcdef"}, "--output")  # noqa: E731
+    return text_of("config.yaml", words, load)(folder)
+
+
+def sums(folder: Path) -> tuple[Path, Callable]:
+    (folder / "a.bin").write_bytes(b"x")
+    words = json.dumps({"http://x/a.bin": hashlib.sha256(b"x").hexdigest()})
+
+    def load(path: Path) -> None:
+        (folder / "a.bin").write_bytes(b"x")
+        fetch.verify(folder / "a.bin", "http://x/a.bin", "", path)
+
+    return text_of(fetch.LEDGER, words, load)(folder)
+
+
+def listing(folder: Path) -> tuple[Path, Callable]:
+    words = json.dumps([{"path": "README.md"}, {"path": "dtd.zip", "lfs": {"oid": "ab", "size": 9}}])
+
+    def load(path: Path) -> None:
+        with mock.patch.object(
+            fetch.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(path.read_bytes())
+        ):
+            fetch.listing("somebody/data")
+
+    return text_of("tree.json", words, load)(folder)
+
+
 KINDS: dict[str, Callable[[Path], tuple[Path, Callable]]] = {
     "teacher.safetensors": teacher,
     "virtual.safetensors": virtual,
@@ -230,6 +392,21 @@ KINDS: dict[str, Callable[[Path], tuple[Path, Callable]]] = {
     "PNG": picture("PNG"),
     "GIF": picture("GIF"),
     "TIFF": picture("TIFF"),
+    "geometry.safetensors": geometry,
+    "features to measure .npz": pictures_measured,
+    "features to measure .safetensors": tensors_measured,
+    "labelled features .npz": labelled,
+    "labelled features .safetensors": labelled_tensors,
+    "dfzsl show": shown,
+    **{f"head of another toolbox .{kind}": head(kind) for kind in ("npz", "pt", "safetensors", "skops")},
+    **{f"class names .{kind}": names_of_classes(kind) for kind in ("txt", "csv", "json", "config.json")},
+    "sentences .json": sentences,
+    "images_variant .txt": aircraft,
+    "a server's reply": server,
+    "a client's question": question,
+    "config.yaml of a run": run_config,
+    "sha256.json": sums,
+    "the mirror's listing": listing,
     "zip": archive("zip"),
     "tar.gz": archive("tar"),
 }

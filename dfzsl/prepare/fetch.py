@@ -240,5 +240,5 @@ def listing(repository: str) -> dict[str, tuple[str, str]]:
             for entry in entries
             if "lfs" in entry
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{url}: {error}; the mirror cannot be reached now") from None

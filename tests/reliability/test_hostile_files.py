@@ -36,17 +36,10 @@ from readers import (
     RUN,
     attempt,
     build,
-    cached_features,
-    classifier,
-    config,
     damaged,
-    feature_safetensors,
     grown,
     results,
-    split_json,
     tables_of,
-    teacher,
-    virtual,
 )
 from safetensors.torch import save_file
 from scipy.io import loadmat, savemat
@@ -151,6 +144,33 @@ def odd_tensors(draw: Any) -> torch.Tensor:
     return torch.full(shape, fill if kind.is_floating_point or kind.is_complex else int(fill == 1.0)).to(kind)
 
 
+ARRAYS = ("labelled features .npz", "features to measure .npz", "features .npz")
+ARRAYS += ("head of another toolbox .npz",)
+
+
+@st.composite
+def odd_arrays(draw: Any) -> np.ndarray:
+    kind = draw(st.sampled_from(["f2", "f4", ">f8", "i8", "u1", "?", "c8", "U3", "S3", "M8[s]", "O"]))
+    shape = draw(st.lists(st.integers(0, 9), max_size=3))
+    fill = draw(st.sampled_from([0, 1, 2, 300]))
+    return np.full(shape, fill).astype(kind)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ARRAYS)
+@amounts(3 * FEW)
+def test_wrong_arrays(kind, examples, tmp_path, tried):
+    path, load = KINDS[kind](tmp_path)
+    arrays = dict(np.load(path))
+
+    def read(data: Any) -> None:
+        np.savez(path, **replaced(data.draw, arrays, odd_arrays(), "template"))
+        attempt(load, path)
+
+    count = tries(examples, st.data(), read)
+    tried("hostile files", f"{kind}, wrong contents", count, "read, or one line")
+
+
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     from safetensors import safe_open
 
@@ -169,19 +189,15 @@ def replaced(draw: Any, given: dict[str, Any], odd: Any, extra: str) -> dict[str
     return made
 
 
-WELL_FORMED = {
-    "teacher.safetensors": teacher,
-    "virtual.safetensors": virtual,
-    "classifier.safetensors": classifier,
-    "feature cache": cached_features,
-    "features .safetensors": feature_safetensors,
-}
+WELL_FORMED = ("teacher.safetensors", "virtual.safetensors", "classifier.safetensors", "feature cache")
+WELL_FORMED += ("features .safetensors", "geometry.safetensors", "head of another toolbox .safetensors")
+WELL_FORMED += ("dfzsl show", "labelled features .safetensors", "features to measure .safetensors")
 
 
 @pytest.mark.parametrize("kind", WELL_FORMED)
 @amounts(3 * FEW)
 def test_wrong_contents(kind, examples, tmp_path, tried):
-    path, load = WELL_FORMED[kind](tmp_path)
+    path, load = KINDS[kind](tmp_path)
     tensors, about = read_tensors(path)
 
     def read(data: Any) -> None:
@@ -202,14 +218,16 @@ def places(node: Any) -> list[tuple[Any, Any]]:
     return [(node, key) for key, _ in pairs] + [deep for _, value in pairs for deep in places(value)]
 
 
-WORDS = {"split_zhou .json": split_json, "results.json": results, "config YAML": config}
+WORDS = ("split_zhou .json", "results.json", "config YAML", "sentences .json", "class names .json")
+WORDS += ("class names .config.json", "a server's reply", "a client's question", "sha256.json")
+WORDS += ("the mirror's listing",)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", WORDS)
 @amounts(3 * FEW)
 def test_wrong_words(kind, examples, tmp_path, tried):
-    path, load = WORDS[kind](tmp_path)
+    path, load = KINDS[kind](tmp_path)
     parse, write = (yaml.safe_load, yaml.safe_dump) if kind == "config YAML" else (json.loads, json.dumps)
     whole = parse(path.read_text())
 
