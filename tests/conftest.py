@@ -89,6 +89,9 @@ def peak_memory() -> int:
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]
 
 
+FAILED = "**FAILED**"
+
+
 @pytest.fixture
 def tried(record_property):
     """tried(area, fault, count, outcome): a row of docs/reliability.md, which holds if the test passes.
@@ -110,13 +113,18 @@ def pytest_terminal_summary(terminalreporter, config):
     if (page := config.getoption("--faults")) is None:
         return
     rows: dict[tuple[str, str], tuple[int, str]] = {}
-    for state in ("passed", "failed"):
+    for state in ("passed", "failed", "error"):
         for report in terminalreporter.stats.get(state, []):
-            for name, row in report.user_properties:
-                if name == "tried":
-                    area, fault, count, outcome = row
-                    before = rows.get((area, fault), (0, ""))[0]
-                    rows[area, fault] = (before + count, outcome if state == "passed" else "**FAILED**")
+            found = [row for name, row in report.user_properties if name == "tried"]
+            if state != "passed" and not found:  # before it could say what it tried
+                found = [("failed", report.nodeid, 0, "")]
+            for area, fault, count, outcome in found:
+                before, was = rows.get((area, fault), (0, ""))
+                failed = state != "passed" or was == FAILED
+                rows[area, fault] = (before + count, FAILED if failed else outcome)
+    if config.getoption("keyword") or terminalreporter.stats.get("deselected"):
+        print("only a part was tried: the table stays as it is")
+        return
     table = tabulate(
         [(*named, f"{count:,}", outcome) for named, (count, outcome) in sorted(rows.items())],
         headers=("where", "fault", "tried", "outcome"),
