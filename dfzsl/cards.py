@@ -42,8 +42,9 @@ def card(path: str | os.PathLike[str]) -> str:
     if not isinstance(kind, str) or kind not in KINDS:
         raise UserError(f"{os.fspath(path)}: a safetensors file, but none that this project writes")
     names = about.pop("classnames", [])
+    names = names if isinstance(names, list) else [names]
     rows = [("file", f"{os.fspath(path)} ({os.path.getsize(path):,} bytes)"), ("is", KINDS[kind])]
-    if flags and isinstance(names, list) and len(names) == len(flags):
+    if len(names) == len(flags) > 0:
         for what, new in (("base classes", False), ("new classes", True)):
             rows.append(
                 (what, _listed([name for name, flag in zip(names, flags, strict=True) if flag == new]))
