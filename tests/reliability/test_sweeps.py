@@ -18,11 +18,13 @@ import pytest
 from conftest import needs_proc, write_features
 from test_sweep import files, finish, start
 
-from dfzsl import errors
+from dfzsl import errors, report
+from dfzsl.datasets.features import Features
 from dfzsl.errors import UserError
 from dfzsl.files import knows_locks, lock, write_json
 from dfzsl.launch import __main__ as launch
 from dfzsl.launch import workers
+from dfzsl.launch.checks import check
 from dfzsl.launch.forecast import forecast
 from dfzsl.launch.runs import Job
 from dfzsl.trainers.recovery.oracles import _retry_after
@@ -167,6 +169,40 @@ def test_no_lock_is_stale(when, tmp_path, tried):
     with lock(path) as held:
         assert held
     tried("sweeps", "locks left by killed processes, files of any age and content", 1, "free, or held")
+
+
+# ---------------------------------------------------------------- many runs, and those of another version
+
+
+def test_a_thousand_runs_read_their_data_once(world, monkeypatch, tried):
+    """Plan, check and forecast; what they read does not grow with the seeds, where these draw no example."""
+    seeds = [str(seed) for seed in range(1, 501)]
+    words = ["base2new", "--methods", "ZeroshotCLIP,TextTeacherMix", "--output", str(world / "output")]
+    planned = launch.plan(
+        launch.parser().parse_intermixed_args([*words, f"features:{world / 'animals.npz'}", *seeds])
+    )
+    read: list[str] = []
+    real = Features.read
+    monkeypatch.setattr(Features, "read", lambda self: read.append(self.dataset_dir) or real(self))
+    check(planned)
+    assert len(planned) == 1000 and 1 <= len(read) <= 4  # base and new classes
+    assert "How long: unknown" in forecast(planned, 2)
+    tried("sweeps", "1,000 runs: planned, looked at, forecast", len(planned), "data read once")
+
+
+@pytest.mark.parametrize("schema", [0, 2, "2", None, [1]])
+def test_results_of_another_version(schema, world, tried):
+    """Told before any run, by a sweep and by a report; a newer one asks for a newer project, and is kept."""
+    path = jobs(world)[0].parts()[0][0] / "results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"schema": schema, "accuracy": 50.0}))
+    said = "update this project" if schema == 2 else "delete it to repeat the run"
+    with pytest.raises(UserError, match=said):
+        jobs(world)
+    with pytest.raises(UserError, match=said):
+        report.collect(world / "output" / "base2new")
+    assert json.loads(path.read_text())["schema"] == schema
+    tried("sweeps", "results.json of a newer or an older version", 1, "one line, and kept")
 
 
 # ---------------------------------------------------------------- clocks
