@@ -157,6 +157,20 @@ def test_promptsrc_prompts_each_encoder_by_itself(depth, depth_vision, backbone)
     torch.testing.assert_close(learner.encode_image(pictures()), image, rtol=1e-4, atol=1e-4)
 
 
+def test_many_classes_in_chunks_have_the_same_gradients(backbone, monkeypatch):
+    """Where activations are not kept but computed again, the deep tokens' share is too."""
+    gradients = []
+    for rows in (8192, 20):
+        monkeypatch.setattr(backbone, "rows_at_once", rows)
+        torch.manual_seed(0)
+        learner = CoupledPromptLearner(backbone, NAMES, 2, "a photo of a", 3)
+        assert (len(learner.prompts.blocks) > 1) == (rows == 20)
+        weight = torch.randn(4, 48, generator=torch.Generator().manual_seed(2))
+        gradients.append(torch.autograd.grad((learner() * weight).sum(), [learner.ctx, *learner.deep]))
+    for whole, chunked in zip(*gradients, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-6)
+
+
 def test_without_prompts_it_is_the_frozen_encoder(backbone):
     learner = IndependentPromptLearner(backbone, NAMES, 4, "a photo of a", 1, 2, 0)
     torch.testing.assert_close(learner.encode_image(pictures()), backbone.encode_image(pictures()))
