@@ -1,7 +1,7 @@
 """The owner's side: fit the base classifier on training images, hand over teacher.safetensors.
 
-Tested on classes the teacher knows it is the teacher, on others zero-shot CLIP: "teacher for base,
-zero-shot for new", the free baseline that any data-free method has to beat.
+Tested on classes the teacher knows it is the teacher, on others zero-shot CLIP. Tables call it
+"Linear probe + CLIP", the free baseline that any data-free method has to beat.
 """
 
 from __future__ import annotations

@@ -11,15 +11,8 @@ from dassl.utils import set_random_seed, setup_logger
 
 def read_flags():
     flags = argparse.ArgumentParser()
-    for flag in (
-        "root",
-        "output-dir",
-        "resume",
-        "config-file",
-        "dataset-config-file",
-        "trainer",
-        "model-dir",
-    ):
+    names = "root, output-dir, resume, config-file, dataset-config-file, trainer, backbone, model-dir"
+    for flag in names.split(", "):
         flags.add_argument(f"--{flag}", default="")
     flags.add_argument("--seed", type=int, default=-1)
     flags.add_argument("--load-epoch", type=int)
@@ -33,10 +26,13 @@ def settings(args):
     cfg.DATASET.SUBSAMPLE_CLASSES = "all"
     trainers.method.extend_cfg(cfg)
     cfg.merge_from_file(args.dataset_config_file)
-    cfg.merge_from_file(args.config_file)
+    if args.config_file:
+        cfg.merge_from_file(args.config_file)
     cfg.DATASET.ROOT = args.root
     cfg.OUTPUT_DIR = args.output_dir
     cfg.TRAINER.NAME = args.trainer
+    if args.backbone:
+        cfg.MODEL.BACKBONE.NAME = args.backbone
     if args.seed:
         cfg.SEED = args.seed
     cfg.merge_from_list(args.opts)
