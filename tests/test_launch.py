@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
 from dassl.engine import TRAINER_REGISTRY
+from tqdm import tqdm
 
 from dfzsl import train
 from dfzsl.errors import UserError
 from dfzsl.files import write_json
+from dfzsl.launch import workers
 from dfzsl.launch.__main__ import parser, plan
 from dfzsl.launch.forecast import forecast
 from dfzsl.launch.runs import Data, Job, Method
@@ -177,3 +180,20 @@ def test_a_job_is_locked_against_others(tmp_path):
             "with locked(job) as free: sys.exit(7 if free else 0)"
         )
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_tells_the_launcher_how_far_it_is(tmp_path, monkeypatch):
+    job = Job("base2new", Method("ZeroshotCLIP"), Data("shapes", "data"), 1, 16, -1, tmp_path)
+    seen = []
+
+    def main(arguments):
+        print("** Config **")
+        for _ in tqdm(range(2), "recover\x07", unit="epoch", mininterval=0):
+            monkeypatch.setattr(workers.time, "monotonic", lambda: 1e9 * len(seen))
+            seen.append(list(workers._how_far([job])))
+
+    monkeypatch.setattr(workers.train, "main", main)
+    workers.run(job)
+    assert seen[0] == ["ZeroshotCLIP, shapes, seed 1: ** Config **"]
+    assert re.fullmatch(r"ZeroshotCLIP, shapes, seed 1: recover\\x07: 50%\|.*\| 1/2 \[.*epoch.*\]", *seen[1])
+    assert not any(workers._how_far([job]))

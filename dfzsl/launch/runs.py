@@ -340,3 +340,8 @@ class Job:
     @property
     def failure(self) -> Path:
         return self.parts()[0][0] / "failed.txt"
+
+    @property
+    def said(self) -> Path:
+        """The last line of its console, while it runs."""
+        return self.parts()[0][0] / ".said"

@@ -34,11 +34,14 @@ KILLED = (
 )
 
 
-def run(job: Job, gpus: int = 1) -> None:
-    """Run what is not finished, each part on `gpus` GPUs. A teacher that is missing is made first."""
+def run(job: Job, gpus: int = 1, said: Path | None = None) -> None:
+    """Run what is not finished, each part on `gpus` GPUs. A teacher that is missing is made first.
+
+    The file `said`, by default the job's own, tells meanwhile how far it is."""
+    said = said or job.said
     if job.waits_for_owner:
         with locked(job.teacher, wait=True):
-            run(job.teacher, gpus)
+            run(job.teacher, gpus, said)
     for folder, arguments in job.parts():
         if not (folder / RESULTS).exists():
             # Before the results: a folder that holds these must say what they were made with.
@@ -48,7 +51,7 @@ def run(job: Job, gpus: int = 1) -> None:
                 elif gpus > 1:
                     _torchrun(gpus, arguments)
                 else:
-                    with _own_console():
+                    with _own_console(said):
                         train.main(arguments)
 
 
@@ -77,14 +80,54 @@ def _claimed(job: Job) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _own_console() -> Iterator[None]:
-    """Dassl's logger replaces sys.stdout; a run inside a worker gives it back, and talks to its log alone."""
-    with (
-        open(os.devnull, "w", encoding="utf-8") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-        contextlib.redirect_stderr(nowhere),
-    ):
-        yield
+def _own_console(said: Path) -> Iterator[None]:
+    """Dassl's logger replaces sys.stdout; a run inside a worker gives it back. What it shows on its console,
+    bars among it, goes to its log and line by line into a file that is gone when it ends."""
+    console: Any = _LastLine(said)
+    try:
+        with contextlib.redirect_stdout(console), contextlib.redirect_stderr(console):
+            yield
+    finally:
+        said.unlink(missing_ok=True)
+
+
+class _LastLine:
+    """A console of one line, kept in a file and written twice a second at most."""
+
+    encoding = "utf-8"
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.written = path, 0.0
+
+    def write(self, text: str) -> int:
+        lines = [line for line in map(str.strip, re.split(r"[\r\n]|\x1b\[[\d;]*\w", text)) if line]
+        if lines and time.monotonic() - self.written > 0.5:
+            self.written = time.monotonic()
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(lines[-1], encoding="utf-8", errors="replace")
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _lines(workers: int) -> Iterator[list[tqdm]]:
+    """A line for each worker below the first on a terminal: the last that its run said, or its bar."""
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(tqdm(bar_format="{desc}", position=worker, leave=False))
+            for worker in range(1, workers + 1)
+            if sys.stderr.isatty()
+        ]
+
+
+def _how_far(jobs: Sequence[Job]) -> Iterator[str]:
+    """A line on each job that is running."""
+    for job in jobs:
+        with contextlib.suppress(OSError):
+            said = job.said.read_text(encoding="utf-8", errors="replace")
+            yield one_line(f"{job.method.name}, {job.data.name}, seed {job.seed}: {said}")
 
 
 def _torchrun(gpus: int, arguments: list[str]) -> None:
@@ -215,7 +258,7 @@ def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path
         try:
             for first in itertools.islice(itertools.cycle(shares or [None]), workers):
                 start(first)
-            with tqdm(total=len(open_jobs), desc="runs", unit="run") as bar:
+            with tqdm(total=len(open_jobs), desc="runs", unit="run") as bar, _lines(workers) as lines:
                 while running:
                     time.sleep(0.5)
                     for note, (task, own) in [item for item in running.items() if item[1][0].done()]:
@@ -228,6 +271,9 @@ def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path
                         elif word and not running and any(map(_is_open, open_jobs)):
                             start(own)
                     bar.update(sum(not _is_open(job) for job in open_jobs) - bar.n)
+                    told = itertools.chain(_how_far(open_jobs if lines else []), itertools.repeat(""))
+                    for line, text in zip(lines, told, strict=False):
+                        line.set_description_str(text)
         except BaseException:
             with _uninterrupted():
                 for task, _ in running.values():
