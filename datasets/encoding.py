@@ -194,13 +194,14 @@ def encode_files(
     Yields the paths that could be read, their unit features (n, d), and what is wrong with the others.
     """
     batches = torch.arange(len(paths)).split(batch_size)
+    ahead = min(num_workers, len(batches)) if len(batches) > 1 else 0  # of one batch nothing is ahead
     loader = torch.utils.data.DataLoader(
         _Images(paths, backbone.transform),
         batch_sampler=[batch.tolist() for batch in batches],
-        num_workers=min(num_workers, len(batches)),
+        num_workers=ahead,
         collate_fn=_sorted_out,
         generator=torch.Generator(),
-        prefetch_factor=4 if num_workers and batches else None,
+        prefetch_factor=4 if ahead else None,
     )
     with contextlib.closing(_each(loader)) as loaded:
         for places, (good, images, wrong) in zip(batches, loaded, strict=True):

@@ -23,10 +23,13 @@ if ! complete python; then
         echo "Setting up .venv, once; this takes a minute or two" >&2
         python3 -m venv .venv ||
             { echo "error: python3 cannot make a virtual environment; install python3-venv" >&2; exit 2; }
-        .venv/bin/python -m pip install --quiet --constraint constraints.txt torch torchvision open_clip_torch
+        # uv does the same as pip, in parallel.
+        install=(.venv/bin/python -m pip install --quiet)
+        if command -v uv >/dev/null; then install=(uv pip install --quiet --python .venv/bin/python); fi
+        "${install[@]}" --constraint constraints.txt torch torchvision open_clip_torch
         .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("dassl"))' ||
-            .venv/bin/python -m pip install --quiet --editable compat/dassl
-        .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+            "${install[@]}" --editable compat/dassl
+        "${install[@]}" --constraint constraints.txt --editable '.[test]'
         complete .venv/bin/python || { echo "error: the installation into .venv is not complete; see above" >&2; exit 2; }
     fi
     export PATH="$PWD/.venv/bin:$PATH"

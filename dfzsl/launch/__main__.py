@@ -28,6 +28,7 @@ from dfzsl.trainers.base import CLIPTrainer
 
 from .. import report, train
 from ..errors import UserError, one_line
+from ..results import RESULTS
 from .checkouts import Checkout
 from .checks import check, check_locks
 from .forecast import forecast
@@ -155,13 +156,17 @@ def parser() -> argparse.ArgumentParser:
 
 
 def show(folder: Path) -> None:
-    """Print the tables of a protocol's folder, and write its page where matplotlib is there to draw it."""
+    """Print the tables of a protocol's folder, and write its page where matplotlib is there to draw it and
+    some results are newer."""
     report.show(folder)
     if importlib.util.find_spec("matplotlib"):
-        from ..report.page import write_page
+        page = folder / "report.html"
+        made = page.stat().st_mtime_ns if page.exists() else 0
+        if any(path.stat().st_mtime_ns >= made for path in folder.rglob(RESULTS)):
+            from ..report.page import write_page
 
-        write_page(folder / "report.html", report.sections(report.collect(folder)))
-        print(f"The same with pictures: {folder / 'report.html'}")
+            write_page(page, report.sections(report.collect(folder)))
+        print(f"The same with pictures: {page}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

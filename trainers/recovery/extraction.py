@@ -22,7 +22,6 @@ from functools import cached_property
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.sparse.linalg import LinearOperator, cg
 from torch import Tensor
 
 from dfzsl.errors import UserError
@@ -535,6 +534,8 @@ def conjugate_gradients(
     tolerance: float,
 ) -> Tensor:
     """The solution of normal(rows) = target, in the shape and type of `target`, from 0 on."""
+    from scipy.sparse.linalg import LinearOperator, cg  # half a second, which few commands need
+
     kind = np.float64 if target.dtype == torch.float64 else np.float32
 
     def operator(work: Callable[[Tensor], Tensor]) -> LinearOperator:
