@@ -463,7 +463,7 @@ def grown(load: Callable, path: Path) -> tuple[str | None, int]:
     ours, theirs = fork.Pipe()
     process = fork.Process(target=work, args=(theirs,))
     process.start()
-    assert ours.poll(120), "no answer"
+    assert ours.poll(600), "no answer"
     said, size = ours.recv()
     process.join()
     assert not (said or "").startswith("DEFECT"), said
