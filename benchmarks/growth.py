@@ -72,7 +72,7 @@ def draw(rows: list[dict[str, float]], file: Path) -> None:
         axes.loglog(names, linear, ":", color="grey", label="linear")
         axes.set(xlabel="base and new classes", title=key)
         axes.legend()
-    figure.savefig(file)
+    figure.savefig(file, metadata={"Date": None})
 
 
 def main() -> None:

@@ -22,9 +22,20 @@ from tabulate import tabulate
 HERE = Path(__file__).parent
 LAST = HERE / "last.json"
 SMALL = {
-    "extract": ["--backbone", "shapes", "--images", "200", "--side", "300", "--device", "cpu"],
-    "predict": ["--pictures", "200", "--side", "300", "--rounds", "1"],
-    "vmf": ["--draws", "100", "--rounds", "3"],
+    "extract": [
+        "--backbone",
+        "shapes",
+        "--images",
+        "100",
+        "--side",
+        "300",
+        "--rounds",
+        "2",
+        "--device",
+        "cpu",
+    ],
+    "predict": ["--pictures", "100", "--side", "300", "--rounds", "1"],
+    "vmf": ["--draws", "50", "--rounds", "2"],
     "pipeline": [],
 }
 RATIOS = ("of plain", "of the bound", "of ours", "share of the bound", "CPU of sampling's")  # columns
