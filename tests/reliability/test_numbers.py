@@ -13,7 +13,7 @@ from torch import Tensor
 from dfzsl.errors import UserError
 from dfzsl.stages import checked, unit
 from dfzsl.trainers.generation.build import build_classifier
-from dfzsl.trainers.generation.classifier import Classifier
+from dfzsl.trainers.generation.classifier import Classifier, Rows
 from dfzsl.trainers.generation.generators import GENERATORS
 from dfzsl.trainers.generation.rehearsal import _margins
 from dfzsl.trainers.generation.training import StageThreeSettings
@@ -263,7 +263,7 @@ def _many(out) -> None:
     paper_concentration(text)
     x, y = virtual.sample(10, rng)
     virtual.kept(x, y)
-    _margins(x, y, virtual.weight, text[base:])
+    _margins(x, y, Rows(virtual.weight, text[base:], torch.zeros(base)))
     settings = StageThreeSettings(name="vmf", classifier_steps=3, calibrate=False)
     classifier = build_classifier(
         virtual, text[:base], text[base:], new_classnames=names[base:], settings=settings, generator=rng
