@@ -45,21 +45,27 @@ def harmonic(a: float, b: float) -> float:
 
 
 class Task:
-    """One data set with a base/new split: `order` lists its classes, base ones first."""
+    """One data set with a base/new split, or a part of one: `order` lists its classes, base ones first."""
 
-    def __init__(self, path: Path, split: int) -> None:
+    def __init__(self, path: Path, split: int, order: np.ndarray | None = None) -> None:
         with np.load(path) as file:
             array = {name: file[name] for name in file.files}
         count = len(array["text"])
-        order = np.random.default_rng(split - 1).permutation(count) if split else np.arange(count)
-        place = np.argsort(order)
-        self.base, self.seed = (count + 1) // 2, split
+        if order is None:
+            order = np.random.default_rng(split - 1).permutation(count) if split else np.arange(count)
+        place = np.full(count, -1)
+        place[order] = np.arange(len(order))
+        self.base, self.seed = (len(order) + 1) // 2, split
         self.names = [str(array["classnames"][i]) for i in order]
         self.text = F.normalize(torch.from_numpy(array["text"][order]).float(), dim=1)
-        self.x_val, self.x_test = (
-            F.normalize(torch.from_numpy(array[name]).float(), dim=1) for name in ("x_val", "x_test")
+        (self.x_val, self.y_val), (self.x_test, self.y_test) = (
+            self._images(array[f"x_{part}"], place[array[f"y_{part}"]]) for part in ("val", "test")
         )
-        self.y_val, self.y_test = (torch.from_numpy(place[array[name]]) for name in ("y_val", "y_test"))
+
+    @staticmethod
+    def _images(features: np.ndarray, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+        x, y = features[labels >= 0], labels[labels >= 0]
+        return F.normalize(torch.from_numpy(x).float(), dim=1), torch.from_numpy(y)
 
     def train(self, shots: int = 0) -> tuple[Tensor, Tensor]:
         """Features and labels of base classes, at most so many of each."""
@@ -178,6 +184,13 @@ def run(task: Task, teacher: Teacher, geometry: Geometry | None) -> dict[str, tu
     return table
 
 
+def read_geometry(files: list[Path]) -> Geometry | None:
+    """From a geometry file, or measured on feature files of other pictures."""
+    if not files:
+        return None
+    return Geometry.load(files[0]) if files[0].suffix == ".safetensors" else geometry_of(files)
+
+
 def cells(paths: list[Path], splits: int, kinds: list[str]) -> Iterator[tuple[str, int, str, Task, Teacher]]:
     for path in paths:
         for split in range(splits + 1):
@@ -253,10 +266,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="*", default=[], metavar="KIND", help="these teachers alone")
     parser.add_argument("--geometry", nargs="*", default=[], type=Path, metavar="FILE")
     args = parser.parse_args()
-    geometry = None
-    if args.geometry:
-        files = args.geometry
-        geometry = Geometry.load(files[0]) if files[0].suffix == ".safetensors" else geometry_of(files)
+    geometry = read_geometry(args.geometry)
     tables: dict[str, list[dict]] = {"Without a geometry": []}
     if geometry is not None:
         tables[f"With {geometry}"] = []

@@ -75,6 +75,12 @@ def signs(text: Tensor, rows: Tensor) -> tuple[float, float, float]:
     return float(torch.cat(near).mean()), float(torch.cat(found).float().mean()), alike
 
 
+def spread_along(rows: Tensor, geometry: Geometry) -> float:
+    """How much of the teacher's `rows` (C, d) lies where images of any class scatter: 1 if isotropic."""
+    centred = unit(rows - rows.mean(0))
+    return float(((centred @ geometry.scatter.to(rows)) * centred).sum(1).mean()) * rows.shape[1]
+
+
 def foretold(text: Tensor, rows: Tensor) -> tuple[Tensor, float]:
     """The map from centred text (C, d) to rows of length 1 in the mean, and `Mixture.sure` of it."""
     ridge, left_out = leave_one_out_ridge(text, rows)
@@ -91,11 +97,7 @@ def rule_weight(text: Tensor, rows: Tensor, geometry: Geometry | None = None, su
     if alike > TEXT_ALREADY:
         return math.inf
     start, words, agreement, scatter = PLAIN if geometry is None else WHITENED
-    spread = 1.0
-    if geometry is not None:
-        centred = unit(rows - rows.mean(0))
-        within = geometry.scatter.to(rows)
-        spread = float(((centred @ within) * centred).sum(1).mean()) * rows.shape[1]
+    spread = 1.0 if geometry is None else spread_along(rows, geometry)
     logarithm = start - words * math.log(max(1 - near, 1e-3)) + agreement * found
     logarithm -= scatter * math.log(max(spread, 1e-3))
     return min(max(max(sure, 1.0) * math.exp(logarithm), WEIGHTS[0]), WEIGHTS[1])
