@@ -30,6 +30,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from dfzsl.geometry import geometry_of
+from dfzsl.progress import hidden
 from dfzsl.trainers.generation.build import build_classifier
 from dfzsl.trainers.recovery.geometry import Geometry
 from dfzsl.trainers.recovery.oracles import open_oracle
@@ -167,7 +168,7 @@ def run(task: Task, teacher: Teacher, geometry: Geometry | None) -> dict[str, tu
     scores = dict(zip(BASELINES, [old, alone, *(old + g * own for g in WEIGHTS)], strict=True))
     table = {name: (*task.base_to_new(score, new), task.gzsl(score, new)) for name, score in scores.items()}
     generator = torch.Generator().manual_seed(task.seed)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), hidden():
         virtual = recover(
             open_oracle(teacher, "weights"),
             text[:base],

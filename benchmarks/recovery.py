@@ -21,9 +21,9 @@ from tabulate import tabulate
 from dfzsl.errors import UserError
 from dfzsl.trainers.recovery import vmf
 from dfzsl.trainers.recovery.geometry import (
-    CONE,
     class_directions,
     common_direction,
+    cone_of,
     geometry_concentration,
     paper_concentration,
 )
@@ -190,7 +190,7 @@ def directions_table(sets: list[RealSet]) -> str:
         estimates = {
             "text": data.text,
             "teacher's rows": weight,
-            "geometry (shipped)": class_directions(weight, neutral, CONE),
+            "geometry (shipped)": class_directions(weight, neutral, cone_of(data.text)),
             "geometry, cone left out": class_directions(weight, neutral, cone),
             "geometry, image cone of the other sets": class_directions(weight, elsewhere, cone),
             "geometry, own image cone (oracle)": class_directions(weight, data.common, data.cone),

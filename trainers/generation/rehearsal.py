@@ -13,6 +13,7 @@ from dfzsl.stages import portions
 from .classifier import Rows
 
 MOST_REHEARSED = 20_000  # virtual features of all classes together, where rows are in closed form
+PERFORMANCES = 480  # base classes times rehearsals, where rows are in closed form: 4 of a dozen tell little
 RowsOf = Callable[[Tensor, Tensor], Rows]  # from the indices of known base classes and the texts of others
 
 
@@ -52,15 +53,21 @@ def plays(
 
 
 def calibrate(
-    x: Tensor, y: Tensor, text: Tensor, num_new: int, rows_of: RowsOf, rng: torch.Generator
+    x: Tensor,
+    y: Tensor,
+    text: Tensor,
+    num_new: int,
+    rows_of: RowsOf,
+    rng: torch.Generator,
+    rehearsals: int = 4,
 ) -> float:
     """The bias of new classes, in units of the cosine, that balances them against base classes.
 
-    It is the one with the highest harmonic mean of per-class accuracies in rehearsals (`plays`).
+    It is the one with the highest harmonic mean of per-class accuracies in rehearsals (see `plays`).
     """
     grid = torch.linspace(-0.15, 0.15, 301, device=x.device)
     seen, unseen = torch.zeros_like(grid), torch.zeros_like(grid)
-    for known, margin, correct in plays(x, y, text, num_new, rows_of, rng):
+    for known, margin, correct in plays(x, y, text, num_new, rows_of, rng, rehearsals):
         seen += _curve(margin[known], correct[known], grid, above=True)
         unseen += _curve(margin[~known], correct[~known], grid, above=False)
     harmonic = 2 * seen * unseen / (seen + unseen).clamp(min=1e-12)

@@ -20,10 +20,10 @@ from dfzsl.stages import checked, unit
 from .extraction import Ask, Extracted, extract_rows
 from .geometry import (
     COHERENCE,
-    CONE,
     Geometry,
     class_directions,
     common_direction,
+    cone_of,
     geometry_concentration,
     paper_concentration,
 )
@@ -50,7 +50,7 @@ class RecoverySettings:
     theta: factor on the concentration.
     epochs, lr, draws: of simulator, moments and generator; draws per class and epoch.
     coherence: mean cosine of a class's features to their mean; cone: of class means to their common mean. 0:
-        what the teacher's card says, else 0.88 and 0.92, which lie amid real data sets.
+        what the teacher's card says, else 0.88, amid real data sets, and `geometry.cone_of` the texts.
     rays, bisections: the price of a teacher that answers labels alone.
     tolerance: relative error of the rows below which no more logits or probabilities are asked for.
     num_per_class, filter, fresh: the virtual-feature loader's (datasets/virtual.py).
@@ -175,7 +175,7 @@ def recover(
         mu = unit(weight)
     else:
         common = common_direction(all_text) if geometry is None else geometry.mean.to(text)
-        mu = class_directions(weight, common, options.cone or told("cone") or CONE)
+        mu = class_directions(weight, common, options.cone or told("cone") or cone_of(text))
     checked(mu, STAGE, "mean direction", names)
     return VirtualClasses(
         mu,

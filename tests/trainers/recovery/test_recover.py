@@ -13,6 +13,7 @@ from dfzsl.trainers.recovery.extraction import extract_rows
 from dfzsl.trainers.recovery.geometry import (
     class_directions,
     common_direction,
+    cone_of,
     geometry_concentration,
     paper_concentration,
 )
@@ -469,6 +470,27 @@ class TestClassDirections:
         mu = class_directions(shared, self.common, cone=0.9)
         left = 1 - cosines(self.deviations(mu), self.across(true))
         assert (left < 0.5 * (1 - cosines(self.across(shared), self.across(true)))).all()
+
+
+class TestConeOfTexts:
+    @pytest.mark.parametrize("spread", [0.2, 0.45, 0.7])
+    def test_of_texts_at_a_known_distance_from_their_mean(self, spread):
+        """Two texts, 2 arcsin(spread) apart: each at that distance from the mean of both."""
+        text = torch.tensor([[math.sqrt(1 - spread**2), spread], [math.sqrt(1 - spread**2), -spread]])
+        assert cone_of(text) ** 2 == pytest.approx(1 - 0.38 * spread, abs=1e-6)
+
+    def test_stays_where_real_sets_lie_for_texts_that_are_alike_or_opposed(self):
+        assert cone_of(torch.ones(5, 4) / 2) == pytest.approx(math.sqrt(0.96))
+        assert cone_of(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])) == pytest.approx(math.sqrt(0.7))
+
+    @pytest.mark.parametrize("named", [{}, {"cone": 0.5}])
+    def test_classes_lie_in_the_cone_of_their_texts_unless_one_is_named(self, named):
+        text, teacher = rows(C, 1), Teacher(rows(C, 2), [f"c{i}" for i in range(C)])
+        virtual = recover(open_oracle(teacher, "weights"), text, generator=rng(), **named)
+        expected = class_directions(
+            F.normalize(teacher.weight, dim=1), common_direction(text), named.get("cone") or cone_of(text)
+        )
+        assert torch.allclose(virtual.mu, expected, atol=1e-5)
 
 
 @pytest.fixture(params=["dtd", "oxford_pets23", "caltech56"])
