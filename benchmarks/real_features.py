@@ -38,7 +38,7 @@ from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 
 WEIGHTS = (0.1, 0.2, 0.3, 0.43, 1.0)
-BASELINES = ("zero-shot", "teacher + zero-shot", *(f"text + {g} teacher" for g in WEIGHTS))
+BASELINES = ("CLIP", "Linear probe + CLIP", *(f"text + {g} teacher" for g in WEIGHTS))
 
 
 def harmonic(a: float, b: float) -> float:
@@ -209,9 +209,7 @@ def summary(results: list[dict]) -> str:
         for name in (*BASELINES, "DFZSL")
     }
     free = np.stack([h[name] for name in BASELINES])
-    gzsl = {
-        name: np.array([result["table"][name][2] for result in results]) for name in ("zero-shot", "DFZSL")
-    }
+    gzsl = {name: np.array([result["table"][name][2] for result in results]) for name in ("CLIP", "DFZSL")}
     best = int(free.mean(1).argmax())
     lines = []
     for kind in [*kinds, "all"]:
@@ -219,25 +217,25 @@ def summary(results: list[dict]) -> str:
         mine = h["DFZSL"][own]
         of_kind = int(free[:, own].mean(1).argmax())
         over_cell = mine - free[:, own].max(0)
-        rise = (gzsl["DFZSL"] - gzsl["zero-shot"])[own]
+        rise = (gzsl["DFZSL"] - gzsl["CLIP"])[own]
         lines.append(
             [
                 kind,
-                h["zero-shot"][own].mean(),
-                h["teacher + zero-shot"][own].mean(),
+                h["CLIP"][own].mean(),
+                h["Linear probe + CLIP"][own].mean(),
                 free[:, own].mean(1).max(),
                 mine.mean(),
                 mine.mean() - free[best, own].mean(),
                 mine.mean() - free[of_kind, own].mean(),
                 over_cell.mean(),
                 over_cell.min(),
-                gzsl["zero-shot"][own].mean(),
+                gzsl["CLIP"][own].mean(),
                 gzsl["DFZSL"][own].mean(),
                 rise.min(),
             ]
         )
-    headers = ["teacher", "zero-shot", "teacher + zero-shot", "best fixed", "DFZSL", "over best"]
-    headers += ["of its kind", "of the cell", "worst", "GZSL: zero-shot", "DFZSL", "worst"]
+    headers = ["teacher", "CLIP", "Linear probe + CLIP", "best fixed", "DFZSL", "over best"]
+    headers += ["of its kind", "of the cell", "worst", "GZSL: CLIP", "DFZSL", "worst"]
     signed = "+.2f"
     formats = ("", ".1f", ".1f", ".1f", ".1f", signed, signed, signed, signed, ".1f", ".1f", signed)
     return f"Best fixed baseline on average: {BASELINES[best]}\n\n" + tabulate(
@@ -251,7 +249,7 @@ def official(results: list[dict]) -> str:
     for result in results:
         if result["split"] or not result["kind"].endswith("all images"):
             continue
-        for name in ("zero-shot", "teacher + zero-shot", "text + 0.2 teacher", "DFZSL"):
+        for name in ("CLIP", "Linear probe + CLIP", "text + 0.2 teacher", "DFZSL"):
             base, new, gzsl = result["table"][name]
             lines.append([result["set"], result["kind"], name, base, new, harmonic(base, new), gzsl])
     headers = ["data set", "teacher", "method", "base", "new", "H", "GZSL H"]

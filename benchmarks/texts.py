@@ -62,7 +62,7 @@ def main() -> None:
             plain = Classifier(
                 rows, names, is_new, torch.zeros(120), backbone="shapes", weights=backbone.weights_id
             )
-            tried = [("zero-shot", [dfzsl.evaluate(plain, found["test"])])]
+            tried = [("CLIP", [dfzsl.evaluate(plain, found["test"])])]
             built = [dfzsl.build(teacher, names[60:], text=text, seed=seed) for seed in args.seeds]
             tried.append(("DFZSL", [dfzsl.evaluate(made, found["test"]) for made in built]))
             for method, results in tried:
