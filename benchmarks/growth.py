@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ def measure(names: int, threads: int) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
+    from dfzsl.results import peak_memory
     from dfzsl.trainers.generation.build import build_classifier
     from dfzsl.trainers.recovery.oracles import open_oracle
     from dfzsl.trainers.recovery.recover import recover
@@ -41,16 +41,16 @@ def measure(names: int, threads: int) -> dict[str, float]:
     oracle = open_oracle(
         Teacher(deviation[:base] - deviation[:base].mean(0), classnames[:base], "", True), "logits"
     )
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     wall, cpu = time.perf_counter(), time.process_time()
     virtual = recover(oracle, text[:base], new_text=text[base:], generator=generator)
     build_classifier(virtual, text[:base], text[base:], new_classnames=classnames[base:], generator=generator)
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    grown = peak_memory() - before
     return {
         "names": names,
         "CPU seconds": time.process_time() - cpu,
         "seconds": time.perf_counter() - wall,
-        "GB": grown / 2**20,
+        "GB": grown / 2**30,
     }
 
 
