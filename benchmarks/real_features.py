@@ -155,17 +155,21 @@ def teachers(task: Task) -> dict[str, Callable[[], Teacher]]:
     }
 
 
+def fixed_scores(task: Task, teacher: Teacher) -> dict[str, Tensor]:
+    """Scores (n, C) of base classes on test features by each of BASELINES."""
+    by_text = task.x_test @ task.text[: task.base].T
+    own = task.x_test @ F.normalize(teacher.weight, dim=1).T
+    if teacher.bias is not None:
+        own = own + teacher.bias / teacher.weight.norm(dim=1)
+    mixed = (by_text + g * own for g in WEIGHTS)
+    return dict(zip(BASELINES, [by_text, teacher.logits(task.x_test), *mixed], strict=True))
+
+
 def run(task: Task, teacher: Teacher, geometry: Geometry | None) -> dict[str, tuple[float, float, float]]:
     """(base, new, GZSL's H) of every baseline and of DFZSL."""
     text, base = task.text, task.base
-    by_text = task.x_test @ text.T
-    old, new = by_text[:, :base], by_text[:, base:]
-    rows = F.normalize(teacher.weight, dim=1)
-    own = task.x_test @ rows.T
-    if teacher.bias is not None:
-        own = own + teacher.bias / teacher.weight.norm(dim=1)
-    alone = teacher.logits(task.x_test)
-    scores = dict(zip(BASELINES, [old, alone, *(old + g * own for g in WEIGHTS)], strict=True))
+    new = task.x_test @ text[base:].T
+    scores = fixed_scores(task, teacher)
     table = {name: (*task.base_to_new(score, new), task.gzsl(score, new)) for name, score in scores.items()}
     generator = torch.Generator().manual_seed(task.seed)
     with contextlib.redirect_stdout(io.StringIO()), hidden():

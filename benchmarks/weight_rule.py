@@ -24,8 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from real_features import BASELINES, WEIGHTS, Task, harmonic, read_geometry, teachers
+from real_features import BASELINES, Task, fixed_scores, harmonic, read_geometry, teachers
 from scipy.ndimage import gaussian_filter1d
 from scipy.optimize import minimize
 from tabulate import tabulate
@@ -65,24 +64,20 @@ class Cell:
 def cell(name: str, task: Task, teacher: Teacher, geometry: Geometry | None, weight: float) -> Cell | None:
     base, new = task.text[: task.base], task.text[task.base :]
     mixture = mix(base, teacher.weight, teacher.bias, geometry=geometry)
-    near, found, alike = signs(base, teacher_rows(teacher.weight)[0])
+    plain = teacher_rows(teacher.weight)[0]
+    near, found, alike = signs(base, plain)
     if alike > TEXT_ALREADY:
         return None
     seen = (-np.log(max(1 - near, 1e-3)), found)
     if geometry is not None:
-        spread = spread_along(teacher_rows(teacher.weight)[0], geometry)
-        seen += (-np.log(max(spread, 1e-3)),)
+        seen += (-np.log(max(spread_along(plain, geometry), 1e-3)),)
     rows, bias = (mixture.rows - base) / mixture.weight, mixture.bias / mixture.weight
-    by_text, by_new = task.x_test @ base.T, task.x_test @ new.T
-    by_teacher = task.x_test @ rows.T + bias
+    by_text, by_teacher = task.x_test @ base.T, task.x_test @ rows.T + bias
     made = closed_form(base, new, teacher.weight, teacher.bias, geometry=geometry)
     ours = task.x_test @ made.new.T
     h = [harmonic(*task.base_to_new(by_text + g * by_teacher, ours)) for g in np.exp(GRID)]
-    own = task.x_test @ F.normalize(teacher.weight, dim=1).T
-    if teacher.bias is not None:
-        own = own + teacher.bias / teacher.weight.norm(dim=1)
-    fixed = (by_text, teacher.logits(task.x_test), *(by_text + g * own for g in WEIGHTS))
-    free = [harmonic(*task.base_to_new(score, by_new)) for score in fixed]
+    by_new = task.x_test @ new.T
+    free = [harmonic(*task.base_to_new(s, by_new)) for s in fixed_scores(task, teacher).values()]
     return Cell(name, seen, np.array(h), np.array(free), weight)
 
 

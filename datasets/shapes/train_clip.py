@@ -36,6 +36,7 @@ from dfzsl.datasets.shapes.captions import captioned_picture, vocabulary  # noqa
 FOLDER = Path(__file__).parent
 MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
 STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
+LOGGED = ["step", "loss", "held_out_loss", "held_out_recall_at_1_of_500", "logit_scale"]
 
 
 class CaptionedPictures(Dataset):
@@ -125,25 +126,28 @@ def retrieval(model: Trainee, pictures: Tensor, tokens: Tensor) -> tuple[float, 
     return F.cross_entropy(logits, target).item(), (logits.argmax(1) == target).float().mean().item()
 
 
-def write_log(path: Path, log: list[list[float]]) -> None:
-    """The training log as CSV."""
+def write_log(path: Path, columns: list[str], log: list[list[float]]) -> None:
+    """The training log as CSV; the first of its columns is the step."""
     with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["step", "loss", "held_out_loss", "held_out_recall_at_1_of_500", "logit_scale"])
+        writer.writerow(columns)
         writer.writerows([step, *(f"{value:.4f}" for value in values)] for step, *values in log)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=2e-3)
+def options(about: str | None, steps: int, batch: int, lr: float) -> argparse.Namespace:
+    """The command line of a training, with these defaults."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--lr", type=float, default=lr)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=FOLDER)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = options(__doc__, steps=1000, batch=256, lr=2e-3)
 
     torch.manual_seed(args.seed)
     config: Any = read_json(FOLDER / "clip.json")
@@ -181,7 +185,7 @@ def main() -> None:
                 args.output / "clip.safetensors",
                 {"step": step, "batch": args.batch, "seed": args.seed},
             )
-            write_log(args.output / "clip_training.csv", log)
+            write_log(args.output / "clip_training.csv", LOGGED, log)
     print(f"{args.steps} steps of {args.batch} in {(time.time() - began) / 60:.1f} minutes")
 
 

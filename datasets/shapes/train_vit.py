@@ -10,8 +10,6 @@ quarter of an hour on one idle core. The same seed, number of threads and machin
 
 from __future__ import annotations
 
-import argparse
-import csv
 import time
 from pathlib import Path
 from typing import Any
@@ -24,10 +22,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dfzsl.datasets.shapes.train_clip import FOLDER, MEAN, STD, CaptionedPictures
-from dfzsl.files import atomic, read_json, save_tensors
+from dfzsl.datasets.shapes.train_clip import FOLDER, MEAN, STD, CaptionedPictures, options, write_log
+from dfzsl.files import read_json, save_tensors
 from dfzsl.trainers.clip.backbone import import_open_clip
 from dfzsl.trainers.clip.loading import BUILT_IN, load_backbone
+
+LOGGED = ["step", "squared_distance", "held_out_squared_distance"]
 
 
 def student(seed: int) -> nn.Module:
@@ -50,16 +50,7 @@ def save(visual: nn.Module, path: Path, about: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=FOLDER)
-    args = parser.parse_args()
+    args = options(__doc__, steps=500, batch=64, lr=1e-3)
 
     teacher, visual = load_backbone(BUILT_IN), student(args.seed)
     held_out = CaptionedPictures(args.seed + 1, 0, 500)
@@ -90,13 +81,7 @@ def main() -> None:
                 args.output / "vit.safetensors",
                 {"step": step, "batch": args.batch, "seed": args.seed},
             )
-            with (
-                atomic(args.output / "vit_training.csv") as temporary,
-                open(temporary, "w", newline="", encoding="utf-8") as file,
-            ):
-                rows = csv.writer(file, lineterminator="\n")
-                rows.writerow(["step", "squared_distance", "held_out_squared_distance"])
-                rows.writerows([number, *(f"{value:.4f}" for value in values)] for number, *values in log)
+            write_log(args.output / "vit_training.csv", LOGGED, log)
     print(f"{args.steps} steps of {args.batch} in {(time.time() - began) / 60:.1f} minutes")
 
 

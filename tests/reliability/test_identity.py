@@ -22,7 +22,7 @@ from dfzsl.files import lock
 from dfzsl.launch import workers
 from dfzsl.launch.__main__ import main, parser, plan
 from dfzsl.launch.checks import check
-from dfzsl.launch.runs import Data
+from dfzsl.launch.runs import Data, Job
 from dfzsl.launch.workers import launch, work
 from dfzsl.output import HELD, Folder
 from dfzsl.trainers.recovery.teacher import Teacher
@@ -289,6 +289,12 @@ def test_two_runs_in_one_folder_at_once_are_refused(tmp_path, tried):
     tried("killed", "two runs in one folder at once", 1, "refused, one line")
 
 
+def one_run(path: Path, output: Path) -> list[Job]:
+    """The sweep of one method and one seed over a feature file."""
+    given = ["base2new", "--methods", "ZeroshotCLIP", "--output", str(output), f"features:{path}", "1"]
+    return plan(parser().parse_intermixed_args(given))
+
+
 def test_folders_of_workers_that_are_gone_are_removed(tmp_path, monkeypatch):
     """Of this machine's, by sweeps that hold them no more: their process numbers may be others' by now. A
     slurm job may still wait for its files."""
@@ -299,17 +305,8 @@ def test_folders_of_workers_that_are_gone_are_removed(tmp_path, monkeypatch):
     for name in names:
         (tmp_path / "out/.workers" / name).mkdir(parents=True)
         (tmp_path / "out/.workers" / name / f"{os.getpid()}_0_log.err").write_text("", encoding="utf-8")
-    given = [
-        "base2new",
-        "--methods",
-        "ZeroshotCLIP",
-        "--output",
-        str(tmp_path / "out"),
-        f"features:{path}",
-        "1",
-    ]
     with lock(tmp_path / "out/.workers" / kept[0] / HELD):
-        launch(plan(parser().parse_intermixed_args(given)), "local", 1, 1, tmp_path / "out")
+        launch(one_run(path, tmp_path / "out"), "local", 1, 1, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out/.workers").iterdir()) == sorted(kept)
 
 
@@ -321,16 +318,7 @@ def test_the_token_is_in_no_failure_note_and_no_traceback(tmp_path, monkeypatch,
         raise RuntimeError("BAD Bearer S3CRET-t0ken")
 
     monkeypatch.setattr(workers, "run", echo)
-    given = [
-        "base2new",
-        "--methods",
-        "ZeroshotCLIP",
-        "--output",
-        str(tmp_path / "out"),
-        f"features:{path}",
-        "1",
-    ]
-    work(plan(parser().parse_intermixed_args(given)), 1)
+    work(one_run(path, tmp_path / "out"), 1)
     (note,) = (tmp_path / "out").rglob("failed.txt")
     assert note.read_text(encoding="utf-8") == "RuntimeError: BAD Bearer [token]\n"
     assert "S3CRET" not in str(UserError("BAD Bearer S3CRET-t0ken"))

@@ -18,7 +18,7 @@ from dfzsl.stages import checked
 from .classifier import Classifier, Rows
 from .closed_form import closed_form
 from .generators.base import device_generator
-from .rehearsal import MOST_REHEARSED, PERFORMANCES, calibrate
+from .rehearsal import MOST_REHEARSED, PERFORMANCES, REHEARSALS, calibrate
 from .training import STAGE, StageThreeSettings, affordable, train
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def build_classifier(
         return train(x[mine], relabel[y[mine]], base_text[known], others, settings, rng, checkpoint)
 
     made = rows_of(torch.arange(len(base_text), device=device), new_text)
-    rehearsals = max(4, PERFORMANCES // len(base_text)) if closed else 4
+    rehearsals = max(REHEARSALS, PERFORMANCES // len(base_text) if closed else 0)
     bias = calibrate(x, y, base_text, len(new_text), rows_of, rng, rehearsals) if balanced else 0.0
     if made.note:
         print(made.note)

@@ -13,6 +13,7 @@ from dfzsl.stages import portions
 from .classifier import Rows
 
 MOST_REHEARSED = 20_000  # virtual features of all classes together, where rows are in closed form
+REHEARSALS = 4  # at least
 PERFORMANCES = 480  # base classes times rehearsals, where rows are in closed form: 4 of a dozen tell little
 RowsOf = Callable[[Tensor, Tensor], Rows]  # from the indices of known base classes and the texts of others
 
@@ -24,7 +25,7 @@ def plays(
     num_new: int,
     rows_of: RowsOf,
     rng: torch.Generator,
-    rehearsals: int = 4,
+    rehearsals: int = REHEARSALS,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Rehearsals of stage 3 in which base classes play the new ones.
 
@@ -59,7 +60,7 @@ def calibrate(
     num_new: int,
     rows_of: RowsOf,
     rng: torch.Generator,
-    rehearsals: int = 4,
+    rehearsals: int = REHEARSALS,
 ) -> float:
     """The bias of new classes, in units of the cosine, that balances them against base classes.
 
