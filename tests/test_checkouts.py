@@ -17,6 +17,7 @@ import fake_data
 import pytest
 from conftest import ROOT
 from dassl.data import data_manager
+from sweeps import start_sweep
 
 from dfzsl.errors import UserError
 from dfzsl.files import digest
@@ -69,16 +70,8 @@ def world(tmp_path: Path, monkeypatch) -> Path:
 
 
 def start(folder: Path, methods: str, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "dfzsl.launch", "base2new", "--methods", methods, "--root", "data"]
-    return subprocess.Popen(
-        [*command, "--workers", "2", *(words or ON_SHAPES)],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    given = ["base2new", "--methods", methods, "--root", "data", "--workers", "2"]
+    return start_sweep(folder, *given, *(words or ON_SHAPES))
 
 
 def outcome(folder: Path) -> dict[str, dict]:

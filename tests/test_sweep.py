@@ -7,12 +7,12 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from conftest import write_features
+from sweeps import start_sweep
 
 from dfzsl.results import CHANGING
 
@@ -20,18 +20,10 @@ METHODS = "ZeroshotCLIP,TeacherZeroshot,TextTeacherMix,DFZSL"
 
 
 def start(folder: Path, *seeds: str, methods: str = METHODS, workers: int = 1) -> subprocess.Popen:
-    """A sweep over FOLDER/animals.npz into FOLDER/output, in a process group of its own."""
+    """A sweep over FOLDER/animals.npz into FOLDER/output."""
     words = ["base2new", "--methods", methods, "--workers", str(workers), "--output", "output"]
     words += ["features:animals.npz", *seeds, "RECOVERY.NUM_PER_CLASS", "20"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "dfzsl.launch", *words],
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return start_sweep(folder, *words)
 
 
 def finish(sweep: subprocess.Popen) -> str:
