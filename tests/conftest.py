@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from tabulate import tabulate
 
 torch.set_num_threads(1)
+# The same examples in every run; `--hypothesis-profile default` draws new ones.
+settings.register_profile("steady", derandomize=True)
+settings.load_profile("steady")
 sys.path.insert(0, str(Path(__file__).parent))
 
 ROOT = Path(__file__).parents[1]

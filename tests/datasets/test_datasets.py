@@ -397,7 +397,7 @@ def test_a_read_only_data_folder(tmp_path):
 
 # ---------------------------------------------------------------- your own images
 
-ANY_NAME = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1).filter(str.strip)
+ANY_NAME = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1).filter(spoken)
 
 
 def test_undivided_folders_are_shared_out(tmp_path):
