@@ -57,6 +57,8 @@ class Features(ClassDataset):
         path = self.dataset_dir
         arrays, about = open_features(path)
         classnames = checked_names(about.get("classnames"), path)
+        if not classnames:
+            raise UserError(f"{path}: it names no class")
         self.backbone_id, self.weights_id = about.get("backbone"), about.get("weights")
         if template := about.get("template"):
             if not isinstance(template, str) or re.findall("[{}]+", template) != ["{}"]:
@@ -157,7 +159,7 @@ def labels_of(y: torch.Tensor, n: int, classes: int | None, what: str) -> torch.
     if y.shape != (n,) or y.dtype not in WHOLE:
         raise UserError(f"{what} must hold {n} whole numbers, one a row of features")
     y = y.long()
-    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < (classes or 1 << 40):
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < (1 << 40 if classes is None else classes):
         most = "..." if classes is None else classes - 1
         raise UserError(f"{what} must lie in 0 to {most}, the classes' numbers")
     return y

@@ -54,10 +54,8 @@ def import_teacher(
     tensors = _tensors(Path(path))
     name = weight or _head(tensors, path)
     rows = _tensor(tensors, name, path)
-    if bias:
-        offset: Tensor | None = _tensor(tensors, bias, path)
-    else:
-        offset = tensors.get(name.removesuffix("weight") + "bias" if name != "coef_" else "intercept_")
+    beside = name.removesuffix("weight") + "bias" if name != "coef_" else "intercept_"
+    offset = _tensor(tensors, bias or beside, path) if bias or beside in tensors else None
     rows = rows.reshape(1, -1) if rows.dim() == 1 else rows
     if rows.dim() != 2:
         raise UserError(
@@ -74,11 +72,11 @@ def import_teacher(
         raise UserError(f"{path}: a classifier of {len(rows)} classes, but {len(names)} names were given")
     try:
         return Teacher(
-            rows.float().contiguous(),
+            rows.contiguous(),
             names,
             backbone,
             normalized,
-            bias=None if offset is None else offset.float().contiguous(),
+            bias=None if offset is None else offset.contiguous(),
         )
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -167,9 +165,13 @@ def _head(tensors: Mapping[str, Any], path: object) -> str:
 
 
 def _tensor(tensors: Mapping[str, Any], name: str, path: object) -> Tensor:
-    if not isinstance(tensors.get(name), Tensor):
+    """The tensor as float32, in which all that follows is computed."""
+    value = tensors.get(name)
+    if not isinstance(value, Tensor):
         raise unknown(f"tensor of {path}", name, [key for key in tensors if key != "classes_"])
-    return tensors[name]
+    if not value.is_floating_point():
+        raise UserError(f"{path}: '{name}' holds {value.dtype}, not floating-point numbers")
+    return value.float()
 
 
 def _names(

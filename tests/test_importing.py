@@ -101,6 +101,20 @@ def test_a_binary_cosine_head_and_one_without_intercept(tmp_path):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float16, torch.float64])
+def test_a_binary_head_of_any_float_type(tmp_path, dtype):
+    path = kept(tmp_path / "one.safetensors", {"weight": torch.tensor([1.0, -2.0]).to(dtype)})
+    weight = import_teacher(path, classnames=["no", "yes"]).weight
+    torch.testing.assert_close(weight, torch.tensor([[-0.5, 1.0], [0.5, -1.0]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
+def test_a_head_that_holds_no_floats(tmp_path, dtype):
+    path = kept(tmp_path / "one.safetensors", {"weight": torch.ones(2, 3).to(dtype)})
+    with pytest.raises(UserError, match=f"'weight' holds {dtype}, not floating-point numbers"):
+        import_teacher(path, classnames=["no", "yes"])
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

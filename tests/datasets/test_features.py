@@ -88,6 +88,7 @@ def test_template_and_ids(tmp_path):
 
 BROKEN = {
     "no list of class names": {"classnames": None},
+    "it names no class": {"classnames": np.array([], dtype=str)},
     "the name of two classes": {"classnames": np.array(["a", "a", "b", "c", "d"])},
     "no test features": {"x_test": None, "y_test": None},
     "y_test must hold 15 whole numbers": {"y_test": np.arange(3)},
