@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from dassl.config import get_cfg_default
-from dassl.data.datasets import DATASET_REGISTRY
 from safetensors.torch import save_file
 
+from dfzsl.datasets.features import Features
 from dfzsl.errors import UserError
 
 
@@ -20,7 +20,7 @@ def build(path: Path, subsample: str = "all", teacher: str = ""):
     cfg = get_cfg_default()
     pairs = ["DATASET.NAME", "Features", "DATASET.ROOT", str(path), "DATASET.SUBSAMPLE_CLASSES", subsample]
     cfg.merge_from_list([*pairs, "TEACHER.FILE", teacher])
-    return DATASET_REGISTRY.get("Features")(cfg)
+    return Features(cfg)
 
 
 def matrix(datums) -> torch.Tensor:
