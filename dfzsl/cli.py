@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from .errors import UserError, cli
+from .imports import importing
 
 FILE = click.Path(path_type=Path)
 RAW = {"ignore_unknown_options": True, "help_option_names": []}  # for programs with a parser of their own
@@ -158,13 +159,16 @@ def predict(
     PICTURE is a file, a folder (with all below it) or a glob. A file that is no picture is named and left
     out; the exit code is then 1.
     """
-    from tqdm import tqdm
+    with importing():
+        from tqdm import tqdm
 
-    from .building import backbone_of
-    from .predict import FORMATS, find_pictures
-    from .predict import predict as predicted
-    from .trainers.generation.classifier import Classifier
+        from .building import backbone_of
+        from .predict import FORMATS, find_pictures
+        from .predict import predict as predicted
+        from .trainers.clip.backbone import import_open_clip
+        from .trainers.generation.classifier import Classifier
 
+        import_open_clip()
     known = Classifier.load(classifier)
     files = find_pictures(pictures)
     backbone = backbone_of(known, weights, _device(device), classifier)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dfzsl.files import atomic, read_json, save_tensors
-from dfzsl.torchvision_guard import import_torchvision
+from dfzsl.imports import import_torchvision
 
 import_torchvision()
 import open_clip  # noqa: E402

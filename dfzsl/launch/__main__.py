@@ -22,18 +22,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dassl.engine import TRAINER_REGISTRY
+from ..imports import importing
 
-from dfzsl.trainers.base import CLIPTrainer
+with importing():
+    from dassl.engine import TRAINER_REGISTRY
 
-from .. import report, train
-from ..errors import UserError, one_line
-from ..results import RESULTS
-from .checkouts import Checkout
-from .checks import check, check_locks
-from .forecast import forecast
-from .runs import DEFAULT_SEEDS, FREE, METHODS, OWNER, PROTOCOLS, TARGETS, Data, Job, Method
-from .workers import gpu_shares, launch
+    from dfzsl.trainers.base import CLIPTrainer
+
+    from .. import report, train
+    from ..errors import UserError, one_line
+    from ..results import RESULTS
+    from .checkouts import Checkout
+    from .checks import check, check_locks
+    from .forecast import forecast
+    from .runs import DEFAULT_SEEDS, FREE, METHODS, OWNER, PROTOCOLS, TARGETS, Data, Job, Method
+    from .workers import gpu_shares, launch
 
 
 def choose(given: str, image_prompts: bool = False) -> list[Method | Checkout]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import lock
-from ..torchvision_guard import import_torchvision
+from ..imports import import_torchvision
 
 TRAIN = "train.py"
 

@@ -125,7 +125,7 @@ class Names(Step):
     gives: str = "classnames.txt"
 
     def fetch(self, folder: Path, downloads: Path) -> None:
-        from dfzsl.torchvision_guard import import_torchvision
+        from dfzsl.imports import import_torchvision
 
         import_torchvision()
         from torchvision.datasets import Flowers102

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfzsl.errors import UserError
+from dfzsl.imports import import_lean, import_torchvision
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "amp": torch.float16, "bf16": torch.bfloat16}
 TEXTS_AT_ONCE = 256
@@ -19,13 +20,9 @@ ROWS_AT_ONCE = 8192
 
 
 def import_open_clip() -> Any:
-    """open_clip, imported at first use: it takes seconds."""
-    from dfzsl.torchvision_guard import import_torchvision
-
+    """open_clip, imported at first use."""
     import_torchvision()
-    import open_clip
-
-    return open_clip
+    return import_lean("open_clip")
 
 
 def first_line(error: Exception) -> str:

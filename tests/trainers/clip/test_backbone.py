@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from towers import CONFIGS, tiny
 
-import dfzsl.torchvision_guard as guard
+import dfzsl.imports as guard
 from dfzsl.errors import UserError
 from dfzsl.trainers.clip.backbone import FeatureBackbone, import_open_clip
 from dfzsl.trainers.clip.loading import load_backbone
