@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,3 +89,12 @@ def test_imports_go_down(module):
 def test_no_circle():
     graph = {module: {name for name in imports(module) if name in MODULES} - {module} for module in MODULES}
     list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_the_picture_shows_every_module():
+    drawn = set(re.findall(r"\w+", (ROOT / "docs/architecture.svg").read_text(encoding="utf-8")))
+    # A package inside a room is drawn as a whole.
+    parts = {tuple(name.removeprefix("dfzsl.").split(".")) for name in MODULES}
+    tops = {"datasets", "trainers", "trainers.clip", "trainers.recovery", "trainers.generation"}
+    shown = {p[-1] for p in parts if ".".join(p[:-1]) in {"", *tops}} - {"__main__"}
+    assert sorted(shown - drawn) == []
