@@ -110,7 +110,7 @@ def test_failed_and_unfinished_and_missing_seeds_are_named(tmp_path):
 
 def test_a_folder_where_everything_failed_still_says_why(tmp_path, capsys):
     write_failure(tmp_path, "CoOp", 1, "no such file: images")
-    report.show(tmp_path)
+    report.show(report.sections(report.collect(tmp_path)))
     printed = capsys.readouterr().out
     assert "no finished run yet" in printed
     assert "no such file: images" in printed
@@ -365,6 +365,22 @@ def test_csv_has_plain_numbers(tmp_path):
         assert row["seeds"] == "1 2 3"
 
 
+@pytest.mark.parametrize("width", [20, 60, 80, 100, 120, 200])
+def test_a_narrow_terminal_leaves_costs_out_by_name(tmp_path, width):
+    write_world(tmp_path)
+    parts = report.sections(report.collect(tmp_path))
+    whole = report.FORMATS["terminal"](parts).split("\n\n")[1]
+    shown = report.FORMATS["terminal"](parts, width=width)
+    plain = re.sub(r"\x1b\[\d+m", "", shown).split("\n\n")
+    head = plain[1].splitlines()[0]
+    assert whole.splitlines()[0].startswith(head) and re.search(r"\bH\b", head)
+    assert len(head) <= width or "mean of H" not in head
+    out = whole.splitlines()[0].removeprefix(head).split("  ")
+    for cost in filter(None, map(str.strip, out)):
+        assert cost in re.sub(r"\s+", " ", plain[2]).partition("on the page: ")[2]
+    assert ("on the page" in shown) == (head != whole.splitlines()[0])
+
+
 def test_latex_and_markdown_hold_every_number_of_the_terminal(tmp_path):
     write_world(tmp_path)
     write_failure(tmp_path, "Co_Op", 1, "50% & more")
@@ -485,8 +501,8 @@ class TestNoise:
     @pytest.mark.parametrize("style", ["terminal", "markdown", "latex"])
     def test_every_format_marks_alike(self, tmp_path, style):
         section = self.one(tmp_path, CoOp=[[60, 70, 80]], FLPT=[[50, 60, 70]])
-        marked = {"marked": True} if style == "terminal" else {}
-        text = report.FORMATS[style]([section], **marked)
+        wide = {"width": 200} if style == "terminal" else {}
+        text = report.FORMATS[style]([section], **wide)
         bold, underlined = {
             "terminal": ("\x1b[1m70.0", "\x1b[4m60.0"),
             "markdown": ("**70.0", "<ins>60.0"),

@@ -161,14 +161,15 @@ def parser() -> argparse.ArgumentParser:
 def show(folder: Path) -> None:
     """Print the tables of a protocol's folder, and write its page where matplotlib is there to draw it and
     some results are newer."""
-    report.show(folder)
+    parts = report.sections(report.collect(folder))
+    report.show(parts)
     if importlib.util.find_spec("matplotlib"):
         page = folder / "report.html"
         made = page.stat().st_mtime_ns if page.exists() else 0
         if any(path.stat().st_mtime_ns >= made for path in folder.rglob(RESULTS)):
             from ..report.page import write_page
 
-            write_page(page, report.sections(report.collect(folder)))
+            write_page(page, parts)
         print(f"The same with pictures: {page}")
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
 from .formats import FORMATS, terminal
 from .outcomes import collect, collect_logs
-from .sections import sections
+from .sections import Section, sections
 
 __all__ = ["FORMATS", "collect", "collect_logs", "sections", "show"]
 
 
-def show(folder: Path) -> None:
-    """Print the tables of an output folder, or of the folder of one protocol, for the terminal."""
-    print(terminal(sections(collect(folder)), marked=sys.stdout.isatty()), end="")
+def show(parts: Sequence[Section]) -> None:
+    """Print the tables for whoever reads standard output: a terminal of some width, or a file."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(terminal(parts, width), end="")

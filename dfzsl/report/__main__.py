@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
-from . import FORMATS, collect, collect_logs, sections
+from . import FORMATS, collect, collect_logs, sections, show
 from .names import glossary
 
 
@@ -42,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from .page import write_page
 
         write_page(args.html, parts)
-    marked = {"marked": sys.stdout.isatty()} if args.format == "terminal" else {}
-    print(FORMATS[args.format](parts, **marked), end="")
+    if args.format == "terminal":
+        show(parts)
+    else:
+        print(FORMATS[args.format](parts), end="")
     if args.html:
         print(f"wrote {args.html}", file=sys.stderr)
     if args.published and not any(row.source for part in parts for row in part.summaries):

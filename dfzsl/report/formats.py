@@ -6,13 +6,15 @@ import csv
 import io
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tabulate import tabulate
 
 from .sections import Section, Spread, sources
-from .tables import Cell, Table, legend, tables
+from .tables import COSTS, Cell, Table, legend, tables
 
+WRAP = 110
 # What would break a Markdown table or be HTML in it.
 MARKDOWN = str.maketrans({"|": r"\|", "<": "&lt;"})
 TEX = str.maketrans(
@@ -22,20 +24,41 @@ TEX = str.maketrans(
 )
 
 
-def terminal(parts: Sequence[Section], marked: bool = False) -> str:
-    """Plain text, notes below each table; `marked` with escapes for bold and underlined."""
+def terminal(parts: Sequence[Section], width: int | None = None) -> str:
+    """Plain text, notes below each table.
+
+    width: of a terminal, in columns. Ranks are then bold and underlined by escapes, and where a table is too
+    wide its last `COSTS` are left out, by name.
+    """
 
     def mark(text: str, rank: int) -> str:
-        return f"\x1b[{(1, 4)[rank - 1]}m{text}\x1b[0m" if rank and marked else text
+        return f"\x1b[{(1, 4)[rank - 1]}m{text}\x1b[0m" if rank and width else text
+
+    def wrapped(line: str, bullet: str = "") -> str:
+        at = min(width or WRAP, WRAP)
+        return textwrap.fill(line, at, initial_indent=bullet, subsequent_indent=" " * len(bullet))
 
     blocks = []
     for section in parts:
+        notes = list(section.notes)
         for table in tables(section):
-            blocks.append(f"{table.title}\n\n{tabulated(table.headers, table.texts(mark), 'simple')}")
-        if section.notes:
-            blocks.append("\n".join(_wrapped(note, "  * ") for note in section.notes))
+            shown = table if width is None else _narrowed(table, width)
+            blocks.append(f"{table.title}\n\n{tabulated(shown.headers, shown.texts(mark), 'simple')}")
+            if left_out := table.headers[len(shown.headers) :]:
+                notes.append(f"Too wide for this terminal, but on the page: {', '.join(left_out)}.")
+        if notes:
+            blocks.append("\n".join(wrapped(note, "  * ") for note in notes))
     lines = [*legend(parts), *sources(parts)]
-    return "\n\n".join([*blocks, "\n".join(_wrapped(line, "") for line in lines)]) + "\n"
+    return "\n\n".join([*blocks, "\n".join(wrapped(line) for line in lines)]) + "\n"
+
+
+def _narrowed(table: Table, width: int) -> Table:
+    """The table without as many of its last columns, costs of methods all, as make it too wide."""
+    while table.rows and table.headers[-1] in COSTS:
+        if len(tabulated(table.headers, table.texts(), "simple").split("\n", 1)[0]) <= width:
+            break
+        table = replace(table, headers=table.headers[:-1], rows=[row[:-1] for row in table.rows])
+    return table
 
 
 def tabulated(headers: Sequence[str], texts: list[list[str]], style: str) -> str:
@@ -50,10 +73,6 @@ def tabulated(headers: Sequence[str], texts: list[list[str]], style: str) -> str
         preserve_whitespace=True,
         colalign=["left"] + ["right"] * (len(headers) - 1),
     )
-
-
-def _wrapped(line: str, bullet: str) -> str:
-    return textwrap.fill(line, 110, initial_indent=bullet, subsequent_indent=" " * len(bullet))
 
 
 def markdown(parts: Sequence[Section]) -> str:

@@ -14,6 +14,7 @@ from .sections import OTHERS, Section, Spread, Summary
 
 Cell = str | int | float | Spread | None
 SPREADS = "Accuracies in percent, mean ± standard deviation over seeds."
+COSTS = ("mean of H", "shots", "seeds", "seconds", "trained", "images", "queries")  # columns, last in a table
 RANKS = " ".join(f"{mark.capitalize()}: {means}." for mark, means in BOOK["marks"].items())
 
 
