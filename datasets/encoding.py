@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -129,13 +130,15 @@ def checksum(dataset: ClassDataset, datums: Sequence[Datum]) -> str:
     for row in (dataset.text_features or {}).values():
         hashed.update(row.numpy().tobytes())
     images = []
+    within = functools.cache(functools.partial(os.path.relpath, start=dataset.dataset_dir))
     for datum in datums:
         hashed.update(b"%d\n" % datum.label)
         if isinstance(datum, FeatureDatum):
             hashed.update(datum.feature.numpy().tobytes())
         else:
             images.append(datum.impath)
-            hashed.update(os.fsencode(os.path.relpath(datum.impath, dataset.dataset_dir)))
+            folder, name = os.path.split(datum.impath)
+            hashed.update(os.fsencode(os.path.normpath(os.path.join(within(folder), name))))
     if images:
         hashed.update(_contents(images).encode())
     return hashed.hexdigest()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import hashlib
 import json
 import os
@@ -205,13 +207,19 @@ class _Yaml(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=f"it has {what}", problem_mark=at.start_mark)
 
 
+@functools.lru_cache
+def _plain(text: str) -> object:
+    """A sweep reads the same configs for each of its runs."""
+    return _Yaml(text).get_single_data()
+
+
 def read_yaml(path: str | os.PathLike[str]) -> object:
     """Read a YAML file of plain values, none of them long. Raises UserError when it is missing or wrong."""
     text = read_text(path)
     if len(text) > YAML_LONGEST:
         raise UserError(f"{path}: {len(text):,} characters; a YAML file here has at most {YAML_LONGEST:,}")
     try:
-        return _Yaml(text).get_single_data()
+        return copy.deepcopy(_plain(text))
     # Beside yaml's own errors: values that are none of the type that their tag claims.
     except (yaml.YAMLError, ValueError, LookupError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)

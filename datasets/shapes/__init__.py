@@ -80,9 +80,10 @@ class ShapesPixel(ShapesVariant):
 def rows(folder: str | os.PathLike[str], part: str) -> Iterator[Row]:
     """The pictures of a part, class by class: folder/part/017-striped-teal-leaf-in-the-snow/04.png."""
     for label, composition in enumerate(classes()):
-        of_class = f"{label:03d}-{composition.name.replace(' ', '-')}"
+        name = composition.name
+        of_class = os.path.join(folder, part, f"{label:03d}-{name.replace(' ', '-')}", "")
         for number in range(PICTURES[part]):
-            yield Row(os.path.join(folder, part, of_class, f"{number:02d}.png"), label, composition.name)
+            yield Row(f"{of_class}{number:02d}.png", label, name)
 
 
 def write_part(folder: Path, part: str, style: str = "") -> None:

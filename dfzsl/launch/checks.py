@@ -24,7 +24,7 @@ from .runs import Job
 
 def check(jobs: Sequence[Job]) -> None:
     """Raise UserError for the first thing that would end a run, and for runs in the output that are made of
-    other data. Weights that are not there are fetched."""
+    other data. Weights that a run needs and that are not there are fetched."""
     _writable(jobs[0].output)
     encoder, offer = functools.cache(identity), functools.cache(offer_to_coop)
 
@@ -38,16 +38,16 @@ def check(jobs: Sequence[Job]) -> None:
         return sums
 
     @functools.cache
-    def made_of(arguments: tuple[str, ...], trains: bool) -> tuple[dict[str, str], str]:
+    def made_of(arguments: tuple[str, ...], trains: bool, runs: bool) -> tuple[dict[str, str], str]:
         of = _Reading(arguments, trains)
         backbone = of.cfg.MODEL.BACKBONE
-        return {**data(of), "backbone": encoder(backbone.NAME, backbone.WEIGHTS)}, of.cfg.DATASET.ROOT
+        return {**data(of), "backbone": encoder(backbone.NAME, backbone.WEIGHTS, runs)}, of.cfg.DATASET.ROOT
 
     compared: set[Path] = set()
     looked: set[tuple[str, int]] = set()
     for job in jobs:
-        reader = job.reader
-        if isinstance(job.method, Checkout):
+        reader, runs = job.reader, not job.finished
+        if runs and isinstance(job.method, Checkout):
             given = dict(zip(reader.opts[::2], reader.opts[1::2], strict=True))
             offer(given["MODEL.BACKBONE.NAME"], given["MODEL.BACKBONE.WEIGHTS"])
         for part, ((folder, _), (_, arguments)) in enumerate(zip(job.parts(), reader.parts(), strict=True)):
@@ -58,7 +58,7 @@ def check(jobs: Sequence[Job]) -> None:
             if trains:
                 looked.add((job.data.name, job.shots_seen))
             few = trains and job.shots_seen > 0  # drawn by the seed
-            found, root = made_of(_what_is_read(arguments, few), trains)
+            found, root = made_of(_what_is_read(arguments, few), trains, runs)
             if there:
                 refuse_others(folder / CONFIG, found, "--output", root)
             if (same_data := folder.parents[3]) not in compared:  # by other methods and seeds: one table

@@ -6,6 +6,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import fake_data
@@ -192,6 +194,37 @@ def test_a_folder_of_the_same_name_is_refused_and_the_same_one_elsewhere_is_not(
     with pytest.raises(UserError, match="made of other"):
         sweep(out, f"folder:{images / 'c/images'}", *keys)
     tried("identity", "data overwritten or another of the same name", 3, "refused, both named")
+
+
+# What runs need and a table does not, and takes long to import.
+IDLE = ("torchvision", "open_clip", "timm", "torch._dynamo", "submitit", "sklearn", "scipy")
+FINISHED = f"""
+import sys
+from dfzsl.launch.__main__ import main
+from dfzsl.trainers.clip.loading import identity
+main(sys.argv[1:])
+assert identity("ViT-B/16", "laion2b_s34b_b88k", fetch=False) == "ViT-B-16 (laion2b_s34b_b88k)"
+assert identity("ViT-B-16", __import__("os").environ["WEIGHTS"], fetch=False) == "ViT-B-16 (ba7816bf8f01cfea)"
+idle = [name for name in {IDLE} if name in sys.modules]
+assert not idle, idle
+"""
+
+
+def test_a_finished_sweep_is_checked_without_what_its_runs_needed(images):
+    data, out = images / "a/images", images / "out"
+    words = [f"folder:{data}", "1", "MODEL.BACKBONE.NAME", "shapes", "DATALOADER.NUM_WORKERS", "0"]
+    sweep(out, *words)
+    (images / "abc.pt").write_bytes(b"abc")
+    (out / "base2new/report.html").touch()  # newer than the results
+    words = ["base2new", "--methods", "ZeroshotCLIP,TeacherZeroshot", "--output", str(out), *words]
+    program = [sys.executable, "-c", FINISHED, *words]
+    again = {"capture_output": True, "text": True, "env": {**os.environ, "WEIGHTS": str(images / "abc.pt")}}
+    ran = subprocess.run(program, **again)
+    assert ran.returncode == 0, ran.stderr
+    assert "2 runs (2 finished already)" in ran.stdout and "Linear probe + CLIP" in ran.stdout
+    shutil.copy(data / "ant/0.jpg", data / "ant/1.jpg")
+    ran = subprocess.run(program, **again)
+    assert "made of other" in ran.stderr and "Linear probe" not in ran.stdout
 
 
 def test_a_feature_file_that_is_overwritten_is_another_one(tmp_path, tried):

@@ -56,11 +56,15 @@ def load_backbone(
     return backbone
 
 
-def identity(name: str, weights: str) -> str:
-    """`Backbone.identity` of what `load_backbone` would load, "features (features)" without a name. Fetches
-    the weights, reads none, and raises UserError as that does."""
+def identity(name: str, weights: str, fetch: bool = True) -> str:
+    """`Backbone.identity` of what `load_backbone` would load, "features (features)" without a name. Reads no
+    weights; fetches them and raises UserError as that does, unless nobody is to load them."""
     name = name.replace("/", "-")
-    return f"{name} ({_locate(name, weights)[1]})" if name else "features (features)"
+    if not name:
+        return "features (features)"
+    if fetch or name in BUILT_INS:
+        return f"{name} ({_locate(name, weights)[1]})"
+    return f"{name} ({_file_id(Path(weights)) if os.path.isfile(weights) else weights})"
 
 
 def offer_to_coop(name: str, weights: str) -> None:
