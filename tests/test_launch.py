@@ -13,7 +13,7 @@ from dfzsl.errors import UserError
 from dfzsl.files import write_json
 from dfzsl.launch import workers
 from dfzsl.launch.__main__ import parser, plan
-from dfzsl.launch.forecast import forecast
+from dfzsl.launch.forecast import forecast, longest_first
 from dfzsl.launch.runs import Data, Job, Method
 from dfzsl.launch.workers import locked
 from dfzsl.trainers.base import CLIPTrainer
@@ -156,6 +156,23 @@ def test_the_forecast_rests_on_finished_runs_of_the_same_method_and_data(tmp_pat
     finished(planned[1], 100)
     todo = [job for job in planned if not job.finished]
     assert "About 0:03:05 on 2 workers; by" in forecast(todo, 2)  # 70 and three times 100, on two
+
+
+def test_workers_take_first_what_takes_long(tmp_path):
+    words = ["--methods", "CoOp,KgCoOp,ProGrad", "--output", str(tmp_path), "shapes", "1", "2", "3"]
+    order = longest_first(jobs(*words))
+
+    def taken(seconds: float = 0.0) -> tuple[str, int]:
+        job = next(order)
+        if seconds:
+            finished(job, seconds)
+        return job.method.name, job.seed
+
+    assert taken(10) == ("CoOp", 1) and taken() == ("KgCoOp", 1)  # which is still running
+    assert taken(50) == ("ProGrad", 1)
+    assert taken(90) == ("KgCoOp", 2) and taken() == ("KgCoOp", 3)
+    assert [taken() for _ in range(4)] == [("ProGrad", 2), ("ProGrad", 3), ("CoOp", 2), ("CoOp", 3)]
+    assert next(order, None) is None
 
 
 def test_results_of_another_schema_are_told_before_anything_runs(tmp_path):

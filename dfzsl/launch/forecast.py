@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
 
+from ..errors import UserError
 from ..results import RESULTS, read_results
 from .runs import Job
 
@@ -20,12 +23,7 @@ LONGEST = 1e8  # seconds that a run can take: three years
 def forecast(todo: Sequence[Job], workers: int) -> str:
     """What will run and how long it may take, by finished runs of the same method on the same data."""
 
-    @functools.cache
-    def usual(runs: Path) -> float | None:
-        """Median over the seeds in a folder; None where none is finished."""
-        found = [read_results(path) for path in runs.glob(f"seed*/{RESULTS}")]
-        elapsed = [seconds for seconds in map(_seconds, found) if seconds is not None]
-        return statistics.median(elapsed) if elapsed else None
+    usual = functools.cache(_usual)
 
     def seconds(job: Job) -> float | None:
         """Of the parts that are not finished; None where one of them is unknown."""
@@ -50,6 +48,28 @@ def forecast(todo: Sequence[Job], workers: int) -> str:
     longest = max(sum(known) / workers, max(known))
     basis = "by the median of finished runs of the same method on the same data"
     return f"{table}\nAbout {_clock(longest)} on {workers} workers{of}; {basis}."
+
+
+def longest_first(jobs: Sequence[Job]) -> Iterator[Job]:
+    """Each job once: of those left the one that takes longest, by what has finished by then, so that no
+    worker is left with a long one when the others are through. A kind of which nothing has finished is taken
+    for long; equals come in the order given."""
+    left = [(job, [folder.parent for folder, _ in job.parts()]) for job in jobs]
+    known: dict[Path, float] = {}
+    while left:
+        for kind in {kind for _, kinds in left for kind in kinds} - known.keys():
+            with contextlib.suppress(UserError):  # of results that are broken: told where they are read
+                if (seconds := _usual(kind)) is not None:
+                    known[kind] = seconds
+        took = [sum(known.get(kind, math.inf) for kind in kinds) for _, kinds in left]
+        yield left.pop(took.index(max(took)))[0]
+
+
+def _usual(runs: Path) -> float | None:
+    """Median over the seeds in a folder; None where none is finished."""
+    found = [read_results(path) for path in runs.glob(f"seed*/{RESULTS}")]
+    elapsed = [seconds for seconds in map(_seconds, found) if seconds is not None]
+    return statistics.median(elapsed) if elapsed else None
 
 
 def _seconds(results: Mapping[str, Any]) -> float | None:

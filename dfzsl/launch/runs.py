@@ -168,7 +168,7 @@ class Job:
         assert isinstance(self.method, Checkout)
         return self.method.recipe(self.protocol, self.data.name, self.shots)
 
-    @functools.cached_property
+    @property
     def config_file(self) -> Path | None:
         """The method's config: the one it names, else the data set's own, else the trainer's recipe.
 

@@ -26,6 +26,7 @@ from ..files import atomic, lock
 from ..output import HELD
 from ..results import RESULTS
 from .checkouts import Checkout
+from .forecast import longest_first
 from .runs import Job
 
 KILLED = (
@@ -167,7 +168,7 @@ def work(
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
     torch.set_num_threads(threads)
     for wait in (False, True):
-        for job in jobs:
+        for job in longest_first(jobs):
             with locked(job, wait) as free:
                 if not free or job.finished or (wait and job.failure.exists()):
                     continue

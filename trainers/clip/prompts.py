@@ -155,6 +155,8 @@ class Prompts:
             several = len(blocks) > 1 or len(context) > at_once
             run = functools.partial(_run_block, self.tower, block, run_layer, deep)
             parts.append(torch.cat([_recomputed(run, part, several) for part in context.split(at_once)]))
+            if len(blocks) > 1:
+                _give_back()
         order = torch.cat([block.order for block in blocks])
         return torch.cat(parts, dim=1)[:, order.argsort()]
 
@@ -167,6 +169,8 @@ class Prompts:
         for one in context:
             for chosen in torch.arange(classes, device=one.device).split(at_once):
                 rows.append(_recomputed(functools.partial(self._run_plain, chosen), one, several))
+                if several:
+                    _give_back()
         return torch.cat(rows).unflatten(0, (len(context), classes))
 
     def _run_plain(self, chosen: Tensor, context: Tensor) -> Tensor:
@@ -298,22 +302,18 @@ def _attend(qkv: Tensor, groups: Groups, masks: Sequence[Tensor]) -> Tensor:
 
 def _recomputed(run: Callable, context: Tensor, several: bool) -> Tensor:
     """run(context); if one of several, with its activations dropped and recomputed for the gradient."""
-    if not several:
+    if not (several and torch.is_grad_enabled() and context.requires_grad):
         return run(context)
-    if torch.is_grad_enabled() and context.requires_grad:
-        features = checkpoint(run, context, use_reentrant=False)
-        features.register_hook(lambda _: _give_back())
-    else:
-        features = run(context)
-    _give_back()
+    features = checkpoint(run, context, use_reentrant=False)
+    features.register_hook(lambda _: _give_back())
     return features
 
 
 def _give_back() -> None:
-    """Return freed memory to the system between chunks.
+    """Return freed memory to the system between chunks of different sizes.
 
-    glibc keeps the large aligned blocks that torch has freed without using them again, so that a process
-    grows with every chunk.
+    glibc keeps the large aligned blocks that torch has freed without using them for others, so that a process
+    grows with every chunk. Where all are of one size, getting them anew takes a fifth of the time.
     """
     if trim := _malloc_trim():
         trim(0)
