@@ -130,7 +130,7 @@ def checksum(dataset: ClassDataset, datums: Sequence[Datum]) -> str:
     for row in (dataset.text_features or {}).values():
         hashed.update(row.numpy().tobytes())
     images = []
-    within = functools.cache(functools.partial(os.path.relpath, start=dataset.dataset_dir))
+    within = functools.cache(lambda folder: os.path.relpath(folder, dataset.dataset_dir))
     for datum in datums:
         hashed.update(b"%d\n" % datum.label)
         if isinstance(datum, FeatureDatum):
