@@ -37,8 +37,16 @@ SMALL = {
     "predict": ["--pictures", "100", "--side", "300", "--rounds", "1"],
     "vmf": ["--draws", "50", "--rounds", "2"],
     "pipeline": [],
+    "start": ["--rounds", "2"],
 }
-RATIOS = ("of plain", "of the bound", "of ours", "share of the bound", "CPU of sampling's")  # columns
+RATIOS = (
+    "of plain",
+    "of the bound",
+    "of ours",
+    "share of the bound",
+    "CPU of sampling's",
+    "of the import",
+)  # columns
 
 
 def ratios(printed: str) -> Iterator[tuple[str, float]]:

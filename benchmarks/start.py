@@ -1,0 +1,80 @@
+"""How long commands take before they show something: python benchmarks/start.py [--rounds 3]
+
+Processor seconds of a process of its own, the least of the rounds, in turn; beside them what `import torch`
+and `import torch, open_clip` take. The finished sweep is of two methods on a small folder of pictures: all
+that is left to do is to see that its runs are those that were asked for, and to show their table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from extract import pictures
+from tabulate import tabulate
+
+from dfzsl.trainers.clip.loading import load_backbone
+from dfzsl.trainers.generation.classifier import Classifier
+
+# As always, but for the guard: beside a CPU-only torch the registry's torchvision cannot be imported without.
+BOTH = "import dfzsl.imports as i; i.LATER = (); i.import_torchvision(); import open_clip"
+FLOOR = "import torch, open_clip"
+SWEEP = (
+    "dfzsl.launch base2new --methods ZeroshotCLIP,TeacherZeroshot folder:kinds 1 MODEL.BACKBONE.NAME shapes"
+)
+COMMANDS = {
+    "import torch": ["-c", "import torch"],
+    FLOOR: ["-c", BOTH],
+    "dfzsl --help": ["-m", "dfzsl.cli", "--help"],
+    "dfzsl predict, one picture": ["-m", "dfzsl.cli", "predict", "000000.jpg"],
+    "a finished sweep": ["-m", *SWEEP.split()],
+}
+
+
+def seconds(words: list[str], folder: Path) -> float:
+    """Processor seconds of `python WORDS` in a folder, and of the processes that it starts."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = {**os.environ, "DFZSL_CACHE": str(folder / "cache")}
+    ran = subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    if ran.returncode:
+        raise SystemExit(ran.stderr)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    flags.add_argument("--rounds", type=int, default=3)
+    args = flags.parse_args()
+    backbone = load_backbone("shapes")
+    rows, zeros = F.normalize(torch.randn(100, backbone.dim), dim=1), torch.zeros(100)
+    names = [f"class {c}" for c in range(100)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for number, picture in enumerate(pictures(folder, 41, 64)[1:]):
+            kind = folder / "kinds" / "abcd"[number % 4]
+            kind.mkdir(parents=True, exist_ok=True)
+            shutil.move(picture.impath, kind)
+        Classifier(
+            rows, names, zeros.bool(), zeros, backbone=backbone.name, weights=backbone.weights_id
+        ).save(folder / "classifier.safetensors")
+        seconds(COMMANDS["a finished sweep"], folder)  # which finishes it
+        took = [[seconds(words, folder) for words in COMMANDS.values()] for _ in range(args.rounds)]
+    least = dict(zip(COMMANDS, map(min, zip(*took, strict=True)), strict=True))
+    table = [(name, value, value / least[FLOOR]) for name, value in least.items()]
+    headers = ("command", "CPU seconds", "of the import")
+    print(tabulate(table, headers=headers, tablefmt="github", floatfmt=".2f"))
+
+
+if __name__ == "__main__":
+    main()
