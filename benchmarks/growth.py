@@ -1,8 +1,9 @@
 """The client's side against the number of classes: python benchmarks/growth.py [--most 21000] [--figure FILE]
 
 Recovery from logits and stage 3 by the default recipe, without prompts: a fifth of the names are base
-classes, d = 512. Each size runs in a process of its own, which measures its processor time and by how much
-its memory grew. The exponents are those of the three largest sizes. The world is made up.
+classes, d = 512. With `--part labels` the boundary search alone, all names base classes. Each size runs in a
+process of its own, which measures its processor time and by how much its memory grew. The exponents are
+those of the three largest sizes. The world is made up.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-DIM, SIZES = 512, (100, 300, 1000, 3000, 10000, 21000)
+DIM = 512
+SIZES = {"build": (100, 300, 1000, 3000, 10000, 21000), "labels": (28, 100, 300, 1000)}
 
 
-def measure(names: int, threads: int) -> dict[str, float]:
-    """Processor seconds, seconds and GB of one build."""
+def measure(part: str, names: int, threads: int) -> dict[str, float]:
+    """Processor seconds, seconds and GB of one size."""
     import torch
     import torch.nn.functional as F
 
@@ -33,25 +35,31 @@ def measure(names: int, threads: int) -> dict[str, float]:
 
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
-    base = names // 5
+    base = names // 5 if part == "build" else names
     deviation = 0.4 * F.normalize(torch.randn(names, DIM, generator=generator), dim=1)
     noise = 0.4 * F.normalize(torch.randn(names, DIM, generator=generator), dim=1)
     text = F.normalize(F.normalize(torch.randn(DIM, generator=generator), dim=0) + deviation + noise, dim=1)
     classnames = [f"class {i}" for i in range(names)]
-    oracle = open_oracle(
-        Teacher(deviation[:base] - deviation[:base].mean(0), classnames[:base], "", True), "logits"
-    )
+    teacher = Teacher(deviation[:base] - deviation[:base].mean(0), classnames[:base], "", True)
+    oracle = open_oracle(teacher, "logits" if part == "build" else "labels")
     before = peak_memory()
     wall, cpu = time.perf_counter(), time.process_time()
     virtual = recover(oracle, text[:base], new_text=text[base:], generator=generator)
-    build_classifier(virtual, text[:base], text[base:], new_classnames=classnames[base:], generator=generator)
-    grown = peak_memory() - before
-    return {
+    if part == "build":
+        build_classifier(
+            virtual, text[:base], text[base:], new_classnames=classnames[base:], generator=generator
+        )
+    found = {
         "names": names,
         "CPU seconds": time.process_time() - cpu,
         "seconds": time.perf_counter() - wall,
-        "GB": grown / 2**30,
+        "GB": (peak_memory() - before) / 2**30,
     }
+    if part == "labels":
+        true = F.normalize(teacher.weight, dim=1)
+        cosine = F.cosine_similarity(virtual.weight, true - true.mean(0), dim=1)
+        found |= {"queries": virtual.queries, "1 - cosine": 1 - float(cosine.double().mean())}
+    return found
 
 
 def exponent(rows: list[dict[str, float]], key: str) -> float:
@@ -77,18 +85,20 @@ def draw(rows: list[dict[str, float]], file: Path) -> None:
 
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("--most", type=int, default=SIZES[-1], help="the largest size")
+    flags.add_argument("--part", choices=SIZES, default="build", help="what grows")
+    flags.add_argument("--most", type=int, help="the largest size")
     flags.add_argument("--threads", type=int, default=2)
     flags.add_argument("--figure", type=Path, help="SVG or PNG to write")
     flags.add_argument("--one", type=int, help=argparse.SUPPRESS)
     args = flags.parse_args()
     if args.one:
-        print(json.dumps(measure(args.one, args.threads)))
+        print(json.dumps(measure(args.part, args.one, args.threads)))
         return
     rows = []
-    for size in SIZES:
-        if size <= args.most:
-            command = [sys.executable, __file__, "--one", str(size), "--threads", str(args.threads)]
+    for size in SIZES[args.part]:
+        if not args.most or size <= args.most:
+            command = [sys.executable, __file__, "--part", args.part, "--one", str(size)]
+            command += ["--threads", str(args.threads)]
             ran = subprocess.run(command, check=True, capture_output=True, text=True)
             rows.append(json.loads(ran.stdout.splitlines()[-1]))
     print(tabulate(rows, headers="keys", floatfmt=",.2f", intfmt=",", tablefmt="github"))

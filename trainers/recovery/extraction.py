@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.errors import UserError
+from dfzsl.progress import bar
 from dfzsl.stages import AT_ONCE
 
 Ask = Callable[[Tensor], Tensor]
@@ -35,6 +36,7 @@ PLACES = 6  # decimals beyond which answers count as not rounded
 REPLICAS = 8  # questions asked twice, nearly, where answers do not fit
 COARSEST = 8  # bisections of a ray: a budget that buys fewer buys labels of random points instead
 FEWEST = 1.1  # rays for each unknown
+QUESTIONS = 2**14  # rows that are made and asked at once
 CONSISTENT = 0.9  # share of labels that rows found on boundaries give again, where labels have no noise
 
 
@@ -368,38 +370,68 @@ def rows_from_labels(
             raise UserError(f"TEACHER.BUDGET {budget:,} does not suffice to close in on boundaries; raise it")
     count = int(rays * d) if budget else math.ceil(rays * d)
     own = torch.arange(classes).repeat_interleave(count)
-    start = starts[own]
-    far = torch.randn(len(own), d, generator=generator)
-    far = F.normalize(far, dim=1)
+    circles = _Circles(starts, own, torch.randn(len(own), d, generator=generator))
+    parts = torch.arange(len(own)).split(QUESTIONS)
+    for part in parts:
+        circles.direction[part] = F.normalize(circles.direction[part], dim=1)
     if (open_ := everywhere[own]).any():
-        far[open_] = _points_outside(counted, far[open_], own[open_], classnames, generator)
-    direction = F.normalize(far - (far * start).sum(1, keepdim=True) * start, dim=1)
-    angle = (far * start).sum(1, keepdim=True).clamp(-1, 1).acos()
-    low, high = torch.zeros(len(own), 1), torch.where(open_[:, None], angle, math.pi)
+        circles.direction[open_] = _points_outside(
+            counted, circles.direction[open_], own[open_], classnames, generator
+        )
+    low, high = torch.zeros(len(own)), torch.full((len(own),), math.pi)
+    for part in parts:
+        high[part] = torch.where(open_[part], circles.towards(part), math.pi)
     other = torch.full_like(own, -1)
-    asked: list[tuple[Tensor, Tensor]] = []
-    for _ in range(bisections):
-        middle = (low + high) / 2
-        x = middle.cos() * start + middle.sin() * direction
-        label = counted(x)
-        if len(asked) * x.numel() < AT_ONCE:
-            asked.append((x, label))
-        kept = label == own
-        low = torch.where(kept[:, None], middle, low)
-        high = torch.where(kept[:, None], high, middle)
-        other = torch.where(kept, other, label)
-    middle = (low + high) / 2
-    # A ray that kept its class to the last has not been told which class comes next.
-    ended = other >= 0
-    boundary = (middle.cos() * start + middle.sin() * direction)[ended]
-    found, error = _rows_through(boundary, own[ended], other[ended], starts, generator)
-    x, label = asked[0]
-    if float(((x @ found[:, :-1].T + found[:, -1]).argmax(1) == label).float().mean()) < CONSISTENT:
+    asked: list[tuple[Tensor, Tensor]] = []  # angles and their labels
+    with bar(total=bisections * len(own), desc="boundary search", unit="query", unit_scale=True) as queries:
+        for _ in range(bisections):
+            middle, label = (low + high) / 2, torch.empty_like(own)
+            for part in parts:
+                label[part] = counted(circles.at(middle, part))
+                queries.update(len(part))
+            if len(asked) * len(own) * d < AT_ONCE:
+                asked.append((middle, label))
+            kept = label == own
+            low, high = torch.where(kept, middle, low), torch.where(kept, high, middle)
+            other = torch.where(kept, other, label)
+    found, error = _rows_through(circles, (low + high) / 2, other, generator)
+    middle, label = asked[0]
+    again = sum(
+        int(((circles.at(middle, part) @ found[:, :-1].T + found[:, -1]).argmax(1) == label[part]).sum())
+        for part in parts
+    )
+    if again < CONSISTENT * len(own):
+        x = torch.cat([circles.at(middle, part) for middle, _ in asked for part in parts])
+        y = torch.cat([label for _, label in asked])
         if budget and (rest := min(budget - spent, AT_ONCE // d)) > 0:
-            x = F.normalize(torch.randn(rest, d, generator=generator), dim=1)
-            asked.append((x, counted(x)))
-        return _imitation(torch.cat([x for x, _ in asked]), torch.cat([y for _, y in asked]), classes)
+            more = F.normalize(torch.randn(rest, d, generator=generator), dim=1)
+            x, y = torch.cat([x, more]), torch.cat([y, counted(more)])
+        return _imitation(x, y, classes)
     return Extracted(found[:, :-1].contiguous(), found[:, -1].contiguous(), error)
+
+
+@dataclass
+class _Circles:
+    """Half great circles, n in all: from a point of their class in a direction at a right angle to it.
+
+    What is on them is computed when it is looked at: the directions (n, d) are all that many classes hold.
+    """
+
+    starts: Tensor  # (C, d)
+    own: Tensor  # (n,) the class of each, ascending
+    direction: Tensor  # (n, d)
+
+    def at(self, angle: Tensor, part: Tensor) -> Tensor:
+        """The points (m, d) of the circles `part` (m,) at the angles (n,) of all."""
+        angle = angle[part, None]
+        return angle.cos() * self.starts[self.own[part]] + angle.sin() * self.direction[part]
+
+    def towards(self, part: Tensor) -> Tensor:
+        """Turn points (m, d) that stand for directions into these; returns the angles (m,) of the points."""
+        start, point = self.starts[self.own[part]], self.direction[part]
+        along = (point * start).sum(1, keepdim=True)
+        self.direction[part] = F.normalize(point - along * start, dim=1)
+        return along[:, 0].clamp(-1, 1).acos()
 
 
 def _imitation(x: Tensor, labels: Tensor, classes: int) -> Extracted:
@@ -475,34 +507,50 @@ def _points_outside(
 
 
 def _rows_through(
-    boundary: Tensor, own: Tensor, other: Tensor, starts: Tensor, generator: torch.Generator | None
+    circles: _Circles, angle: Tensor, other: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, float | None]:
     """Rows and intercepts (C, d + 1) with sum zero that best meet (w_own - w_other).x + b_own - b_other = 0
-    at all boundary points x, and the rows' relative error.
+    at the points x of the circles at `angle` (n,), and the rows' relative error. A circle whose class was
+    kept to the last has not been told which comes next: its `other` is -1.
 
     Least squares on the plane sum_c w_c.start_c = const, which rules out W = 0: there W = s + u with the
     centred starting points s and u orthogonal to them. Conjugate gradients find u, preconditioned by the
     blocks of single classes, which hold all but the coupling of neighbours.
     """
-    classes, d = starts.shape[0], starts.shape[1] + 1
-    boundary, starts = F.pad(boundary, (0, 1), value=1.0), F.pad(starts, (0, 1), value=1.0)
-    near = [boundary[(own == c) | (other == c)] for c in range(classes)]
-    blocks = torch.stack([x.T @ x for x in near])
-    ridge = 1e-4 * blocks.diagonal(dim1=1, dim2=2).mean() * torch.eye(d)
-    inverses = torch.linalg.inv(blocks + ridge)
+    starts = F.pad(circles.starts, (0, 1), value=1.0)
+    classes, d = starts.shape
+    ended = (other >= 0).nonzero()[:, 0]
+    own, other = circles.own[ended], other[ended]
+    sizes = torch.bincount(own, minlength=classes).tolist()
+    mine = torch.arange(len(ended)).split(sizes)
+    theirs = other.argsort(stable=True).split(torch.bincount(other, minlength=classes).tolist())
+
+    def points(part: Tensor) -> Tensor:
+        return F.pad(circles.at(angle, ended[part]), (0, 1), value=1.0)
+
+    inverses = torch.empty(classes, d, d)
+    for c in range(classes):
+        x = points(torch.cat([mine[c], theirs[c]]))
+        inverses[c] = x.T @ x
+    ridge = 1e-4 * inverses.diagonal(dim1=1, dim2=2).mean() * torch.eye(d)
+    for block in inverses:
+        block.copy_(torch.linalg.inv(block + ridge))
     centred = starts - starts.mean(0)
     centred = centred / centred.norm()
 
     def gaps(rows: Tensor) -> Tensor:
         """(n,) score of the own class less that of the other at each point."""
-        return ((rows[own] - rows[other]) * boundary).sum(1)
+        return torch.cat([((rows[c] - rows[other[p]]) * points(p)).sum(1) for c, p in enumerate(mine)])
 
     def pulled(gap: Tensor) -> Tensor:
         """The transpose of `gaps`."""
-        pushed = (gap[:, None] * boundary).double()
         # In float64: with the rounding of long float32 sums conjugate gradients diverge.
         total = torch.zeros(classes, d, dtype=torch.float64)
-        return total.index_add_(0, own, pushed).index_add_(0, other, pushed, alpha=-1).float()
+        for c, (part, push) in enumerate(zip(mine, gap.split(sizes), strict=True)):
+            pushed = (push[:, None] * points(part)).double()
+            total[c] += pushed.sum(0)
+            total.index_add_(0, other[part], pushed, alpha=-1)
+        return total.float()
 
     def project(rows: Tensor) -> Tensor:
         return rows - (rows * centred).sum() * centred
@@ -519,10 +567,10 @@ def _rows_through(
         return rows - rows.mean(0)
 
     rows = settled(centred + solve(-gaps(centred)))
-    error, free = None, len(boundary) - ((classes - 1) * d - 1)
+    error, free = None, len(ended) - ((classes - 1) * d - 1)
     if free > 0:
         deviation = math.sqrt(float(gaps(rows).square().sum()) / free)
-        moved = settled(solve(deviation * torch.randn(len(boundary), generator=generator), 1e-2))
+        moved = settled(solve(deviation * torch.randn(len(ended), generator=generator), 1e-2))
         error = float(moved[:, :-1].norm() / rows[:, :-1].norm())
     return rows / rows[:, :-1].square().sum(1).mean().sqrt(), error
 
