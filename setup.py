@@ -54,7 +54,6 @@ setup(
         "pillow",
         "pyyaml",
         "safetensors",
-        "scikit-learn",
         "scipy",
         "submitit",
         "tabulate>=0.10",
@@ -68,7 +67,8 @@ setup(
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": [
             *["nbclient", "nbformat", "ipykernel"],  # of the notebook
-            *["pytest", "pytest-xdist", "hypothesis", "httpx", "skops", "ruff", "mypy"],
+            *["pytest", "pytest-xdist", "hypothesis", "httpx", "scikit-learn", "skops"],
+            *["ruff", "mypy"],
             *["mkdocs-material", "mkdocstrings[python]"],
             *["playwright", "axe-playwright-python", "colorspacious"],  # of the HTML page, in a Chromium
         ],

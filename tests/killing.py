@@ -20,8 +20,8 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import fake_data
-import sklearn.linear_model  # noqa: F401 (imported here once, and not by every attempt)
 from dassl.utils import load_checkpoint
+from scipy import optimize  # noqa: F401 (imported here once, and not by every attempt)
 from scipy.sparse import linalg  # noqa: F401
 
 from dfzsl import train

@@ -6,7 +6,6 @@ than anything the client can do (docs/accuracy.md); they are numbers, and the im
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -14,7 +13,9 @@ import torch
 from torch import Tensor
 
 from dfzsl.errors import UserError, one_line
+from dfzsl.progress import bar
 
+from .logistic import COARSE, regression
 from .mixture import teacher_rows
 
 STRENGTHS = (0.316, 3.0, 30.0)  # the paper's, and two that trust the images more
@@ -81,32 +82,6 @@ class Card:
         return cls(images, strength, weight, accuracy, coherence, cone, one_line(text))
 
 
-def regression(
-    x: Tensor, y: Tensor, classes: int, C: float, *, max_iter: int = 1000, balanced: bool = False
-) -> Tensor:
-    """(classes, d) rows of multinomial logistic regression, no intercept; 0 for a class without images."""
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression  # slow to import, and only owners need it
-
-    model = LogisticRegression(
-        C=C,
-        max_iter=max_iter,
-        fit_intercept=False,
-        class_weight="balanced" if balanced else None,
-        random_state=0,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # few iterations are meant in cross-validation
-        model.fit(x.cpu().numpy(), y.cpu().numpy())
-    rows = torch.from_numpy(model.coef_).float()
-    if len(model.classes_) == 2:
-        # scikit-learn keeps the difference of the two rows only.
-        rows = torch.cat([-rows / 2, rows / 2])
-    weight = torch.zeros(classes, x.shape[1])
-    weight[torch.from_numpy(model.classes_)] = rows
-    return weight
-
-
 def rank_in_class(labels: Tensor) -> Tensor:
     """(n,) how many images of the same class stand before each image."""
     order = labels.sort(stable=True).indices
@@ -151,19 +126,29 @@ def cross_validate(
     few = rank < max(LEAST_IMAGES, MOST_IMAGES // classes)
     features, labels, fold = features[few], labels[few], rank[few] % FOLDS
     hits = torch.zeros(len(strengths), len(WEIGHTS) + 1)
+    tries = bar(total=FOLDS * len(strengths), desc="cross-validation", unit="fit")
     for left_out in range(FOLDS):
         kept, tried = fold != left_out, fold == left_out
         if not tried.any() or len(labels[kept].unique()) < 2:
             continue
         x, y = features[tried], labels[tried]
         by_text = x @ text.T
+        weight = None
         for row, strength in enumerate(strengths):
             weight = regression(
-                features[kept], labels[kept], classes, strength, max_iter=100, balanced=balanced
+                features[kept],
+                labels[kept],
+                classes,
+                strength,
+                balanced=balanced,
+                tolerance=COARSE,
+                start=weight,
             )
             by_teacher = x @ teacher_rows(weight)[0].to(x).T
             scores = [by_text + g * by_teacher for g in WEIGHTS] + [by_teacher]
             hits[row] += torch.tensor([float((s.argmax(1) == y).sum()) for s in scores])
+            tries.update()
+    tries.close()
     rate = 100 * hits / len(labels)
     best = int(rate[:, :-1].max(1).values.argmax())
     column = int(rate[best, :-1].argmax())

@@ -13,7 +13,8 @@ from dfzsl.errors import UserError
 from dfzsl.files import checked_names, load_tensors, save_tensors
 from dfzsl.stages import checked, unit
 
-from .card import Card, cross_validate, regression
+from .card import Card, cross_validate
+from .logistic import regression
 
 PAPER_STRENGTH = 0.316  # the paper's C
 
@@ -112,7 +113,6 @@ def fit_teacher(
     C: float = PAPER_STRENGTH,
     text: Tensor | None = None,
     said: str = "",
-    max_iter: int = 1000,
     normalized: bool = True,
     balanced: bool = False,
     shots: int = 0,
@@ -159,5 +159,5 @@ def fit_teacher(
         card = cross_validate(features.float(), labels, text.float(), balanced=balanced)
         card = replace(card, text=said)
         C = card.strength
-    weight = regression(features.double(), labels, len(classnames), C, max_iter=max_iter, balanced=balanced)
+    weight = regression(features, labels, len(classnames), C, balanced=balanced)
     return Teacher(weight, list(classnames), backbone, normalized, card=card)
