@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dfzsl import ranks
 from dfzsl.errors import UserError
 from dfzsl.files import atomic, digest, load_tensors, read_text, save_tensors
+from dfzsl.imports import import_torchvision
 
 from .base import ClassDataset
 from .features import FeatureDatum
@@ -55,12 +56,12 @@ def encode_datums(
     num_workers: int = 4,
     device: str | torch.device = "cpu",
 ) -> torch.Tensor:
-    """The datums' features, (n, d) float32 unit rows in their order.
+    """The datums' features, (n, d) unit rows in their order.
 
     A FeatureDatum brings its own. Images are encoded once: the result is kept under `cache_dir` in a
     file named by backbone, weights, precision, transform and the images' paths, sizes and times, and is
-    memory-mapped ever after. The work is kept in parts, so an interrupted run goes on where it stopped, and
-    within torch.distributed the ranks share the parts.
+    memory-mapped, by this call too: float16, whatever the encoder's precision. The work is kept in parts, so
+    an interrupted run goes on where it stopped, and within torch.distributed the ranks share the parts.
 
     Raises UserError for an image that cannot be read.
     """
@@ -89,11 +90,14 @@ def encode_datums(
 
 
 def _part(path: Path, kind: str, shape: tuple[int, int]) -> torch.Tensor:
-    """The features (n, d) that a file of the cache must hold. Raises UserError if it holds anything else."""
+    """The features (n, d) that a file of the cache must hold, float16; those of version 0.2 are float32.
+
+    Raises UserError if it holds anything else.
+    """
     features = load_tensors(path, kind)[0].get("features", torch.empty(0))
-    if features.shape != shape or features.dtype != torch.float32:
+    if features.shape != shape or features.dtype not in (torch.float16, torch.float32):
         raise UserError(f"{path}: it does not hold the features of its {shape[0]} images; delete it")
-    return features
+    return features.half()
 
 
 def _parts(whole: Path, n: int) -> dict[int, Path]:
@@ -170,18 +174,18 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 class _Images(torch.utils.data.Dataset):
-    """Item i is (transformed image, ""), or (None, what is wrong with file i)."""
+    """Item i is (i, transformed image, ""), or (i, None, what is wrong with file i)."""
 
     def __init__(self, paths: Sequence[str], transform: Callable[[Image.Image], torch.Tensor]) -> None:
         self.paths, self.transform = paths, transform
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, str]:
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str]:
         try:
-            return self.transform(read_image(self.paths[index])), ""
+            return index, self.transform(read_image(self.paths[index])), ""
         # A worker process would turn an exception into a page of traceback.
         except Exception as error:
             said = str(error) or type(error).__name__
-            return None, said if isinstance(error, UserError) else f"{self.paths[index]}: {said}"
+            return index, None, said if isinstance(error, UserError) else f"{self.paths[index]}: {said}"
 
 
 @torch.inference_mode()
@@ -197,35 +201,74 @@ def encode_files(
     Yields the paths that could be read, their unit features (n, d), and what is wrong with the others.
     """
     batches = torch.arange(len(paths)).split(batch_size)
+    # Closed, also after an error: left to the garbage collector, the workers linger for seconds.
+    with contextlib.closing(
+        _pictures(paths, backbone.transform, batches, num_workers, torch.device(device))
+    ) as pictures:
+        for good, images, wrong in pictures:
+            features = backbone.encode_image(images) if good else torch.empty(0, backbone.dim)
+            yield [paths[place] for place in good], features, wrong
+
+
+def _pictures(
+    paths: Sequence[str],
+    transform: Callable[[Image.Image], torch.Tensor],
+    batches: Sequence[torch.Tensor],
+    num_workers: int,
+    device: torch.device,
+) -> Generator[tuple[list[int], torch.Tensor, list[str]]]:
+    """For each batch of places in `paths`: those that could be read, their pictures (n, 3, h, w) on `device`,
+    and what is wrong with the others. Processes decode what comes next meanwhile."""
+    first, rest = _halves(transform)
     ahead = min(num_workers, len(batches)) if len(batches) > 1 else 0  # of one batch nothing is ahead
     loader = torch.utils.data.DataLoader(
-        _Images(paths, backbone.transform),
+        _Images(paths, first),
         batch_sampler=[batch.tolist() for batch in batches],
         num_workers=ahead,
         collate_fn=_sorted_out,
+        pin_memory=device.type == "cuda",
+        # Of its own: a run that finds the features in the cache goes on with the same random numbers.
         generator=torch.Generator(),
+        # Torch's default of 2 batches ahead lets one slow file stall the encoder.
         prefetch_factor=4 if ahead else None,
     )
-    with contextlib.closing(_each(loader)) as loaded:
-        for places, (good, images, wrong) in zip(batches, loaded, strict=True):
-            features = backbone.encode_image(images.to(device)) if good else torch.empty(0, backbone.dim)
-            yield [paths[places[0] + place] for place in good], features, wrong
+    for good, images, wrong in loader:
+        yield good, rest(images.to(device, non_blocking=True)) if good else images, wrong
 
 
-def _sorted_out(items: list[tuple[torch.Tensor | None, str]]) -> tuple[list[int], torch.Tensor, list[str]]:
+def _halves(
+    transform: Callable[[Image.Image], torch.Tensor],
+) -> tuple[Callable[[Image.Image], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
+    """`transform` as what turns a picture into a tensor, and what is left to do to a batch of tensors.
+
+    Where it ends in torchvision's ToTensor and Normalize, bytes come from the processes that decode, a
+    quarter of what floats are, and the encoder's device makes the same floats of them.
+    """
+    steps: Sequence[Any] = getattr(transform, "transforms", [])
+    if len(steps) < 2:
+        return transform, lambda batch: batch
+    import_torchvision()
+    from torchvision import transforms
+    from torchvision.transforms.functional import normalize
+
+    *first, to_tensor, last = steps
+    if not isinstance(to_tensor, transforms.ToTensor) or not isinstance(last, transforms.Normalize):
+        return transform, lambda batch: batch
+
+    def rest(batch: torch.Tensor) -> torch.Tensor:
+        floats = batch.float().div_(255) if batch.dtype == torch.uint8 else batch
+        return normalize(floats, last.mean, last.std, inplace=True)
+
+    return transforms.Compose([*first, transforms.PILToTensor()]), rest
+
+
+def _sorted_out(
+    items: list[tuple[int, torch.Tensor | None, str]],
+) -> tuple[list[int], torch.Tensor, list[str]]:
     """Places and tensors of the pictures that could be read, and what is wrong with the others."""
-    good = [place for place, (image, _) in enumerate(items) if image is not None]
-    images = [image for image, _ in items if image is not None]
-    return good, torch.stack(images) if images else torch.empty(0), [said for _, said in items if said]
-
-
-def _stack(items: list[tuple[torch.Tensor | None, str]]) -> tuple[torch.Tensor | None, str]:
-    wrong = next((message for _, message in items if message), "")
-    return (None, wrong) if wrong else (torch.stack([image for image, _ in items if image is not None]), "")
-
-
-def _each(loader: Iterable) -> Generator:
-    yield from loader
+    good = [place for place, image, _ in items if image is not None]
+    images = [image for _, image, _ in items if image is not None]
+    return good, torch.stack(images) if images else torch.empty(0), [said for *_, said in items if said]
 
 
 @torch.inference_mode()
@@ -243,33 +286,22 @@ def _encode(
     parts = _parts(whole, n)
     mine = [start for start in list(parts)[ranks.mine() :: ranks.count()] if not parts[start].exists()]
     batches = {start: torch.arange(start, min(start + PART, n)).split(batch_size) for start in mine}
-    loader = torch.utils.data.DataLoader(
-        _Images(paths, transform),
-        batch_sampler=[batch.tolist() for start in mine for batch in batches[start]],
-        num_workers=min(num_workers, len(mine) and sum(map(len, batches.values()))),
-        collate_fn=_stack,
-        pin_memory=device.type == "cuda",
-        # Of its own: a run that finds the features in the cache goes on with the same random numbers.
-        generator=torch.Generator(),
-        # Torch's default of 2 batches ahead lets one slow file stall the encoder.
-        prefetch_factor=4 if num_workers and mine else None,
-    )
-    todo = sum(len(batch) for start in mine for batch in batches[start])
+    todo = [batch for start in mine for batch in batches[start]]
+    left = sum(map(len, todo))
     with (
-        # Closed, also after an error: left to the garbage collector, the workers linger for seconds.
-        contextlib.closing(_each(loader)) as images,
-        tqdm(total=n, initial=n - todo, unit="img", desc="encode", disable=ranks.mine() > 0) as bar,
+        contextlib.closing(_pictures(paths, transform, todo, num_workers, device)) as pictures,
+        tqdm(total=n, initial=n - left, unit="img", desc="encode", disable=ranks.mine() > 0) as bar,
     ):
         for start in mine:
             features = []
-            for _ in batches[start]:
-                batch, wrong = next(images)
+            for batch in batches[start]:
+                _, images, wrong = next(pictures)
                 if wrong:
-                    raise UserError(wrong)
-                features.append(backbone.encode_image(batch.to(device, non_blocking=True)))
+                    raise UserError(wrong[0])
+                features.append(backbone.encode_image(images))
                 bar.update(len(batch))
             # One transfer a part: waiting for every batch would leave the device idle between them.
-            save_tensors(parts[start], {"features": torch.cat(features).float()}, {"kind": "part"})
+            save_tensors(parts[start], {"features": torch.cat(features).half()}, {"kind": "part"})
     ranks.wait()
     if ranks.mine() == 0 and not whole.exists():
         try:

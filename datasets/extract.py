@@ -38,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--output", required=True, help="the .safetensors file to write")
     flags.add_argument("--backbone", default="ViT-B-16", help="open_clip model name")
     flags.add_argument("--weights", default="openai", help="pretrained tag, or a file")
-    flags.add_argument("--precision", default="fp32", help="fp32, fp16, amp or bf16")
+    flags.add_argument(
+        "--precision", default="fp32", help="fp32; on a GPU fp16, amp or bf16; bf16 on CPUs that have it"
+    )
     flags.add_argument("--batch-size", type=int, default=256)
     flags.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding processes a rank")
     flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,8 @@ import torch
 class FeatureLoader:
     """Batches of features in the form of Dassl's: {"img": (B, d), "label", "domain", "impath", "index"}.
 
-    features (n, d) and labels (n,) stay where they are; if `shuffle`, `generator` orders each pass anew.
+    features (n, d) and labels (n,) stay where they are, in memory or mapped from a file of the cache; what
+    leaves is float32. If `shuffle`, `generator` orders each pass anew.
     Raises ValueError if there is nothing to serve.
     """
 
@@ -42,7 +43,7 @@ class FeatureLoader:
         for index in order.split(self.batch_size)[: len(self)]:
             place = index.to(self.features.device)
             yield {
-                "img": self.features[place],
+                "img": self.features[place].float(),
                 "label": self.labels[place],
                 "domain": torch.zeros_like(index),
                 "impath": [""] * len(index),

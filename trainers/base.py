@@ -116,7 +116,7 @@ class CLIPTrainer(TrainerX):
         return DataManager(self.cfg, custom_tfm_test=self.transform)
 
     def encode(self, datums: list) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit features (n, d) and labels (n,) of a list of Datum, encoded once and kept on disk."""
+        """Unit features (n, d) of a list of Datum, as `encode_datums` gives them, and labels (n,)."""
         features = encode_datums(
             self.backbone,
             datums,
@@ -371,7 +371,7 @@ class CLIPTrainer(TrainerX):
         labels = self.test_loader.labels
         if torch.bincount(labels, minlength=self.num_classes).min() < 2:
             return []
-        _, true = fit_classes(self.test_loader.features, labels, self.num_classes)
+        _, true = fit_classes(self.test_loader.features.float(), labels, self.num_classes)
         return [
             {"class": name, "recovered": float(recovered), "true": float(measured)}
             for name, recovered, measured in zip(self.classnames, self.virtual.kappa, true, strict=True)

@@ -49,7 +49,7 @@ class TeacherZeroshot(CLIPTrainer):
             features, labels = self.encode(self.dm.dataset.train_x)
             strength = self.cfg.TEACHER.STRENGTH
             self.teacher = fit_teacher(
-                features,
+                features.float(),
                 labels,
                 self.classnames,
                 self.backbone.identity,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import fake_data
 import numpy as np
 import pytest
 import torch
+from conftest import needs_proc
 from dassl.data.datasets import Datum
 from PIL import Image
 
@@ -16,6 +18,11 @@ from dfzsl.datasets import encoding
 from dfzsl.datasets.encoding import encode_datums
 from dfzsl.datasets.features import FeatureDatum
 from dfzsl.errors import UserError
+from dfzsl.files import save_tensors
+from dfzsl.imports import import_torchvision
+
+import_torchvision()
+from torchvision import transforms as T  # noqa: E402
 
 
 class Encoder:
@@ -45,6 +52,10 @@ class Pixels:
         return f"Pixels({self.size})"
 
 
+def maps() -> list[str]:
+    return Path("/proc/self/maps").read_text().splitlines()
+
+
 @pytest.fixture
 def datums(tmp_path) -> list[Datum]:
     for number in range(23):
@@ -65,7 +76,7 @@ def by_hand(datums) -> torch.Tensor:
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 100])
 def test_features_equal_a_plain_loop(datums, small_parts, tmp_path, workers, batch_size):
     x = encode_datums(Encoder(), datums, Pixels(), tmp_path / "cache", batch_size, workers)
-    assert x.dtype == torch.float32 and torch.allclose(x, by_hand(datums), atol=1e-6)
+    assert x.dtype == torch.float16 and torch.equal(x, by_hand(datums).half())
 
 
 def test_an_image_is_encoded_once(datums, small_parts, tmp_path):
@@ -76,6 +87,74 @@ def test_an_image_is_encoded_once(datums, small_parts, tmp_path):
     again = encode_datums(encoder, datums, Pixels(), tmp_path / "cache", num_workers=0)
     assert encoder.seen == len(datums) and torch.equal(first, again)
     assert len(list((tmp_path / "cache").iterdir())) == 1, "the parts are gone"
+
+
+@needs_proc
+def test_the_cache_holds_half_of_what_floats_take_and_is_mapped(datums, tmp_path):
+    x = encode_datums(Encoder(), datums, Pixels(), tmp_path / "cache", num_workers=0)
+    file = next((tmp_path / "cache").iterdir())
+    assert file.stat().st_size < x.numel() * 2 + 256
+    mapped = [
+        tuple(int(end, 16) for end in line.split()[0].split("-")) for line in maps() if file.name in line
+    ]
+    assert any(start <= x.data_ptr() < end for start, end in mapped), "no copy in memory"
+
+
+def test_a_cache_of_version_0_2_is_read_and_rounded(datums, small_parts, tmp_path):
+    """Its files are float32, joined and in parts."""
+    encoder = Encoder()
+    fresh = encode_datums(encoder, datums, Pixels(), tmp_path / "cache", num_workers=0)
+    file = next((tmp_path / "cache").iterdir())
+    floats = by_hand(datums)
+    save_tensors(file, {"features": floats}, {"kind": "image features"})
+    assert torch.equal(encode_datums(encoder, datums, Pixels(), tmp_path / "cache"), fresh)
+    file.unlink()
+    save_tensors(file.with_suffix(".5"), {"features": floats[5:10]}, {"kind": "part"})
+    assert torch.equal(encode_datums(encoder, datums, Pixels(), tmp_path / "cache", num_workers=0), fresh)
+    assert encoder.seen == 23 + 18
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_cache_with_a_value_that_is_none(datums, tmp_path, value, dtype):
+    rows = encode_datums(Encoder(), datums, Pixels(), tmp_path / "cache", num_workers=0).to(dtype)
+    rows[22, 1] = value
+    save_tensors(next((tmp_path / "cache").iterdir()), {"features": rows}, {"kind": "image features"})
+    with pytest.raises(UserError, match="not finite"):
+        encode_datums(Encoder(), datums, Pixels(), tmp_path / "cache")
+
+
+def steps(*last: object) -> T.Compose:
+    return T.Compose([T.Resize(20, T.InterpolationMode.BICUBIC), T.CenterCrop(16), *last])
+
+
+TRANSFORMS = {
+    "bytes": steps(T.ToTensor(), T.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))),
+    "grey": steps(T.Grayscale(), T.ToTensor(), T.Normalize((0.5,), (0.2,))),
+    "a wide mode": steps(T.Grayscale(), lambda x: x.convert("F"), T.ToTensor(), T.Normalize((9.0,), (7.0,))),
+    "not normalised": steps(T.ToTensor()),
+    "not last": steps(T.ToTensor(), T.Normalize((0.5,) * 3, (0.2,) * 3), torch.neg),
+    "no list of steps": Pixels(),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_pictures_are_the_transforms_to_the_last_bit(datums, name, workers):
+    """Wherever its last steps are computed."""
+
+    class Sees(Encoder):
+        transform = TRANSFORMS[name]
+        pictures: ClassVar[list[torch.Tensor]] = []
+
+        def encode_image(self, images):
+            self.pictures.append(images.clone())
+            return images.flatten(1)
+
+    paths = [datum.impath for datum in datums]
+    list(encoding.encode_files(Sees(), paths, 5, workers))
+    plain = torch.stack([Sees.transform(Image.open(path).convert("RGB")) for path in paths])
+    assert torch.equal(torch.cat(Sees.pictures), plain)
 
 
 def test_the_default_cache_is_outside_the_data_folder(datums, tmp_path):
@@ -114,7 +193,7 @@ def test_an_interrupted_encoding_goes_on(datums, small_parts, tmp_path):
     encoder = Encoder()
     x = encode_datums(encoder, datums, Pixels(), tmp_path / "cache", 4, 0)
     assert encoder.seen == 23 - 10, "two parts of five were kept"
-    assert torch.allclose(x, by_hand(datums), atol=1e-6)
+    assert torch.equal(x, by_hand(datums).half())
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -52,7 +52,8 @@ def test_the_file_stands_for_the_data_set(name, tmp_path):
             left, right = getattr(one, which), getattr(two, which)
             assert [d.label for d in left] == [d.label for d in right]
             direct = encode_datums(Backbone(), left, pixels, num_workers=0)
-            assert torch.allclose(direct, encode_datums(Backbone(), right, pixels), atol=1e-6)
+            rows = features.unit_rows(direct, which) if left else direct
+            assert torch.allclose(rows, encode_datums(Backbone(), right, pixels), atol=1e-6)
         assert two.test_only == one.test_only
     expected = Backbone().class_features(two.all_classnames, [two.template])
     assert torch.allclose(torch.stack(list(two.text_features.values())), expected)

@@ -207,7 +207,7 @@ def test_a_loader_process_that_dies(tmp_path, capfd, tried):
     data = extract.open_dataset("oxford_pets", str(fake_data.make("OxfordPets", tmp_path)))
 
     def encode() -> None:
-        encoding.encode_datums(fake_data.Backbone(), data.test, Deadly(), num_workers=2)
+        encoding.encode_datums(fake_data.Backbone(), data.test, Deadly(), batch_size=4, num_workers=2)
 
     said = one_line(encode, capfd)
     assert "/dev/shm" in said and "DATALOADER.NUM_WORKERS 0" in said

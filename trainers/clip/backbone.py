@@ -25,6 +25,11 @@ def import_open_clip() -> Any:
     return import_lean("open_clip")
 
 
+def cpu_has_bf16() -> bool:
+    """Whether oneDNN computes in bfloat16 here."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
@@ -199,14 +204,16 @@ class Backbone(nn.Module):
         return f"{self.name} ({self.weights_id})"
 
     def use_precision(self, precision: str) -> None:
-        """Run the encoders in float32 or, on a GPU, under autocast; fp16 and amp are the same, bf16 wider.
+        """Run the encoders in float32 or under autocast; fp16 and amp are the same, bf16 wider.
 
-        Weights stay float32. Raises UserError for a precision that is unknown; a CPU runs all in fp32.
+        Weights stay float32. Raises UserError for a precision that is unknown. A CPU runs fp32, and bf16
+        where it can.
         """
         if precision not in PRECISIONS:
             raise UserError(f"unknown precision '{precision}'; known: {', '.join(PRECISIONS)}")
-        if precision != "fp32" and self.device.type == "cpu":
-            print(f"Precision {precision} needs a GPU: running in fp32")
+        if self.device.type == "cpu" and precision != "fp32" and not (precision == "bf16" and cpu_has_bf16()):
+            needs = "a GPU, or a CPU that has bf16" if precision == "bf16" else "a GPU"
+            print(f"Precision {precision} needs {needs}: running in fp32")
             precision = "fp32"
         self.precision = precision
 
@@ -225,7 +232,8 @@ class Backbone(nn.Module):
                 )
             return x
         with self.autocast():
-            features = self.model.encode_image(x)
+            # The layout in which convolutions are fastest (benchmarks/README.md).
+            features = self.model.encode_image(x.contiguous(memory_format=torch.channels_last))
         return F.normalize(features.float(), dim=-1)
 
     @torch.no_grad()
