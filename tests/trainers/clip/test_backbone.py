@@ -106,11 +106,45 @@ def test_random_weights_are_always_the_same_and_leave_the_random_stream_alone():
 
 
 def test_a_cpu_says_that_it_runs_in_fp32(capsys):
-    backbone = load_backbone("tiny-vit", "random", "cpu", precision="fp16")
+    backbone = load_backbone("shapes", precision="fp16")
     assert "running in fp32" in capsys.readouterr().out
     assert backbone.precision == "fp32"
     with pytest.raises(UserError, match="unknown precision 'fp64'; known: fp32, fp16, amp, bf16"):
         backbone.use_precision("fp64")
+
+
+def photographs(size: int, count: int = 16) -> torch.Tensor:
+    """Smooth pictures with grain, as a transform leaves them (count, 3, size, size)."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count, 3, 6, 6, generator=generator)
+    grain = 0.05 * torch.randn(count, 3, size, size, generator=generator)
+    return (F.interpolate(coarse, size, mode="bicubic") + grain - 0.45) / 0.27
+
+
+@pytest.mark.parametrize("name", ["shapes", "shapes-vit"])
+def test_image_features_are_open_clips_own(name):
+    """To 1e-5, whatever the layout in memory."""
+    encoder = load_backbone(name)
+    pictures = photographs(encoder.preprocess_cfg["size"][0])
+    plain = F.normalize(encoder.model.encode_image(pictures), dim=1)
+    assert (encoder.encode_image(pictures) - plain).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["shapes", "shapes-vit"])
+def test_bf16_on_a_cpu_that_has_it(name, monkeypatch):
+    """Torch computes in it on any CPU, only slowly."""
+    monkeypatch.setattr("dfzsl.trainers.clip.backbone.cpu_has_bf16", lambda: True)
+    exact, wide = load_backbone(name), load_backbone(name, precision="bf16")
+    pictures = photographs(exact.preprocess_cfg["size"][0])
+    one, two = exact.encode_image(pictures), wide.encode_image(pictures)
+    assert wide.precision == "bf16" and two.dtype == torch.float32 and not torch.equal(one, two)
+    assert (one * two).sum(1).min() > 0.999
+
+
+def test_bf16_on_a_cpu_that_has_it_not(monkeypatch, capsys):
+    monkeypatch.setattr("dfzsl.trainers.clip.backbone.cpu_has_bf16", lambda: False)
+    assert load_backbone("shapes", precision="bf16").precision == "fp32"
+    assert "Precision bf16 needs a GPU, or a CPU that has bf16: running in fp32" in capsys.readouterr().out
 
 
 # Weights
