@@ -147,9 +147,9 @@ def cache_table(folder: Path, rows: int, rounds: int, dim: int = 512) -> str:
         rounds,
     )
     sizes = dict(zip(found, (full.stat().st_size, half.stat().st_size), strict=True))
-    first = next(iter(found.values()))[0]
+    first = next(iter(found.values()))[1]
     table = [
-        [name, f"{sizes[name] / 1e9:.2f}", f"{seconds:.3f}", f"{used:.3f}", f"{first / seconds:.1f}"]
+        [name, f"{sizes[name] / 1e9:.2f}", f"{seconds:.3f}", f"{used:.3f}", f"{first / max(used, 1e-3):.1f}"]
         for name, (seconds, used) in found.items()
     ]
     head = [f"cache of {rows:,} rows, d = {dim}", "GB", "seconds", "CPU seconds", "of plain"]
