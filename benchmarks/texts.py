@@ -1,7 +1,8 @@
 """What TEXT.PROMPTS changes on the built-in world: python benchmarks/texts.py [--root data] [--seeds 1 2 3]
 
 Sentences describe each class as the captions do that the CLIP learned from; none was chosen by looking
-at a picture's label. The teacher is fitted on the training pictures of the base classes.
+at a picture's label. The teacher is fitted on the training pictures of the base classes, its card beside
+the same texts.
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ def main() -> None:
         labels = torch.tensor([datum.label for datum in datums])
         found[part] = Labelled(x, labels, names, backbone.identity, [])
     base = found["train"].only(names[:60])
-    teacher = dfzsl.fit_teacher(base.features, base.labels, base.classnames, backbone.identity)
     table = []
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "said.json"
@@ -57,7 +57,17 @@ def main() -> None:
             ("CLIP's 80 templates", "ensemble"),
             (f"{args.sentences} sentences a class", str(said)),
         ):
-            rows = ClassTexts.parse(text).features(backbone, names)
+            texts = ClassTexts.parse(text)
+            rows = texts.features(backbone, names)
+            teacher = dfzsl.fit_teacher(
+                base.features,
+                base.labels,
+                base.classnames,
+                backbone.identity,
+                text=rows[:60],
+                said=texts.about,
+                generator=torch.Generator().manual_seed(1),
+            )
             is_new = torch.arange(120) >= 60
             plain = Classifier(
                 rows, names, is_new, torch.zeros(120), backbone="shapes", weights=backbone.weights_id
