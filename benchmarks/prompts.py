@@ -1,6 +1,7 @@
 """Learning prompts: this text encoder beside the plain one that runs every position of every class.
 
     python benchmarks/prompts.py [--device cuda --precision fp16]
+    python benchmarks/prompts.py --kinds    # on a CPU: float32 beside autocast to bfloat16 and torch.compile
 
 One forward and backward pass through the text tower of ViT-B/16 (random weights), context of 4 tokens, names
 of ImageNet. Each figure comes from a process of its own, both ways one after the other in one run. Seconds
@@ -69,12 +70,15 @@ def measure(args: argparse.Namespace) -> None:
     """One way, one size: seconds and memory to stdout, features and gradient to a file."""
     backbone = load_backbone("ViT-B-16", "random", args.device, args.precision)
     backbone.model.visual = None
+    if args.way == "bf16":
+        backbone.precision = "bf16"  # `use_precision` leaves a CPU at float32
+    backbone.compiled = args.way == "compiled"
     names = class_names(args.classes)
     generator = torch.Generator().manual_seed(0)
     context = 0.02 * torch.randn(args.images, N_CTX, 512, generator=generator)
     weight = torch.randn(args.images, args.classes, 512, generator=generator).to(args.device)
     context = context.to(args.device).requires_grad_()
-    layout = Prompts(backbone, names, N_CTX) if args.way == "fast" else None
+    layout = Prompts(backbone, names, N_CTX) if args.way != "plain" else None
     at_once = args.classes if layout else PLAIN_AT_ONCE
 
     def run() -> tuple[Tensor, Tensor]:
@@ -109,7 +113,7 @@ def measure(args: argparse.Namespace) -> None:
         seconds.append(clock() - started)
     peak = torch.cuda.max_memory_allocated() if args.device == "cuda" else resident("VmHWM")
     torch.save({"features": features.cpu(), "gradient": gradient.cpu()}, args.save)
-    print(json.dumps({"seconds": min(seconds), "memory": peak - before}))
+    print(json.dumps({"seconds": min(seconds), "first": seconds[0], "memory": peak - before}))
 
 
 def run_apart(args: argparse.Namespace, way: str, classes: int, images: int, repeat: int, save: Path) -> dict:
@@ -124,12 +128,30 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
+def compare_kinds(args: argparse.Namespace) -> None:
+    """The fast way in float32, under autocast to bfloat16, and compiled."""
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        one, other = Path(folder) / "fp32.pt", Path(folder) / "other.pt"
+        plain = run_apart(args, "fast", args.classes, args.images, 3, one)
+        a = torch.load(one)
+        for what, way in (("float32", "fast"), ("bfloat16", "bf16"), ("torch.compile", "compiled")):
+            found = plain if way == "fast" else run_apart(args, way, args.classes, args.images, 3, other)
+            b = a if way == "fast" else torch.load(other)
+            apart = (difference(b["features"], a["features"]), difference(b["gradient"], a["gradient"]))
+            seconds = found["seconds"]
+            table.append([what, found["first"], seconds, seconds / plain["seconds"], *apart])
+    heads = ["kind", "first step s", "a step s", "of float32", "features", "gradient"]
+    print(tabulate(table, heads, floatfmt=".3g", tablefmt="github"))
+
+
 def compare(args: argparse.Namespace) -> None:
     table, flat = [], []
     fast_repeat, plain_repeat = (10, 5) if args.device == "cuda" else (3, 1)
     with tempfile.TemporaryDirectory() as folder:
         one, other = Path(folder) / "plain.pt", Path(folder) / "fast.pt"
-        for what, classes, images in (("CoOp", 100, 1), ("CoOp", 1000, 1), ("CoCoOp", 50, 8)):
+        steps = [("CoOp", 20, 1)] if args.small else [("CoOp", 100, 1), ("CoOp", 1000, 1), ("CoCoOp", 50, 8)]
+        for what, classes, images in steps:
             plain = run_apart(args, "plain", classes, images, plain_repeat, one)
             fast = run_apart(args, "fast", classes, images, fast_repeat, other)
             a, b = torch.load(other), torch.load(one)
@@ -147,7 +169,7 @@ def compare(args: argparse.Namespace) -> None:
                     difference(a["gradient"], b["gradient"]),
                 ]
             )
-        for classes in (2000, 7000, 21000):
+        for classes in () if args.small else (2000, 7000, 21000):
             fast = run_apart(args, "fast", classes, 1, 1, other)
             flat.append([classes, fast["seconds"], fast["memory"] / 2**30])
     heads = [
@@ -162,6 +184,8 @@ def compare(args: argparse.Namespace) -> None:
         "gradient",
     ]
     print(tabulate(table, heads, floatfmt=".3g", tablefmt="github"))
+    if args.small:
+        return
     print(f"\nCut into chunks of {ROWS_AT_ONCE} rows, recomputed in the backward pass:\n")
     print(tabulate(flat, ["classes", "seconds", "GB"], floatfmt=".3g", tablefmt="github"))
 
@@ -170,7 +194,9 @@ if __name__ == "__main__":
     flags = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flags.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     flags.add_argument("--precision", default="fp32")
-    flags.add_argument("--way", choices=("plain", "fast"), help="measure one way alone")
+    flags.add_argument("--small", action="store_true", help="20 classes alone")
+    flags.add_argument("--kinds", action="store_true", help="float32 beside bfloat16 and torch.compile")
+    flags.add_argument("--way", choices=("plain", "fast", "bf16", "compiled"), help="measure one way alone")
     flags.add_argument("--classes", type=int, default=100)
     flags.add_argument("--images", type=int, default=1)
     flags.add_argument("--repeat", type=int, default=1)
@@ -178,5 +204,7 @@ if __name__ == "__main__":
     arguments = flags.parse_args()
     if arguments.way:
         measure(arguments)
+    elif arguments.kinds:
+        compare_kinds(arguments)
     else:
         compare(arguments)

@@ -38,6 +38,9 @@ SMALL = {
     "vmf": ["--draws", "50", "--rounds", "2"],
     "pipeline": [],
     "start": ["--rounds", "2"],
+    "prompts": ["--small"],
+    "growth": ["--most", "1000"],
+    "teacher": ["--classes", "50,100"],
 }
 RATIOS = (
     "of plain",
@@ -46,6 +49,11 @@ RATIOS = (
     "share of the bound",
     "CPU of sampling's",
     "of the import",
+    "of the least",
+    "times faster",
+    "times less",
+    "default / ours",
+    "tight / ours",
 )  # columns
 
 
@@ -59,7 +67,11 @@ def ratios(printed: str) -> Iterator[tuple[str, float]]:
         elif not head:
             head = cells
         elif not set(line) <= set("|-:"):
-            words = [cell for name, cell in zip(head, cells, strict=True) if name in ("", "stage", "kappa")]
+            words = [
+                cell
+                for name, cell in zip(head, cells, strict=True)
+                if name in ("", "stage", "kappa", "names")
+            ]
             row = " ".join(words) or cells[0]
             for name, cell in zip(head, cells, strict=True):
                 if name in RATIOS:
