@@ -29,6 +29,8 @@ SMALL = {
         "100",
         "--side",
         "300",
+        "--batch-size",
+        "32",
         "--rounds",
         "2",
         "--device",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import fake_data
 import pytest
 import torch
 import torch.nn.functional as F
 
+from dfzsl.datasets.encoding import encode_files
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.generation.closed_form import closed_form
 from dfzsl.trainers.generation.generators import NeuralGenerator, build_generator
@@ -26,6 +30,20 @@ def test_cuda_encoders(precision, lowest):
         (there.class_features(names, ["a photo of a {}."]), here.class_features(names, ["a photo of a {}."])),
     ):
         assert (ours.cpu() * theirs).sum(1).min() > lowest
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cuda_extraction(workers, tmp_path):
+    """Bytes through pinned memory, floats made on the device."""
+    paths = [str(tmp_path / f"{number}.jpg") for number in range(20)]
+    for number, path in enumerate(paths):
+        fake_data.picture(Path(path), number, number)
+    rows = []
+    for device in ("cpu", "cuda"):
+        encoder = load_backbone("shapes", device=device)
+        found = encode_files(encoder, paths, 8, workers, device)
+        rows.append(torch.cat([features.cpu() for _, features, _ in found]))
+    assert (rows[0] * rows[1]).sum(1).min() > 0.9999
 
 
 def test_cuda_closed_form():
