@@ -44,7 +44,7 @@ def main() -> None:
     backbone, names = load_backbone("shapes"), [c.name for c in classes()]
     dataset, found = open_dataset("shapes", args.root), {}
     for part, datums in (("train", dataset.train_x), ("test", dataset.test)):
-        x = encode_datums(backbone, datums, backbone.transform, num_workers=0)
+        x = encode_datums(backbone, datums, backbone.transform, num_workers=0).float()
         labels = torch.tensor([datum.label for datum in datums])
         found[part] = Labelled(x, labels, names, backbone.identity, [])
     base = found["train"].only(names[:60])
