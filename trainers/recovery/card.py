@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.errors import UserError, one_line
@@ -22,6 +23,8 @@ STRENGTHS = (0.316, 3.0, 30.0)  # the paper's, and two that trust the images mor
 WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
 FOLDS = 3
 LEAST_IMAGES = 3  # of the median class: below it nothing can be left out
+SMOOTH = (1, 2, 3, 2, 1)  # neighbours in WEIGHTS: their accuracies are one curve and noise
+WITHIN = 0.5  # standard errors that a lesser weight may stand below the best
 MOST_IMAGES = 10_000  # in all, as many of each class: beyond, the folds would take hours and tell no more
 
 
@@ -104,6 +107,24 @@ def spread_of(features: Tensor, labels: Tensor, classes: int) -> tuple[float | N
     return round(coherence, 4), round(min(max(float(mean.mean(0).norm()) / coherence, 0.01), 0.99), 4)
 
 
+def chosen(right: Tensor) -> tuple[int, int]:
+    """Which strength and weight to take: `right` (strengths, weights, n) says of each left-out image whether
+    it was classified rightly.
+
+    The strength whose smoothed curve of accuracies reaches highest, and the least weight that stands no more
+    than `WITHIN` paired standard errors below the best there (Breiman et al., 1984, allow one): of weights
+    that base classes cannot tell apart, the least one draws the fewest pictures of new classes to them.
+    """
+    kernel = torch.tensor(SMOOTH, dtype=torch.float64) / sum(SMOOTH)
+    rate = F.pad(right.double().mean(2)[:, None], [len(SMOOTH) // 2] * 2, mode="replicate")
+    curve = F.conv1d(rate, kernel[None, None])[:, 0]
+    best = int(curve.max(1).values.argmax())
+    top = int(curve[best].argmax())
+    apart = right[best, top].double() - right[best].double()
+    error = apart.std(1, correction=0) / right.shape[2] ** 0.5
+    return best, int((curve[best, top] - curve[best] <= WITHIN * error).int().argmax())
+
+
 def cross_validate(
     features: Tensor,
     labels: Tensor,
@@ -112,10 +133,11 @@ def cross_validate(
     *,
     balanced: bool = False,
 ) -> Card:
-    """The card with the strength and the weight that classify left-out images best.
+    """The card with the strength and the weight that classify left-out images well.
 
-    features (n, d) unit rows with labels (n,), text (C, d) of the classes. Three folds for each strength.
-    Where the median class has fewer than three images nothing is left out, and the first strength stands.
+    features (n, d) unit rows with labels (n,), text (C, d) of the classes. Three folds for each strength, of
+    which `chosen` takes one, and a weight. Where the median class has fewer than three images nothing is left
+    out, and the first strength stands.
     """
     classes = len(text)
     images = torch.bincount(labels, minlength=classes)
@@ -125,7 +147,7 @@ def cross_validate(
     rank = rank_in_class(labels)
     few = rank < max(LEAST_IMAGES, MOST_IMAGES // classes)
     features, labels, fold = features[few], labels[few], rank[few] % FOLDS
-    hits = torch.zeros(len(strengths), len(WEIGHTS) + 1)
+    right = torch.zeros(len(strengths), len(WEIGHTS) + 1, len(labels), dtype=torch.bool)
     tries = bar(total=FOLDS * len(strengths), desc="cross-validation", unit="fit")
     for left_out in range(FOLDS):
         kept, tried = fold != left_out, fold == left_out
@@ -146,16 +168,15 @@ def cross_validate(
             )
             by_teacher = x @ teacher_rows(weight)[0].to(x).T
             scores = [by_text + g * by_teacher for g in WEIGHTS] + [by_teacher]
-            hits[row] += torch.tensor([float((s.argmax(1) == y).sum()) for s in scores])
+            right[row, :, tried.cpu()] = torch.stack([s.argmax(1) == y for s in scores]).cpu()
             tries.update()
     tries.close()
-    rate = 100 * hits / len(labels)
-    best = int(rate[:, :-1].max(1).values.argmax())
-    column = int(rate[best, :-1].argmax())
+    best, column = chosen(right[:, :-1])
+    rate = 100 * right[best].double().mean(1)
     accuracy = {
-        "text": float(rate[best, 0]),
-        "teacher": float(rate[best, -1]),
-        "mixture": float(rate[best, column]),
+        "text": float(rate[0]),
+        "teacher": float(rate[-1]),
+        "mixture": float(rate[column]),
     }
     accuracy = {name: round(value, 2) for name, value in accuracy.items()}
     return Card(images.tolist(), strengths[best], WEIGHTS[column], accuracy, *spread)

@@ -10,7 +10,7 @@ from draws import rng, unit
 from sklearn.linear_model import LogisticRegression
 
 from dfzsl.errors import UserError
-from dfzsl.trainers.recovery.card import Card, cross_validate, rank_in_class, spread_of
+from dfzsl.trainers.recovery.card import Card, chosen, cross_validate, rank_in_class, spread_of
 from dfzsl.trainers.recovery.geometry import Geometry, measure_geometry
 from dfzsl.trainers.recovery.mixture import WEIGHTS, mix, rule_weight, signs, teacher_rows
 from dfzsl.trainers.recovery.ridge import RIDGES, leave_one_out_ridge
@@ -197,6 +197,34 @@ class TestCard:
             scores = x[fold == f] @ (text + card.weight * rows).T
             hits += int((scores.argmax(1) == labels[fold == f]).sum())
         assert card.accuracy["mixture"] == pytest.approx(100 * hits / len(labels), abs=0.9)
+
+    def test_of_weights_that_cannot_be_told_apart_the_least_is_taken(self):
+        right = torch.zeros(2, 14, 300, dtype=torch.bool)
+        right[1, :, :200] = True
+        assert chosen(right) == (1, 0)
+        right[1, 6:, 200:260] = True  # clearly better from here on, and alike
+        assert chosen(right) == (1, 8)  # the first whose neighbours are as good
+        right[0] = True
+        assert chosen(right) == (0, 0)
+
+    def test_the_chosen_weight_is_better_than_the_best_of_noisy_accuracies(self):
+        """A curve whose truth is known, seen on 300 images that most weights agree on."""
+        g = rng(3)
+        truth = torch.tensor(
+            [0.60, 0.62, 0.65, 0.68, 0.71, 0.73, 0.74, 0.74, 0.73, 0.71, 0.69, 0.67, 0.65, 0.63]
+        )
+        lost = weight = best = 0.0
+        for _ in range(200):
+            ease = torch.rand(
+                300, generator=g
+            )  # how hard an image is, the same for all weights, and a little luck
+            right = ease + 0.1 * torch.randn(14, 300, generator=g) < truth[:, None]
+            _, column = chosen(right[None])
+            plain = int(right.double().mean(1).argmax())
+            lost += float(truth.max() - truth[column]) / 200
+            best += float(truth.max() - truth[plain]) / 200
+            weight += (column - plain) / 200
+        assert lost < best + 0.002 and weight < -0.3  # as good, and a smaller weight
 
     def test_too_few_images_leave_the_weight_to_the_client(self, world):
         text, x, labels = world
