@@ -72,13 +72,17 @@ def options(*wanted: str) -> Callable[[Callable], Callable]:
     zsh_source, fish_source). Configured runs and sweeps: python train.py, python -m dfzsl.launch.""",
 )
 @click.version_option(package_name="dfzsl")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Names and a teacher in, a classifier out: data-free generalized zero-shot learning.
 
     A data owner has pictures, and fits a teacher on them. A client has the teacher, or only its answers,
     CLIP, and the names of new classes: it builds one classifier for base and new classes together, without a
     picture.
     """
+    from .progress import hidden
+
+    context.with_resource(hidden(not sys.stderr.isatty()))
 
 
 @main.command()
