@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -41,15 +40,15 @@ COMMANDS = {
 
 def seconds(words: list[str], folder: Path) -> float:
     """Processor seconds of `python WORDS` in a folder, and of the processes that it starts."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    before = os.times()
     environment = {**os.environ, "DFZSL_CACHE": str(folder / "cache")}
     ran = subprocess.run(
         [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True
     )
     if ran.returncode:
         raise SystemExit(ran.stderr)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    after = os.times()
+    return sum(after[2:4]) - sum(before[2:4])  # of children: user, system
 
 
 def main() -> None:
