@@ -15,6 +15,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from pathlib import Path
@@ -33,6 +34,7 @@ from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.dfzsl import CLASSIFIER, DFZSL
 
 SERVER = multiprocessing.get_context("forkserver")
+STARTING = threading.Lock()  # tests start attempts from several threads
 SERVER.set_forkserver_preload(["killing"])
 load_backbone("shapes")  # whatever it imports and reads
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -102,7 +104,8 @@ def attempt(
     `fault` "operation" or "byte" kills it at the `at`-th file operation in `folder` or byte of a file. After
     `after` seconds it is killed whatever it does. An error in it fails the test.
     """
-    _start_server()
+    with STARTING:
+        _start_server()
     process = SERVER.Process(target=_attempt, args=(target, args, str(folder), fault, at))
     process.start()
     process.join(after)
