@@ -22,27 +22,14 @@ from tabulate import tabulate
 HERE = Path(__file__).parent
 LAST = HERE / "last.json"
 SMALL = {
-    "extract": [
-        "--backbone",
-        "shapes",
-        "--images",
-        "100",
-        "--side",
-        "300",
-        "--batch-size",
-        "32",
-        "--rounds",
-        "2",
-        "--device",
-        "cpu",
-    ],
-    "predict": ["--pictures", "100", "--side", "300", "--rounds", "1"],
-    "vmf": ["--draws", "50", "--rounds", "2"],
-    "pipeline": [],
-    "start": ["--rounds", "2"],
-    "prompts": ["--small"],
-    "growth": ["--most", "1000"],
-    "teacher": ["--classes", "50,100"],
+    "extract": "--backbone shapes --images 100 --side 300 --batch-size 32 --rounds 2 --device cpu --rows 500000",
+    "predict": "--pictures 100 --side 300 --rounds 1",
+    "vmf": "--draws 200 --rounds 5",
+    "pipeline": "",
+    "start": "--rounds 2",
+    "prompts": "--small",
+    "growth": "--most 1000",
+    "teacher": "--classes 50,100",
 }
 RATIOS = (
     "of plain",
@@ -87,7 +74,11 @@ def main() -> None:
     found: dict[str, float] = {}
     for name, words in SMALL.items():
         ran = subprocess.run(
-            [sys.executable, HERE / f"{name}.py", *words], check=True, stdout=subprocess.PIPE, text=True
+            [sys.executable, HERE / f"{name}.py", *words.split()],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # more of them wait for one another
+            check=True,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         print(f"## {name}\n\n{ran.stdout}")
         found |= {f"{name}, {what}": value for what, value in ratios(ran.stdout)}
