@@ -22,7 +22,7 @@ from tabulate import tabulate
 HERE = Path(__file__).parent
 LAST = HERE / "last.json"
 SMALL = {
-    "extract": "--backbone shapes --images 100 --side 300 --batch-size 32 --rounds 2 --device cpu --rows 500000",
+    "extract": "--backbone shapes --images 100 --side 300 --batch-size 32 --rows 500000 --device cpu",
     "predict": "--pictures 100 --side 300 --rounds 1",
     "vmf": "--draws 200 --rounds 5",
     "pipeline": "",
