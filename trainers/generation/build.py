@@ -18,7 +18,7 @@ from dfzsl.stages import checked
 from .classifier import Classifier, Rows
 from .closed_form import closed_form
 from .generators.base import device_generator
-from .rehearsal import MOST_REHEARSED, PERFORMANCES, REHEARSALS, calibrate
+from .rehearsal import MOST_REHEARSED, PERFORMANCES, REHEARSALS, calibrate, plays
 from .training import STAGE, StageThreeSettings, affordable, train
 
 if TYPE_CHECKING:
@@ -95,8 +95,10 @@ def build_classifier(
         return train(x[mine], relabel[y[mine]], base_text[known], others, settings, rng, checkpoint)
 
     made = rows_of(torch.arange(len(base_text), device=device), new_text)
-    rehearsals = max(REHEARSALS, PERFORMANCES // len(base_text) if closed else 0)
-    bias = calibrate(x, y, base_text, len(new_text), rows_of, rng, rehearsals) if balanced else 0.0
+    bias = 0.0
+    if balanced:
+        rehearsals = max(REHEARSALS, PERFORMANCES // len(base_text) if closed else 0)
+        bias = calibrate(plays(x, y, base_text, len(new_text), rows_of, rng, rehearsals), device)
     if made.note:
         print(made.note)
     is_new = torch.arange(len(base_text) + len(new_text), device=device) >= len(base_text)

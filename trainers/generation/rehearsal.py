@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -53,22 +53,14 @@ def plays(
         yield ~playing[y], margin, correct
 
 
-def calibrate(
-    x: Tensor,
-    y: Tensor,
-    text: Tensor,
-    num_new: int,
-    rows_of: RowsOf,
-    rng: torch.Generator,
-    rehearsals: int = REHEARSALS,
-) -> float:
+def calibrate(played: Iterable[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> float:
     """The bias of new classes, in units of the cosine, that balances them against base classes.
 
     It is the one with the highest harmonic mean of per-class accuracies in rehearsals (see `plays`).
     """
-    grid = torch.linspace(-0.15, 0.15, 301, device=x.device)
+    grid = torch.linspace(-0.15, 0.15, 301, device=device)
     seen, unseen = torch.zeros_like(grid), torch.zeros_like(grid)
-    for known, margin, correct in plays(x, y, text, num_new, rows_of, rng, rehearsals):
+    for known, margin, correct in played:
         seen += _curve(margin[known], correct[known], grid, above=True)
         unseen += _curve(margin[~known], correct[~known], grid, above=False)
     harmonic = 2 * seen * unseen / (seen + unseen).clamp(min=1e-12)

@@ -151,20 +151,15 @@ def cross_validate(
     tries = bar(total=FOLDS * len(strengths), desc="cross-validation", unit="fit")
     for left_out in range(FOLDS):
         kept, tried = fold != left_out, fold == left_out
-        if not tried.any() or len(labels[kept].unique()) < 2:
+        learned, named = features[kept], labels[kept]
+        if not tried.any() or len(named.unique()) < 2:
             continue
         x, y = features[tried], labels[tried]
         by_text = x @ text.T
         weight = None
         for row, strength in enumerate(strengths):
             weight = regression(
-                features[kept],
-                labels[kept],
-                classes,
-                strength,
-                balanced=balanced,
-                tolerance=COARSE,
-                start=weight,
+                learned, named, classes, strength, balanced=balanced, tolerance=COARSE, start=weight
             )
             by_teacher = x @ teacher_rows(weight)[0].to(x).T
             scores = [by_text + g * by_teacher for g in WEIGHTS] + [by_teacher]

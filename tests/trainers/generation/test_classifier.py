@@ -16,7 +16,7 @@ from dfzsl.trainers.generation.build import build_classifier
 from dfzsl.trainers.generation.classifier import Classifier, Rows, fit_rows, minimise
 from dfzsl.trainers.generation.generators import GENERATORS
 from dfzsl.trainers.generation.rehearsal import _curve as curve
-from dfzsl.trainers.generation.rehearsal import calibrate
+from dfzsl.trainers.generation.rehearsal import calibrate, plays
 from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.virtual import VirtualClasses
 
@@ -318,6 +318,6 @@ class TestCalibration:
             def rows_of(known, others, lift=lift):
                 return Rows(base_text[known] + lift, others, torch.zeros(len(known)))
 
-            found[start] = calibrate(x, y, base_text, NEW, rows_of, rng())
+            found[start] = calibrate(plays(x, y, base_text, NEW, rows_of, rng()), x.device)
         assert found[0.0] == pytest.approx(0.0, abs=0.02)
         assert found[0.05] - found[0.0] == pytest.approx(0.05, abs=0.01)
