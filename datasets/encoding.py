@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from dfzsl import ranks
 from dfzsl.errors import UserError
-from dfzsl.files import atomic, digest, load_tensors, read_text, save_tensors
+from dfzsl.files import atomic, digest, read_text
 from dfzsl.imports import import_torchvision
+from dfzsl.tensors import load_tensors, save_tensors
 
 from .base import ClassDataset
 from .features import FeatureDatum

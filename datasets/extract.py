@@ -23,7 +23,7 @@ from dassl.data.datasets import DATASET_REGISTRY
 
 from dfzsl.configs import dataset_config
 from dfzsl.errors import UserError
-from dfzsl.files import save_tensors
+from dfzsl.tensors import save_tensors
 from dfzsl.toolbox import add_keys
 
 from .base import ClassDataset

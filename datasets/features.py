@@ -15,7 +15,8 @@ from dassl.data.datasets import DATASET_REGISTRY, Datum
 from safetensors import SafetensorError, safe_open
 
 from dfzsl.errors import UserError
-from dfzsl.files import NUMBERS, bounded, checked_names
+from dfzsl.files import bounded, checked_names
+from dfzsl.tensors import NUMBERS
 from dfzsl.toolbox import register
 
 from .base import ClassDataset, Row, Split

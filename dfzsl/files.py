@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and tensors read without trusting who wrote them."""
+"""Files written whole or not at all, and read without trusting who wrote them."""
 
 from __future__ import annotations
 
@@ -11,22 +11,17 @@ import os
 import secrets
 import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from .errors import UNPRINTABLE, UserError
 
 ROOM, EXPANSION = 1 << 30, 100  # memory that reading a file may take: bytes, and times its size
 YAML_LONGEST, YAML_TEXT, YAML_NUMBER, YAML_DEEPEST = 1 << 18, 4096, 40, 20  # characters of each, and levels
-NUMBERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-NUMBERS |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 @contextlib.contextmanager
@@ -257,59 +252,3 @@ def spoken(name: str) -> str:
     """What a text encoder reads of a class name: _ is a space, and case, blanks in a row and the Unicode form
     of a letter are nothing. Names that are spoken alike are one."""
     return " ".join(unicodedata.normalize("NFC", name.replace("_", " ").casefold()).split())
-
-
-def save_tensors(
-    path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], about: Mapping[str, object]
-) -> None:
-    """Write tensors and a JSON-able description `about` to one safetensors file, atomically."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {name: json.dumps(value) for name, value in about.items()}
-    with atomic(path) as temporary:
-        try:
-            save_file(plain, temporary, metadata)
-        except SafetensorError as error:
-            raise OSError(f"{path}: cannot be written ({error})") from None
-        _order_header(temporary)
-
-
-def _order_header(path: Path) -> None:
-    """Sort the header of a safetensors file, whose order is random: the same content is the same bytes."""
-    with open(path, "r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        ordered = json.dumps(header, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(ordered) <= length:
-            file.seek(8)
-            file.write(ordered.ljust(length))
-
-
-def load_tensors(
-    path: str | os.PathLike[str], kind: str
-) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """Read what `save_tensors` wrote with `about["kind"] == kind`: (tensors, about).
-
-    Raises UserError when the file is missing, is not safetensors, is of another kind, or holds a tensor of
-    an odd type or one that is not finite. Nothing in the file is executed.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such {kind} file") from None
-    except (SafetensorError, OSError, ValueError, RecursionError, RuntimeError) as error:
-        raise UserError(f"{path}: not a {kind} file ({error})") from None
-    if about.get("kind") != kind:
-        raise UserError(f"{path}: expected a {kind} file, found {about.get('kind') or 'plain tensors'}")
-    for name, tensor in tensors.items():
-        if tensor.dtype not in NUMBERS:
-            raise UserError(f"{path}: tensor '{name}' is of type {tensor.dtype}, which nothing here writes")
-        # aminmax hands NaN on, and is one pass at the memory's speed, where isfinite makes a copy.
-        if (
-            tensor.is_floating_point()
-            and tensor.numel()
-            and not torch.stack(tensor.aminmax()).isfinite().all()
-        ):
-            raise UserError(f"{path}: tensor '{name}' has values that are not finite")
-    return tensors, about

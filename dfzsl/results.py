@@ -21,13 +21,13 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .files import read_json, write_json
+
+if TYPE_CHECKING:  # tables are made without torch, which takes two seconds to import
+    from torch import Tensor
 
 SCHEMA = 1
 RESULTS = "results.json"
@@ -49,6 +49,8 @@ def per_class_counts(
     predictions: Tensor, labels: Tensor, classnames: Sequence[str], new_classnames: Sequence[str]
 ) -> list[dict[str, Any]]:
     """The rows `per_class` of predicted (n,) and true labels (n,), in the order of `classnames`."""
+    import torch
+
     correct, total = (
         torch.bincount(which, minlength=len(classnames)).tolist()
         for which in (labels[predictions == labels], labels)
@@ -62,6 +64,8 @@ def per_class_counts(
 
 def peak_memory() -> int:
     """Highest memory of this process so far in bytes: of the GPU where one is used, else resident."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":

@@ -32,11 +32,11 @@ from dfzsl.cards import card
 from dfzsl.datasets import encoding
 from dfzsl.datasets.base import read_fewshot, read_split
 from dfzsl.errors import UserError
-from dfzsl.files import save_tensors
 from dfzsl.geometry import geometry_of
 from dfzsl.importing import import_teacher
 from dfzsl.labelled import read_labelled
 from dfzsl.prepare import fetch
+from dfzsl.tensors import save_tensors
 from dfzsl.trainers.clip.loading import _read_state
 from dfzsl.trainers.clip.texts import ClassTexts
 from dfzsl.trainers.generation.classifier import Classifier

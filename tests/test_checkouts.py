@@ -22,8 +22,9 @@ from sweeps import start_sweep
 from dfzsl.errors import UserError
 from dfzsl.files import digest
 from dfzsl.launch import host
-from dfzsl.launch.__main__ import choose, parser, plan
+from dfzsl.launch.__main__ import parser
 from dfzsl.launch.checkouts import RECIPES, Checkout, Code
+from dfzsl.launch.sweep import choose, plan
 from dfzsl.launch.workers import work
 from dfzsl.results import CHANGING, read_results
 from dfzsl.trainers.clip.loading import offer_to_coop

@@ -27,6 +27,7 @@ from PIL import Image
 from dfzsl import cli, geometry, predict, train
 from dfzsl.datasets import extract
 from dfzsl.launch import __main__ as launch
+from dfzsl.launch import sweep
 from dfzsl.launch.checkouts import RECIPES
 from dfzsl.launch.runs import FREE
 from dfzsl.prepare import __main__ as prepare
@@ -157,7 +158,7 @@ def accept_train(words: list[str]) -> None:
 
 
 def accept_launch(words: list[str]) -> None:
-    jobs = launch.plan(launch.parser().parse_intermixed_args(words))
+    jobs = sweep.plan(launch.parser().parse_intermixed_args(words))
     for job in jobs:
         if job.seed == jobs[0].seed and job.data == jobs[0].data:
             for _, arguments in job.reader.parts():

@@ -11,8 +11,9 @@ from conftest import write_features
 from dfzsl import report
 from dfzsl.errors import UserError
 from dfzsl.files import write_json
-from dfzsl.launch.__main__ import main, parser, plan
+from dfzsl.launch.__main__ import main, parser
 from dfzsl.launch.runs import PROTOCOLS, VARIANTS, Job
+from dfzsl.launch.sweep import plan
 from dfzsl.report.figures import plots
 from dfzsl.report.formats import FORMATS
 from dfzsl.report.tables import tables

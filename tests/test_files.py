@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dfzsl.errors import UserError, unknown
-from dfzsl.files import atomic, load_tensors, read_json, save_tensors, write_json
+from dfzsl.files import atomic, read_json, write_json
+from dfzsl.tensors import load_tensors, save_tensors
 
 
 def test_atomic_keeps_the_old_file_when_the_block_fails(tmp_path):

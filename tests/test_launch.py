@@ -12,9 +12,10 @@ from dfzsl import train
 from dfzsl.errors import UserError
 from dfzsl.files import write_json
 from dfzsl.launch import workers
-from dfzsl.launch.__main__ import parser, plan
+from dfzsl.launch.__main__ import parser
 from dfzsl.launch.forecast import forecast, longest_first
 from dfzsl.launch.runs import Data, Job, Method
+from dfzsl.launch.sweep import plan
 from dfzsl.launch.workers import locked
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.generation.training import StageThreeSettings

@@ -24,7 +24,8 @@ from starlette.testclient import TestClient
 
 from dfzsl.errors import UserError
 from dfzsl.files import read_json
-from dfzsl.launch.__main__ import parser, plan
+from dfzsl.launch.__main__ import parser
+from dfzsl.launch.sweep import plan
 from dfzsl.launch.workers import run
 from dfzsl.serve import Ledger, Terms, application, serve
 from dfzsl.trainers.recovery.oracles import TOKEN, HTTPTeacher, open_oracle

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dfzsl.files import atomic, read_json, save_tensors
+from dfzsl.files import atomic, read_json
 from dfzsl.imports import import_torchvision
+from dfzsl.tensors import save_tensors
 
 import_torchvision()
 import open_clip  # noqa: E402

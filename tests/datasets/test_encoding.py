@@ -18,8 +18,8 @@ from dfzsl.datasets import encoding
 from dfzsl.datasets.encoding import encode_datums
 from dfzsl.datasets.features import FeatureDatum
 from dfzsl.errors import UserError
-from dfzsl.files import save_tensors
 from dfzsl.imports import import_torchvision
+from dfzsl.tensors import save_tensors
 
 import_torchvision()
 from torchvision import transforms as T  # noqa: E402

@@ -18,7 +18,7 @@ from fake_data import Backbone, pixels
 from dfzsl.datasets import extract, features
 from dfzsl.datasets.encoding import encode_datums
 from dfzsl.errors import UserError
-from dfzsl.files import load_tensors
+from dfzsl.tensors import load_tensors
 from dfzsl.train import cli
 
 IMAGES = {

@@ -32,7 +32,7 @@ from dfzsl.datasets.shapes.world import (
     render,
 )
 from dfzsl.errors import UserError
-from dfzsl.files import load_tensors
+from dfzsl.tensors import load_tensors
 from dfzsl.trainers.clip.loading import load_backbone
 
 FOLDER = ROOT / "datasets" / "shapes"

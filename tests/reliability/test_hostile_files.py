@@ -48,8 +48,9 @@ from dfzsl import report, train
 from dfzsl.datasets import encoding
 from dfzsl.datasets.base import read_fewshot, read_split, relocate
 from dfzsl.errors import UserError, unknown
-from dfzsl.files import checked_names, read_json, save_tensors
+from dfzsl.files import checked_names, read_json
 from dfzsl.prepare import fetch
+from dfzsl.tensors import save_tensors
 from dfzsl.trainers.clip.loading import _read_state
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.trainers.recovery.virtual import VirtualClasses

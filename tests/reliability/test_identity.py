@@ -22,9 +22,10 @@ from dfzsl.datasets.extract import open_dataset
 from dfzsl.errors import UserError, cli
 from dfzsl.files import lock
 from dfzsl.launch import workers
-from dfzsl.launch.__main__ import main, parser, plan
+from dfzsl.launch.__main__ import main, parser
 from dfzsl.launch.checks import check
 from dfzsl.launch.runs import Data, Job
+from dfzsl.launch.sweep import plan
 from dfzsl.launch.workers import launch, work
 from dfzsl.output import HELD, Folder
 from dfzsl.trainers.recovery.teacher import Teacher
@@ -210,6 +211,47 @@ assert not idle, idle
 """
 
 
+SHOWN = """
+import sys
+from dfzsl.launch import tables
+from dfzsl.launch.__main__ import parser
+if tables.show_ended(parser().parse_intermixed_args(sys.argv[1:])):
+    print("shown without torch" if "torch" not in sys.modules else "torch")
+"""
+
+
+def test_a_sweep_that_ended_shows_its_tables_at_once_and_is_checked_then(tmp_path, tried):
+    path = write_features(tmp_path / "x.npz", per_class=8)
+    words = ["base2new", "--methods", "ZeroshotCLIP,TeacherZeroshot", "--output", str(tmp_path / "out")]
+    words += ["--workers", "1", f"features:{path}", "1"]
+
+    def run(program: str, *words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+
+    launch = "from dfzsl.launch.__main__ import *; cli(main)"
+    assert not run(SHOWN, *words).stdout
+    first = run(launch, *words)
+    table = first.stdout[first.stdout.index(": base-to-new") :]
+    assert run(SHOWN, *words).stdout.splitlines()[-1].endswith("shown without torch")
+    assert not run(SHOWN, *words, "SEED", "1").stdout  # another command
+    again = run(launch, *words)
+    assert again.stdout.startswith("2 runs (2 finished already)")
+    assert again.stdout.count("Linear probe + CLIP") == table.count("Linear probe + CLIP")
+    assert again.stdout.endswith("the same\n") and table in again.stdout
+    lost = next((tmp_path / "out").rglob("test_new/**/TeacherZeroshot/**/results.json"))
+    lost.unlink()
+    assert "2 runs (1 finished already)" in run(launch, *words).stdout and lost.exists()
+    (note,) = (tmp_path / "out/base2new/.ended").iterdir()
+    for broken in ("7", "[[3]]", "[", "null"):
+        note.write_text(broken, encoding="utf-8")
+        assert "the same" not in run(launch, *words).stdout
+    write_features(path, seed=1, per_class=8)
+    last = run(launch, *words)
+    assert last.returncode == 2 and "made of other test data" in last.stderr
+    assert table in last.stdout and "the same" not in last.stdout
+    tried("identity", "data overwritten or another of the same name", 1, "refused, both named")
+
+
 def test_a_finished_sweep_is_checked_without_what_its_runs_needed(images):
     data, out = images / "a/images", images / "out"
     words = [f"folder:{data}", "1", "MODEL.BACKBONE.NAME", "shapes", "DATALOADER.NUM_WORKERS", "0"]
@@ -224,7 +266,7 @@ def test_a_finished_sweep_is_checked_without_what_its_runs_needed(images):
     assert "2 runs (2 finished already)" in ran.stdout and "Linear probe + CLIP" in ran.stdout
     shutil.copy(data / "ant/0.jpg", data / "ant/1.jpg")
     ran = subprocess.run(program, **again)
-    assert "made of other" in ran.stderr and "Linear probe" not in ran.stdout
+    assert "made of other" in ran.stderr and "the same" not in ran.stdout
 
 
 def test_a_feature_file_that_is_overwritten_is_another_one(tmp_path, tried):

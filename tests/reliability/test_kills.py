@@ -25,7 +25,7 @@ from test_sweep import METHODS, files, finish, outcome, start
 from dfzsl import train
 from dfzsl.errors import UserError
 from dfzsl.launch import __main__ as launch
-from dfzsl.launch import workers
+from dfzsl.launch import sweep, workers
 from dfzsl.launch.runs import Job
 from dfzsl.results import CHANGING
 from dfzsl.trainers import owner
@@ -204,7 +204,7 @@ def test_a_killed_sweep_knows_its_settings(tmp_path, monkeypatch):
     given += ["--output", str(tmp_path / "output")]
 
     def jobs(*opts: str) -> list[Job]:
-        return launch.plan(launch.parser().parse_intermixed_args([*given, *opts]))
+        return sweep.plan(launch.parser().parse_intermixed_args([*given, *opts]))
 
     def killed(words: list[str]) -> None:
         main(words)

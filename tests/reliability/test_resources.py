@@ -28,10 +28,11 @@ from dfzsl import errors, files, train
 from dfzsl.datasets import encoding, extract
 from dfzsl.datasets.encoding import _Images
 from dfzsl.errors import UserError
-from dfzsl.files import atomic, load_tensors, save_tensors, write_json
+from dfzsl.files import atomic, write_json
 from dfzsl.launch import __main__ as launch
-from dfzsl.launch import workers
+from dfzsl.launch import sweep, workers
 from dfzsl.results import CHANGING, peak_memory
+from dfzsl.tensors import load_tensors, save_tensors
 from dfzsl.trainers.clip.loading import load_backbone
 
 PRODUCT = [
@@ -278,7 +279,7 @@ def test_a_sweep_without_submitit(world, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     monkeypatch.setattr(sys, "platform", "win32")
     given = ["base2new", "--methods", "ZeroshotCLIP", f"features:{world / 'animals.npz'}", "1"]
-    jobs = launch.plan(launch.parser().parse_intermixed_args([*given, "--output", str(world / "out")]))
+    jobs = sweep.plan(launch.parser().parse_intermixed_args([*given, "--output", str(world / "out")]))
     workers.launch(jobs, "local", 2, 0, world / "out")
     assert jobs[0].finished
     windows = [str(path.relative_to(world)) for path in (world / "out").rglob("*")]

@@ -27,6 +27,7 @@ from dfzsl.launch import workers
 from dfzsl.launch.checks import check
 from dfzsl.launch.forecast import forecast
 from dfzsl.launch.runs import Job
+from dfzsl.launch.sweep import plan
 from dfzsl.trainers.recovery.oracles import _retry_after
 
 METHODS = "ZeroshotCLIP,TeacherZeroshot,TextTeacherMix"
@@ -44,7 +45,7 @@ def given(world: Path, *more: str) -> list[str]:
 
 
 def jobs(world: Path) -> list[Job]:
-    return launch.plan(launch.parser().parse_intermixed_args(given(world)))
+    return plan(launch.parser().parse_intermixed_args(given(world)))
 
 
 # ---------------------------------------------------------------- killed by another process
@@ -178,7 +179,7 @@ def test_a_thousand_runs_read_their_data_once(world, monkeypatch, tried):
     """Plan, check and forecast; what they read does not grow with the seeds, where these draw no example."""
     seeds = [str(seed) for seed in range(1, 501)]
     words = ["base2new", "--methods", "ZeroshotCLIP,TextTeacherMix", "--output", str(world / "output")]
-    planned = launch.plan(
+    planned = plan(
         launch.parser().parse_intermixed_args([*words, f"features:{world / 'animals.npz'}", *seeds])
     )
     read: list[str] = []

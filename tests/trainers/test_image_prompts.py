@@ -16,7 +16,8 @@ from towers import tiny
 
 from dfzsl import train
 from dfzsl.errors import UserError
-from dfzsl.launch.__main__ import parser, plan
+from dfzsl.launch.__main__ import parser
+from dfzsl.launch.sweep import plan
 from dfzsl.results import CHANGING, read_results
 from dfzsl.trainers.clip.deep import require_vision_transformer
 from dfzsl.trainers.clip.loading import BUILT_IN_FOLDER, load_backbone

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dfzsl.datasets.encoding import default_cache_dir
 from dfzsl.errors import UserError
-from dfzsl.files import load_tensors, read_json, save_tensors, spoken
+from dfzsl.files import read_json, spoken
+from dfzsl.tensors import load_tensors, save_tensors
 
 from .backbone import import_open_clip
 from .learner import require_text_encoder

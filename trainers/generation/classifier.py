@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.errors import UserError, unknown
-from dfzsl.files import checked_names, load_tensors, save_tensors
+from dfzsl.files import checked_names
 from dfzsl.progress import bar
+from dfzsl.tensors import load_tensors, save_tensors
 
 from ..clip.texts import ClassTexts
 

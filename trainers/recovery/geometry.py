@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.errors import UserError
-from dfzsl.files import load_tensors, save_tensors
 from dfzsl.stages import portions, unit
+from dfzsl.tensors import load_tensors, save_tensors
 
 from . import vmf
 

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from dfzsl.errors import TOKEN, UNPRINTABLE, UserError, unknown
-from dfzsl.files import checked_names, load_tensors, read_json, save_tensors, write_json
+from dfzsl.files import checked_names, read_json, write_json
+from dfzsl.tensors import load_tensors, save_tensors
 
 from .card import Card
 from .extraction import step_of

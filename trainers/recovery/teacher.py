@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from dfzsl.errors import UserError
-from dfzsl.files import checked_names, load_tensors, save_tensors
+from dfzsl.files import checked_names
 from dfzsl.stages import checked, unit
+from dfzsl.tensors import load_tensors, save_tensors
 
 from .card import Card, cross_validate
 from .logistic import regression

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfzsl.errors import UserError
-from dfzsl.files import checked_names, load_tensors, save_tensors
+from dfzsl.files import checked_names
 from dfzsl.stages import checked, portions
+from dfzsl.tensors import load_tensors, save_tensors
 
 from .geometry import MIXING, Geometry
 from .vmf import VonMisesFisher, mean_resultant_length

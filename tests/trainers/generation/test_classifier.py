@@ -11,7 +11,7 @@ from draws import rng, unit
 from scipy.optimize import minimize
 
 from dfzsl.errors import UserError
-from dfzsl.files import save_tensors
+from dfzsl.tensors import save_tensors
 from dfzsl.trainers.generation.build import build_classifier
 from dfzsl.trainers.generation.classifier import Classifier, Rows, fit_rows, minimise
 from dfzsl.trainers.generation.generators import GENERATORS

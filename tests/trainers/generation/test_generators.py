@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from draws import rng
 
 from dfzsl.errors import UserError
-from dfzsl.files import load_tensors, save_tensors
+from dfzsl.tensors import load_tensors, save_tensors
 from dfzsl.trainers.generation.generators import GENERATORS, NeuralGenerator, build_generator, load_generator
 from dfzsl.trainers.generation.generators import base as base_module
 from dfzsl.trainers.generation.generators.base import critic_loss, mlp

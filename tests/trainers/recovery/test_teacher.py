@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 from dfzsl.errors import UserError
-from dfzsl.files import save_tensors
+from dfzsl.tensors import save_tensors
 from dfzsl.trainers.recovery.oracles import LEVELS, HTTPTeacher, Oracle, open_oracle
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 

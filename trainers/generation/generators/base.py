@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfzsl.errors import UserError, unknown
-from dfzsl.files import load_tensors, save_tensors
 from dfzsl.progress import bar
+from dfzsl.tensors import load_tensors, save_tensors
 
 CHECKPOINT = "generator checkpoint"
 GENERATORS: dict[str, type[FeatureGenerator]] = {}
