@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .datasets.base import ClassDataset, folders_in, images_in
 from .datasets.encoding import encode_files
@@ -17,6 +16,7 @@ from .datasets.features import labels_of, open_features, unit_rows
 from .datasets.images import read_names
 from .errors import UserError
 from .files import checked_names
+from .progress import bar, hidden
 from .trainers.clip.texts import ClassTexts
 
 HOW = "name a folder that holds a folder of pictures for each class, or a feature file (.npz, .safetensors)"
@@ -82,12 +82,12 @@ def read_labelled(
     backbone = open_backbone()
     place = dict(zip(files, names, strict=True))
     features, good, wrong = [], [], []
-    with tqdm(total=len(files), unit="img", desc="encode", disable=quiet) as bar:
+    with hidden(quiet), bar(total=len(files), unit="img", desc="encode", leave=True) as told:
         for read, rows, errors in encode_files(backbone, files, batch_size, num_workers, device):
             features.append(rows.cpu())
             good += [place[file] for file in read]
             wrong += errors
-            bar.update(len(read) + len(errors))
+            told.update(len(read) + len(errors))
     if not good:
         raise UserError(f"{path}: no picture could be read ({wrong[0]})")
     classnames = list(dict.fromkeys(names))
