@@ -197,20 +197,6 @@ def test_a_folder_of_the_same_name_is_refused_and_the_same_one_elsewhere_is_not(
     tried("identity", "data overwritten or another of the same name", 3, "refused, both named")
 
 
-# What runs need and a table does not, and takes long to import.
-IDLE = ("torchvision", "open_clip", "timm", "torch._dynamo", "submitit", "sklearn", "scipy")
-FINISHED = f"""
-import sys
-from dfzsl.launch.__main__ import main
-from dfzsl.trainers.clip.loading import identity
-main(sys.argv[1:])
-assert identity("ViT-B/16", "laion2b_s34b_b88k", fetch=False) == "ViT-B-16 (laion2b_s34b_b88k)"
-assert identity("ViT-B-16", __import__("os").environ["WEIGHTS"], fetch=False) == "ViT-B-16 (ba7816bf8f01cfea)"
-idle = [name for name in {IDLE} if name in sys.modules]
-assert not idle, idle
-"""
-
-
 SHOWN = """
 import sys
 from dfzsl.launch import tables
@@ -250,6 +236,20 @@ def test_a_sweep_that_ended_shows_its_tables_at_once_and_is_checked_then(tmp_pat
     assert last.returncode == 2 and "made of other test data" in last.stderr
     assert table in last.stdout and "the same" not in last.stdout
     tried("identity", "data overwritten or another of the same name", 1, "refused, both named")
+
+
+# What runs need and a table does not, and takes long to import.
+IDLE = ("torchvision", "open_clip", "timm", "torch._dynamo", "submitit", "sklearn", "scipy")
+FINISHED = f"""
+import sys
+from dfzsl.launch.__main__ import main
+from dfzsl.trainers.clip.loading import identity
+main(sys.argv[1:])
+assert identity("ViT-B/16", "laion2b_s34b_b88k", fetch=False) == "ViT-B-16 (laion2b_s34b_b88k)"
+assert identity("ViT-B-16", __import__("os").environ["WEIGHTS"], fetch=False) == "ViT-B-16 (ba7816bf8f01cfea)"
+idle = [name for name in {IDLE} if name in sys.modules]
+assert not idle, idle
+"""
 
 
 def test_a_finished_sweep_is_checked_without_what_its_runs_needed(images):
