@@ -39,13 +39,15 @@ setup(
         "dfzsl.datasets.shapes": ["*.safetensors", "*.json", "*.csv"],
         "dfzsl.configs": ["*.yaml", "*/*.yaml", "*/*/*.yaml", "*/*/*/*.yaml"],
     },
-    entry_points={"console_scripts": ["dfzsl = dfzsl.cli:entry"]},
+    entry_points={"console_scripts": ["dfzsl = dfzsl.cli.main:entry"]},
     install_requires=[
         "click>=8.2",
         "torch>=2.4",
         "torchvision",
         "open_clip_torch>=3.3",
+        "fastapi",
         "filelock",
+        "httpx",
         "matplotlib",
         "numpy",
         "onnx",
@@ -58,7 +60,6 @@ setup(
         "submitit",
         "tabulate>=0.10",
         "tensorboard",
-        "starlette",
         "tqdm",
         "uvicorn",
         "yacs",
@@ -67,8 +68,8 @@ setup(
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": [
             *["nbclient", "nbformat", "ipykernel"],  # of the notebook
-            *["pytest", "pytest-xdist", "hypothesis", "httpx", "scikit-learn", "skops"],
-            *["ruff", "mypy"],
+            *["pytest", "pytest-xdist", "hypothesis", "scikit-learn", "skops"],
+            *["ruff", "mypy", "import-linter"],
             *["mkdocs-material", "mkdocstrings[python]"],
             *["playwright", "axe-playwright-python", "colorspacious"],  # of the HTML page, in a Chromium
         ],

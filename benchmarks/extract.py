@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from tabulate import tabulate
 
 from dfzsl.datasets.encoding import _part, _pictures, encode_datums, encode_files
-from dfzsl.tensors import save_tensors
+from dfzsl.io.tensors import save_tensors
 from dfzsl.trainers.clip.backbone import cpu_has_bf16
 from dfzsl.trainers.clip.loading import load_backbone
 

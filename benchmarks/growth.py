@@ -27,9 +27,9 @@ def measure(part: str, names: int, threads: int) -> dict[str, float]:
     import torch
     import torch.nn.functional as F
 
-    from dfzsl.results import peak_memory
-    from dfzsl.trainers.generation.build import build_classifier
-    from dfzsl.trainers.recovery.oracles import open_oracle
+    from dfzsl.io.results import peak_memory
+    from dfzsl.trainers.generation.generate import build_classifier
+    from dfzsl.trainers.recovery.oracle import open_oracle
     from dfzsl.trainers.recovery.recover import recover
     from dfzsl.trainers.recovery.teacher import Teacher
 

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 
-from dfzsl.trainers.generation.build import build_classifier
+from dfzsl.trainers.generation.generate import build_classifier
 from dfzsl.trainers.generation.generators import build_generator
 from dfzsl.trainers.generation.training import StageThreeSettings
-from dfzsl.trainers.recovery.oracles import open_oracle
+from dfzsl.trainers.recovery.oracle import open_oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import Teacher
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from extract import pictures
 from tabulate import tabulate
 
+from dfzsl.client.predict import Jsonl, find_pictures, predict
 from dfzsl.datasets.encoding import read_image
-from dfzsl.predict import Jsonl, find_pictures, predict
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.generation.classifier import Classifier
 

@@ -17,9 +17,9 @@ from recovery import RealSet, asked_for, cosine
 from tabulate import tabulate
 from torch import Tensor
 
-from dfzsl.errors import UserError
-from dfzsl.trainers.recovery.oracles import open_oracle
+from dfzsl.trainers.recovery.oracle import open_oracle
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
+from dfzsl.utils.errors import UserError
 
 SHOTS = (1, 4, 16, 0)  # 0: all images
 STRENGTHS = (10.0, 0.316, 0.01)  # C of the teacher's logistic regression

@@ -29,13 +29,13 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from dfzsl.geometry import geometry_of
-from dfzsl.progress import hidden
-from dfzsl.trainers.generation.build import build_classifier
-from dfzsl.trainers.recovery.geometry import Geometry
-from dfzsl.trainers.recovery.oracles import open_oracle
+from dfzsl.client.measure import geometry_of
+from dfzsl.trainers.generation.generate import build_classifier
+from dfzsl.trainers.recovery.feature_statistics import Geometry
+from dfzsl.trainers.recovery.oracle import open_oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
+from dfzsl.utils.progress import hidden
 
 WEIGHTS = (0.1, 0.2, 0.3, 0.43, 1.0)
 BASELINES = ("CLIP", "Linear probe + CLIP", *(f"text + {g} teacher" for g in WEIGHTS))

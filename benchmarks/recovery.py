@@ -18,18 +18,18 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 
-from dfzsl.errors import UserError
 from dfzsl.trainers.recovery import vmf
-from dfzsl.trainers.recovery.geometry import (
+from dfzsl.trainers.recovery.feature_statistics import (
     class_directions,
     common_direction,
     cone_of,
     geometry_concentration,
     paper_concentration,
 )
-from dfzsl.trainers.recovery.oracles import Oracle, open_oracle
+from dfzsl.trainers.recovery.oracle import Oracle, open_oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import fit_teacher
+from dfzsl.utils.errors import UserError
 
 METHODS: list[tuple[str, str, dict]] = [
     ("weights", "closed form", {}),

@@ -21,7 +21,7 @@ from growth import exponent
 from tabulate import tabulate
 from torch import Tensor
 
-from dfzsl.results import peak_memory
+from dfzsl.io.results import peak_memory
 from dfzsl.trainers.recovery.logistic import regression
 
 DIM, STRENGTH = 512, 3.0

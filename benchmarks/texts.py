@@ -20,10 +20,10 @@ from tabulate import tabulate
 import dfzsl
 from dfzsl.datasets.encoding import encode_datums
 from dfzsl.datasets.extract import open_dataset
+from dfzsl.datasets.labeled_images import Labelled
 from dfzsl.datasets.shapes.captions import caption
 from dfzsl.datasets.shapes.world import classes
-from dfzsl.labelled import Labelled
-from dfzsl.results import harmonic_mean
+from dfzsl.io.results import harmonic_mean
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.clip.texts import ClassTexts
 from dfzsl.trainers.generation.classifier import Classifier

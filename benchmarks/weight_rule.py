@@ -30,7 +30,7 @@ from scipy.optimize import minimize
 from tabulate import tabulate
 
 from dfzsl.trainers.generation.closed_form import closed_form
-from dfzsl.trainers.recovery.geometry import Geometry
+from dfzsl.trainers.recovery.feature_statistics import Geometry
 from dfzsl.trainers.recovery.mixture import (
     PLAIN,
     TEXT_ALREADY,

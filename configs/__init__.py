@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dfzsl.errors import unknown
+from dfzsl.utils.errors import unknown
 
 CONFIGS = Path(__file__).parent
 

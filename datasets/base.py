@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from dassl.data.datasets import DatasetBase, Datum
 
-from dfzsl.errors import UserError
-from dfzsl.files import bounded, checked_names, read_json
+from dfzsl.io.files import bounded, checked_names, read_json
 from dfzsl.safe_pickle import PLAIN, Inert, Unpickler
-from dfzsl.toolbox import add_keys
+from dfzsl.utils.dassl_plugin import add_keys
+from dfzsl.utils.errors import UserError
 
 from .templates import SELECTED
 

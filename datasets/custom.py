@@ -9,8 +9,8 @@ import unicodedata
 
 from dassl.data.datasets import DATASET_REGISTRY
 
-from dfzsl.errors import UserError
-from dfzsl.toolbox import register
+from dfzsl.utils.dassl_plugin import register
+from dfzsl.utils.errors import UserError
 
 from .base import ClassDataset, Row, Split, folders_in, images_in, once
 from .images import read_names

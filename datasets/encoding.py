@@ -18,11 +18,11 @@ from dassl.data.datasets import Datum
 from PIL import Image
 from tqdm import tqdm
 
-from dfzsl import ranks
-from dfzsl.errors import UserError
-from dfzsl.files import atomic, digest, read_text
-from dfzsl.imports import import_torchvision
-from dfzsl.tensors import load_tensors, save_tensors
+from dfzsl.io.files import atomic, digest, read_text
+from dfzsl.io.tensors import load_tensors, save_tensors
+from dfzsl.utils import distributed
+from dfzsl.utils.errors import UserError
+from dfzsl.utils.torchvision_import import import_torchvision
 
 from .base import ClassDataset
 from .features import FeatureDatum
@@ -285,13 +285,15 @@ def _encode(
     """Encode `paths` into parts beside `whole`, this rank's share of them, then join the parts into it."""
     n = len(paths)
     parts = _parts(whole, n)
-    mine = [start for start in list(parts)[ranks.mine() :: ranks.count()] if not parts[start].exists()]
+    mine = [
+        start for start in list(parts)[distributed.mine() :: distributed.count()] if not parts[start].exists()
+    ]
     batches = {start: torch.arange(start, min(start + PART, n)).split(batch_size) for start in mine}
     todo = [batch for start in mine for batch in batches[start]]
     left = sum(map(len, todo))
     with (
         contextlib.closing(_pictures(paths, transform, todo, num_workers, device)) as pictures,
-        tqdm(total=n, initial=n - left, unit="img", desc="encode", disable=ranks.mine() > 0) as bar,
+        tqdm(total=n, initial=n - left, unit="img", desc="encode", disable=distributed.mine() > 0) as bar,
     ):
         for start in mine:
             features = []
@@ -303,8 +305,8 @@ def _encode(
                 bar.update(len(batch))
             # One transfer a part: waiting for every batch would leave the device idle between them.
             save_tensors(parts[start], {"features": torch.cat(features).half()}, {"kind": "part"})
-    ranks.wait()
-    if ranks.mine() == 0 and not whole.exists():
+    distributed.wait()
+    if distributed.mine() == 0 and not whole.exists():
         try:
             joined = torch.cat(
                 [_part(part, "part", (min(PART, n - start), backbone.dim)) for start, part in parts.items()]
@@ -315,4 +317,4 @@ def _encode(
         else:
             about = {"kind": "image features", "backbone": backbone.name, "weights": backbone.weights_id}
             save_tensors(whole, {"features": joined}, about)
-    ranks.wait()
+    distributed.wait()

@@ -22,9 +22,9 @@ from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 
 from dfzsl.configs import dataset_config
-from dfzsl.errors import UserError
-from dfzsl.tensors import save_tensors
-from dfzsl.toolbox import add_keys
+from dfzsl.io.tensors import save_tensors
+from dfzsl.utils.dassl_plugin import add_keys
+from dfzsl.utils.errors import UserError
 
 from .base import ClassDataset
 from .encoding import default_cache_dir, encode_datums

@@ -14,10 +14,10 @@ import torch
 from dassl.data.datasets import DATASET_REGISTRY, Datum
 from safetensors import SafetensorError, safe_open
 
-from dfzsl.errors import UserError
-from dfzsl.files import bounded, checked_names
-from dfzsl.tensors import NUMBERS
-from dfzsl.toolbox import register
+from dfzsl.io.files import bounded, checked_names
+from dfzsl.io.tensors import NUMBERS
+from dfzsl.utils.dassl_plugin import register
+from dfzsl.utils.errors import UserError
 
 from .base import ClassDataset, Row, Split
 

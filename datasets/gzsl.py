@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from dassl.data.datasets import DATASET_REGISTRY, Datum
 
-from dfzsl.errors import UserError
-from dfzsl.files import bounded
-from dfzsl.toolbox import add_keys, register
+from dfzsl.io.files import bounded
+from dfzsl.utils.dassl_plugin import add_keys, register
+from dfzsl.utils.errors import UserError
 
 from .base import ClassDataset, Row, Split, leads_out, require
 from .features import FeatureDatum, unit_rows

@@ -9,9 +9,9 @@ import os
 
 from dassl.data.datasets import DATASET_REGISTRY
 
-from dfzsl.errors import UserError
-from dfzsl.files import read_text
-from dfzsl.toolbox import register
+from dfzsl.io.files import read_text
+from dfzsl.utils.dassl_plugin import register
+from dfzsl.utils.errors import UserError
 
 from .base import ClassDataset, Row, Split, folders_in, images_in, leads_out, read_split, require
 

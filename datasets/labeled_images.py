@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .datasets.base import ClassDataset, folders_in, images_in
-from .datasets.encoding import encode_files
-from .datasets.features import labels_of, open_features, unit_rows
-from .datasets.images import read_names
-from .errors import UserError
-from .files import checked_names
-from .progress import bar, hidden
-from .trainers.clip.texts import ClassTexts
+from dfzsl.io.files import checked_names
+from dfzsl.trainers.clip.texts import ClassTexts
+from dfzsl.utils.errors import UserError
+from dfzsl.utils.progress import bar, hidden
+
+from .base import ClassDataset, folders_in, images_in
+from .encoding import encode_files
+from .features import labels_of, open_features, unit_rows
+from .images import read_names
 
 HOW = "name a folder that holds a folder of pictures for each class, or a feature file (.npz, .safetensors)"
 

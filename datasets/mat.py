@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from dfzsl.files import EXPANSION, ROOM
+from dfzsl.io.files import EXPANSION, ROOM
 
 Element = tuple[int, memoryview]  # type and content
 

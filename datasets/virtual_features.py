@@ -9,13 +9,13 @@ import torch
 from dassl.data.datasets import build_dataset
 from torch import Tensor
 
-from dfzsl.errors import UserError
+from dfzsl.utils.errors import UserError
 
 from .loader import FeatureLoader
 
 
 class Virtual(Protocol):
-    """What the loader draws from: `VirtualClasses` of trainers/recovery/virtual.py."""
+    """What the loader draws from: `VirtualClasses` of trainers/recovery/virtual_classes.py."""
 
     classnames: list[str]
 

@@ -24,13 +24,13 @@ for _place in (Path(__file__).parent / "drop_in", Path(__file__).parents[1] / "c
 
 _PUBLIC = {
     "Classifier": "trainers.generation.classifier:Classifier",
-    "build": "building:build",
-    "evaluate": "evaluation:evaluate",
+    "build": "client.build:build",
+    "evaluate": "client.evaluate:evaluate",
     "fit_teacher": "trainers.recovery.teacher:fit_teacher",
     "load_classifier": "trainers.generation.classifier:Classifier.load",
     "load_teacher": "trainers.recovery.teacher:Teacher.load",
-    "measure_geometry": "trainers.recovery.geometry:measure_geometry",
-    "open_oracle": "trainers.recovery.oracles:open_oracle",
+    "measure_geometry": "trainers.recovery.feature_statistics:measure_geometry",
+    "open_oracle": "trainers.recovery.oracle:open_oracle",
     "recover": "trainers.recovery.recover:recover",
 }
 __all__ = [*_PUBLIC]

@@ -15,14 +15,13 @@ from dassl.utils import set_random_seed, setup_logger
 from yacs.config import CfgNode
 
 import dfzsl.datasets  # noqa: F401
+from dfzsl.io.files import read_yaml
+from dfzsl.io.run_directory import Folder
 from dfzsl.trainers.base import CLIPTrainer
-from dfzsl.trainers.recovery.oracles import check_address, is_address
-
-from . import ranks
-from .errors import UserError, cli, unknown
-from .files import read_yaml
-from .output import Folder
-from .toolbox import changes
+from dfzsl.trainers.recovery.oracle import check_address, is_address
+from dfzsl.utils import distributed
+from dfzsl.utils.dassl_plugin import changes
+from dfzsl.utils.errors import UserError, cli, unknown
 
 BASE = "_BASE_"  # in a config: the one that it changes, a path from its own folder (as in detectron2)
 DEEPEST = 20  # configs that build on one another
@@ -128,7 +127,7 @@ def check(cfg) -> None:
         )
 
 
-@ranks.joined()
+@distributed.joined()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one experiment, on the processes that torchrun started. Raises UserError for a user's mistake."""
     args = parser().parse_args(argv)
@@ -137,14 +136,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = Folder(cfg)
     if cfg.SEED >= 0:
         set_random_seed(cfg.SEED)
-    elif ranks.count() > 1:
+    elif distributed.count() > 1:
         raise UserError("several processes need a --seed, to draw the same batches")
-    with folder.held() if ranks.mine() == 0 else contextlib.nullcontext():
+    with folder.held() if distributed.mine() == 0 else contextlib.nullcontext():
         _run(args, cfg, folder)
 
 
 def _run(args: argparse.Namespace, cfg: CfgNode, folder: Folder) -> None:
-    if ranks.mine() == 0:
+    if distributed.mine() == 0:
         setup_logger(cfg.OUTPUT_DIR)
     print(
         f"Setting fixed seed: {cfg.SEED}" if cfg.SEED >= 0 else "No seed is set: this run cannot be repeated"

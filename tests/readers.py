@@ -1,7 +1,7 @@
 """Every reader of what comes from outside, with one valid file of each kind: what is fuzzed.
 
 A kind is a function of a folder that writes its file there and returns (path, reader). Readers end well, or
-in an error that `dfzsl.errors.explain` puts into one line.
+in an error that `dfzsl.utils.errors.explain` puts into one line.
 """
 
 from __future__ import annotations
@@ -27,24 +27,27 @@ from dassl.data.datasets import DATASET_REGISTRY
 from dassl.utils import load_checkpoint
 from PIL import Image
 
-from dfzsl import errors, output, report, serve, train
-from dfzsl.cards import card
+from dfzsl import report, train
+from dfzsl.client.measure import geometry_of
 from dfzsl.datasets import encoding
 from dfzsl.datasets.base import read_fewshot, read_split
-from dfzsl.errors import UserError
-from dfzsl.geometry import geometry_of
-from dfzsl.importing import import_teacher
-from dfzsl.labelled import read_labelled
+from dfzsl.datasets.labeled_images import read_labelled
+from dfzsl.io import run_directory
+from dfzsl.io.file_summary import card
+from dfzsl.io.tensors import save_tensors
+from dfzsl.owner.import_head import import_teacher
+from dfzsl.owner.server import app
 from dfzsl.prepare import fetch
-from dfzsl.tensors import save_tensors
 from dfzsl.trainers.clip.loading import _read_state
 from dfzsl.trainers.clip.texts import ClassTexts
 from dfzsl.trainers.generation.classifier import Classifier
-from dfzsl.trainers.recovery.card import Card
-from dfzsl.trainers.recovery.geometry import Geometry, measure_geometry
-from dfzsl.trainers.recovery.oracles import HTTPTeacher
+from dfzsl.trainers.recovery.feature_statistics import Geometry, measure_geometry
+from dfzsl.trainers.recovery.oracle import HTTPTeacher
 from dfzsl.trainers.recovery.teacher import Teacher
-from dfzsl.trainers.recovery.virtual import VirtualClasses
+from dfzsl.trainers.recovery.teacher_card import Card
+from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
+from dfzsl.utils import errors
+from dfzsl.utils.errors import UserError
 
 NAMES = ["ant", "bee", "cat"]
 
@@ -333,8 +336,8 @@ def question(folder: Path) -> tuple[Path, Callable]:
 
     def load(path: Path) -> None:
         try:
-            serve._question(path.read_bytes(), serve.Terms(access="logits"), 2)
-        except serve.Refused as refused:
+            app._question(path.read_bytes(), app.Terms(access="logits"), 2)
+        except app.Refused as refused:
             raise UserError(f"{refused.status}: {refused}") from None
 
     return text_of("q.json", '{"level": "logits", "features": [[0.5, 1], [-1e-3, 2.5]]}', load)(folder)
@@ -342,7 +345,7 @@ def question(folder: Path) -> tuple[Path, Callable]:
 
 def run_config(folder: Path) -> tuple[Path, Callable]:
     words = "# made of test data: 0123456789abcdef\nDATASET:\n  ROOT: data/x\nSEED: 1\n"
-    load = lambda path: output.refuse_others(path, {"test data": "0123456789abcdef"}, "--output")  # noqa: E731
+    load = lambda path: run_directory.refuse_others(path, {"test data": "0123456789abcdef"}, "--output")  # noqa: E731
     return text_of("config.yaml", words, load)(folder)
 
 

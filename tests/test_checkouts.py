@@ -19,15 +19,15 @@ from conftest import ROOT
 from dassl.data import data_manager
 from sweeps import start_sweep
 
-from dfzsl.errors import UserError
-from dfzsl.files import digest
+from dfzsl.io.files import digest
+from dfzsl.io.results import CHANGING, read_results
 from dfzsl.launch import host
 from dfzsl.launch.__main__ import parser
 from dfzsl.launch.checkouts import RECIPES, Checkout, Code
 from dfzsl.launch.sweep import choose, plan
 from dfzsl.launch.workers import work
-from dfzsl.results import CHANGING, read_results
 from dfzsl.trainers.clip.loading import offer_to_coop
+from dfzsl.utils.errors import UserError
 
 STANDINS = Path(__file__).parent / "standins"
 ON_SHAPES = ["oxford_pets", "1", "MODEL.BACKBONE.NAME", "shapes", "OPTIM.MAX_EPOCH", "3"]

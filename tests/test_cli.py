@@ -19,13 +19,15 @@ from conftest import ROOT
 from PIL import Image
 
 import dfzsl
-from dfzsl import building, cli, train
+from dfzsl import train
+from dfzsl.cli.main import main
+from dfzsl.client import build
 from dfzsl.configs import CONFIGS
-from dfzsl.labelled import Labelled
+from dfzsl.datasets.labeled_images import Labelled
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.dfzsl import DFZSL
 from dfzsl.trainers.generation.classifier import Classifier
-from dfzsl.trainers.recovery.oracles import Oracle, open_oracle
+from dfzsl.trainers.recovery.oracle import Oracle, open_oracle
 from dfzsl.trainers.recovery.teacher import Teacher
 
 BASE = ["red star", "blue circle", "green square", "striped red circle", "dotted blue star"]
@@ -62,7 +64,7 @@ def run(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["dfzsl", *map(str, words)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            cli.entry()
+            main.entry()
         out, err = capfd.readouterr()
         code = stopped.value.code
         return int(code or 0), out, err
@@ -81,7 +83,7 @@ def pictures(folder: Path, names: list[str], count: int = 2) -> Path:
 
 
 class TestImports:
-    @pytest.mark.parametrize("module", ["dfzsl", "dfzsl.cli", "dfzsl.cards"])
+    @pytest.mark.parametrize("module", ["dfzsl", "dfzsl.cli.main", "dfzsl.io.file_summary"])
     def test_light_modules_import_no_torch(self, module):
         program = f"import {module}, sys; sys.exit('torch' in sys.modules or 'dassl' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", program]).returncode == 0
@@ -104,14 +106,14 @@ class TestImports:
                 if hasattr(command, "commands"):
                     yield from each(command, (*words, name))
 
-        commands = dict(each(cli.main))
+        commands = dict(each(main.main))
         assert {("build",), ("add",), ("predict",), ("evaluate",), ("show",), ("teacher", "fit")} <= set(
             commands
         )
         for words, command in commands.items():
             assert command.help, words
             if command.add_help_option:
-                assert "Usage: " in CliRunner().invoke(cli.main, [*words, "--help"]).output
+                assert "Usage: " in CliRunner().invoke(main.main, [*words, "--help"]).output
 
 
 class TestBuild:
@@ -160,14 +162,14 @@ class TestBuild:
         assert torch.equal(made.weight, Classifier.load(built).weight)
 
     def test_the_backbone_is_the_teachers_own(self):
-        assert building.named("shapes (bc07)") == ("shapes", "openai")
-        assert building.named("ViT-B-16 (laion2b_s34b_b88k)") == ("ViT-B-16", "laion2b_s34b_b88k")
+        assert build.named("shapes (bc07)") == ("shapes", "openai")
+        assert build.named("ViT-B-16 (laion2b_s34b_b88k)") == ("ViT-B-16", "laion2b_s34b_b88k")
 
     def test_names_of_classes(self, tmp_path):
         (tmp_path / "a.json").write_text('["one", "two words"]')
         (tmp_path / "a.txt").write_text("one\n two words \n\n")
         for source in (tmp_path / "a.json", tmp_path / "a.txt", "one,  two words"):
-            assert building.read_classnames(str(source)) == ["one", "two words"]
+            assert build.read_classnames(str(source)) == ["one", "two words"]
 
 
 class TestAdd:

@@ -5,10 +5,10 @@ from dassl.engine import TRAINER_REGISTRY
 
 from dfzsl import train
 from dfzsl.configs import CONFIGS
-from dfzsl.errors import UserError
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.recover import RecoverySettings
+from dfzsl.utils.errors import UserError
 
 FOLDER = CONFIGS / "trainers"
 SHIPPED = sorted(FOLDER.rglob("*.yaml"))

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 from test_checkouts import checkout
 
-from dfzsl.results import read_results
+from dfzsl.io.results import read_results
 from dfzsl.trainers.generation.classifier import Classifier
 
 pytestmark = pytest.mark.slow

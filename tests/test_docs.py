@@ -24,7 +24,9 @@ from dassl.engine import TRAINER_REGISTRY
 from made_results import write_world
 from PIL import Image
 
-from dfzsl import cli, geometry, predict, train
+from dfzsl import train
+from dfzsl.cli.main import main
+from dfzsl.client import measure, predict
 from dfzsl.datasets import extract
 from dfzsl.launch import __main__ as launch
 from dfzsl.launch import sweep
@@ -34,8 +36,8 @@ from dfzsl.prepare import __main__ as prepare
 from dfzsl.report import __main__ as report
 from dfzsl.report import collect, sections
 from dfzsl.report.formats import tabulated, terminal
-from dfzsl.toolbox import DEFAULTS
 from dfzsl.trainers.recovery.teacher import Teacher
+from dfzsl.utils.dassl_plugin import DEFAULTS
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
 PAGES += [ROOT / "compat/dassl/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,7 +52,7 @@ FILES += [path.name for path in ROOT.iterdir()]
 # Named, but not ours: written by the reader or part of CoOp.
 ELSEWHERE = {"trainers/feature_adapter.py", "parse_test_res.py"}
 PARSERS = {
-    "dfzsl.geometry": geometry.parser,
+    "dfzsl.client.measure": measure.parser,
     "dfzsl.report": report.parser,
     "dfzsl.datasets.extract": extract.parser,
     "dfzsl.prepare": prepare.parser,
@@ -214,7 +216,7 @@ def test_commands_are_accepted(words, monkeypatch, examples, given):
             accept_launch([*shlex.split(line.partition("dfzsl.launch ")[2])[:-1], *arguments])
         assert runs or script in ("scripts/test.sh", "scripts/reliability.sh")
     elif program == "dfzsl":
-        accept_click(cli.main, rest)
+        accept_click(main.main, rest)
     elif program == "python" and rest[0] == "train.py":
         accept_train(rest[1:])
     elif program == "python" and rest[:2] == ["-m", "dfzsl.launch"]:
@@ -270,7 +272,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_and_what_they_define_exist(page):
-    """`trainers/recovery/vmf.py`, `vmf.fit`, `trainers/recovery/vmf.py: fit`, `dfzsl.errors.UserError`"""
+    """`trainers/recovery/vmf.py`, `vmf.fit`, `trainers/recovery/vmf.py: fit`, `dfzsl.train.main`"""
     for span in spans(page):
         name, _, attribute = span.partition(": ")
         name = re.sub(r"\b[A-Z]+\b", "*", name.rstrip("/"))  # NAME, DATASET: any
@@ -307,7 +309,7 @@ def test_config_keys_exist_and_take_the_values_shown(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_exist(page):
     parsers = [train.parser(), launch.parser(), *(make() for make in PARSERS.values())]
-    known = {flag for parser in parsers for flag in parser._option_string_actions} | click_flags(cli.main)
+    known = {flag for parser in parsers for flag in parser._option_string_actions} | click_flags(main.main)
     assert {span.split()[0] for span in spans(page) if span.startswith("--")} <= known
 
 

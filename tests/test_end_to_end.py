@@ -16,9 +16,9 @@ import pytest
 from conftest import ROOT
 
 from dfzsl import train
-from dfzsl.building import read_classnames
+from dfzsl.client.build import read_classnames
 from dfzsl.configs import CONFIGS
-from dfzsl.results import read_results
+from dfzsl.io.results import read_results
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +29,7 @@ def served(teacher: Path, ledger: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    words = ["-m", "dfzsl.cli", "teacher", "serve", teacher, "--port", port, "--ledger", ledger]
+    words = ["-m", "dfzsl.cli.main", "teacher", "serve", teacher, "--port", port, "--ledger", ledger]
     server = subprocess.Popen([sys.executable, *map(str, words)], stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):

@@ -9,15 +9,15 @@ import pytest
 from conftest import write_features
 
 from dfzsl import report
-from dfzsl.errors import UserError
-from dfzsl.files import write_json
+from dfzsl.io.files import write_json
+from dfzsl.io.results import read_results
 from dfzsl.launch.__main__ import main, parser
 from dfzsl.launch.runs import PROTOCOLS, VARIANTS, Job
 from dfzsl.launch.sweep import plan
 from dfzsl.report.figures import plots
 from dfzsl.report.formats import FORMATS
 from dfzsl.report.tables import tables
-from dfzsl.results import read_results
+from dfzsl.utils.errors import UserError
 
 
 def jobs(*words: str) -> list[Job]:

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfzsl.errors import UserError, unknown
-from dfzsl.files import atomic, read_json, write_json
-from dfzsl.tensors import load_tensors, save_tensors
+from dfzsl.io.files import atomic, read_json, write_json
+from dfzsl.io.tensors import load_tensors, save_tensors
+from dfzsl.utils.errors import UserError, unknown
 
 
 def test_atomic_keeps_the_old_file_when_the_block_fails(tmp_path):

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dfzsl.errors import UserError
-from dfzsl.geometry import geometry_of, main
+from dfzsl.client.measure import geometry_of, main
 from dfzsl.trainers.clip.loading import load_backbone
-from dfzsl.trainers.recovery.geometry import Geometry, measure_geometry
+from dfzsl.trainers.recovery.feature_statistics import Geometry, measure_geometry
+from dfzsl.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

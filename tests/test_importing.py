@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from dfzsl.errors import UserError
-from dfzsl.importing import import_teacher
-from dfzsl.trainers.recovery.oracles import open_oracle
+from dfzsl.owner.import_head import import_teacher
+from dfzsl.trainers.recovery.oracle import open_oracle
 from dfzsl.trainers.recovery.recover import recover
+from dfzsl.utils.errors import UserError
 
 NAMES, DIM = ["ant", "bee", "cat"], 8
 

@@ -9,8 +9,7 @@ from dassl.engine import TRAINER_REGISTRY
 from tqdm import tqdm
 
 from dfzsl import train
-from dfzsl.errors import UserError
-from dfzsl.files import write_json
+from dfzsl.io.files import write_json
 from dfzsl.launch import workers
 from dfzsl.launch.__main__ import parser
 from dfzsl.launch.forecast import forecast, longest_first
@@ -20,6 +19,7 @@ from dfzsl.launch.workers import locked
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.recover import RecoverySettings
+from dfzsl.utils.errors import UserError
 
 
 def jobs(*words: str):

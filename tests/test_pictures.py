@@ -3,11 +3,11 @@ import pytest
 import torch
 from conftest import CLASSES, write_features
 
-from dfzsl.errors import UserError
-from dfzsl.trainers.recovery.virtual import VirtualClasses
+from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
+from dfzsl.utils.errors import UserError
 
 pytest.importorskip("matplotlib")
-from dfzsl import pictures
+from dfzsl.report import diagnostics
 
 BASE = list(CLASSES[:4])
 
@@ -20,13 +20,13 @@ def write_run(folder, dim=32, names=BASE):
 
 def test_a_run_is_drawn(feature_file, tmp_path, capsys):
     run = write_run(tmp_path)
-    pictures.main([str(run), str(feature_file)])
+    diagnostics.main([str(run), str(feature_file)])
     assert (run / "virtual.png").read_bytes().startswith(b"\x89PNG")
     assert "Saved to" in capsys.readouterr().out
 
 
 def test_real_classes_are_matched_by_name(feature_file):
-    features, labels = pictures.read_real(str(feature_file), ["dog", "ant"])
+    features, labels = diagnostics.read_real(str(feature_file), ["dog", "ant"])
     file = np.load(feature_file)
     expected = file["y_test"][np.isin(file["y_test"], [0, 3])]
     assert labels.tolist() == [1 if label == 0 else 0 for label in expected]
@@ -37,8 +37,8 @@ def test_margins_and_angles():
     mu = torch.eye(3)
     virtual = VirtualClasses(mu, torch.ones(3), ["a", "b", "c"], mu)
     x = torch.tensor([[1.0, 0, 0], [0.6, 0.8, 0]])
-    assert pictures.margin(virtual, x, torch.tensor([0, 0])) == pytest.approx([1.0, -0.2])
-    assert pictures.angles(x, mu[[1, 0]]) == pytest.approx([90, 53.1301], rel=1e-4)
+    assert diagnostics.margin(virtual, x, torch.tensor([0, 0])) == pytest.approx([1.0, -0.2])
+    assert diagnostics.angles(x, mu[[1, 0]]) == pytest.approx([90, 53.1301], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +47,9 @@ def test_margins_and_angles():
 )
 def test_what_does_not_fit_is_one_line(feature_file, tmp_path, dim, names, message):
     with pytest.raises(UserError, match=message):
-        pictures.main([str(write_run(tmp_path, dim, names)), str(feature_file)])
+        diagnostics.main([str(write_run(tmp_path, dim, names)), str(feature_file)])
     with pytest.raises(UserError, match="no such virtual file"):
-        pictures.main([str(tmp_path / "nowhere"), str(feature_file)])
+        diagnostics.main([str(tmp_path / "nowhere"), str(feature_file)])
 
 
 def test_a_class_without_test_features_is_reported(tmp_path):
@@ -57,4 +57,4 @@ def test_a_class_without_test_features_is_reported(tmp_path):
     labels = np.load(file)["y_test"]
     write_features(tmp_path / "f.npz", y_test=np.where(labels == 3, 2, labels))
     with pytest.raises(UserError, match="a class of the run has no test feature"):
-        pictures.main([str(write_run(tmp_path)), str(file)])
+        diagnostics.main([str(write_run(tmp_path)), str(file)])

@@ -16,9 +16,9 @@ import fake_data
 import pytest
 from dassl.data.datasets import DATASET_REGISTRY
 
-from dfzsl.errors import UserError
 from dfzsl.prepare import __main__ as prepare
 from dfzsl.prepare import fetch, recipes
+from dfzsl.utils.errors import UserError
 
 
 class Server:

@@ -6,8 +6,8 @@ import fake_data
 import pytest
 
 from dfzsl import train
-from dfzsl.errors import UserError
-from dfzsl.results import read_results
+from dfzsl.io.results import read_results
+from dfzsl.utils.errors import UserError
 
 # Nothing to train on, by design: ImageNet's variants are tests of models trained on ImageNet.
 TEST_ONLY = {"ImageNetV2", "ImageNetSketch", "ImageNetA", "ImageNetR"}

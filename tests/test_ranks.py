@@ -15,10 +15,10 @@ from conftest import ROOT
 from fake_data import picture
 
 from dfzsl import train
-from dfzsl.errors import UserError
+from dfzsl.io.results import CHANGING, read_results
 from dfzsl.launch import workers
 from dfzsl.launch.runs import Data, Job, Method
-from dfzsl.results import CHANGING, read_results
+from dfzsl.utils.errors import UserError
 
 # Three base classes on two ranks, and batches of three: neither is divisible.
 NAMES = [

@@ -18,14 +18,14 @@ from made_results import ELEVEN, GAINS, write, write_failure, write_pair, write_
 
 import dfzsl.trainers  # noqa: F401
 from dfzsl import report
-from dfzsl.errors import UserError
+from dfzsl.io.results import harmonic_mean, per_class_mean, read_results
 from dfzsl.report import __main__ as command
-from dfzsl.report.names import BOOK, glossary, look, meaning
-from dfzsl.report.noise import draws, interval
-from dfzsl.report.outcomes import Method, Outcome, parse_log
+from dfzsl.report.method_names import BOOK, glossary, look, meaning
+from dfzsl.report.read_runs import Method, Outcome, parse_log
 from dfzsl.report.sections import Spread, average, published_summaries
+from dfzsl.report.significance import draws, interval
 from dfzsl.report.tables import tables
-from dfzsl.results import harmonic_mean, per_class_mean, read_results
+from dfzsl.utils.errors import UserError
 
 
 def cells(root: Path) -> list[dict[str, str]]:

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from made_results import ELEVEN, GAINS, write_failure, write_transfer, write_world
 
-from dfzsl.errors import UserError
 from dfzsl.report import __main__ as command
-from dfzsl.report.names import COLORS
+from dfzsl.report.method_names import COLORS
+from dfzsl.utils.errors import UserError
 
 pytest.importorskip("matplotlib")
 

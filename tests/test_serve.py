@@ -22,15 +22,15 @@ import uvicorn
 from conftest import write_features
 from starlette.testclient import TestClient
 
-from dfzsl.errors import UserError
-from dfzsl.files import read_json
+from dfzsl.io.files import read_json
 from dfzsl.launch.__main__ import parser
 from dfzsl.launch.sweep import plan
 from dfzsl.launch.workers import run
-from dfzsl.serve import Ledger, Terms, application, serve
-from dfzsl.trainers.recovery.oracles import TOKEN, HTTPTeacher, open_oracle
+from dfzsl.owner.server.app import Ledger, Terms, application, serve
+from dfzsl.trainers.recovery.oracle import TOKEN, HTTPTeacher, open_oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import Teacher
+from dfzsl.utils.errors import UserError
 
 NAMES, DIM = ["ant", "bee", "cat", "dog"], 12
 
@@ -192,11 +192,15 @@ def test_other_paths_and_methods(teacher, ledger):
 def test_the_access_log_has_neither_features_nor_tokens(teacher, ledger, caplog):
     token = ledger.issue("ada")
     server, x = client(teacher, ledger), directions(3)
-    with caplog.at_level(logging.INFO, "dfzsl.serve"):
+    with caplog.at_level(logging.INFO, "dfzsl.owner.server.app"):
         ask(server, "labels", x, token)
         ask(server, "labels", x, "s3cret-of-another")
         server.get(f"/?token={token}", headers={"Authorization": f"Bearer {token}"})
-    lines = [json.loads(record.getMessage()) for record in caplog.records if record.name == "dfzsl.serve"]
+    lines = [
+        json.loads(record.getMessage())
+        for record in caplog.records
+        if record.name == "dfzsl.owner.server.app"
+    ]
     assert [line["status"] for line in lines] == [200, 401, 200]
     first = lines[0]
     assert (first["client"], first["level"], first["queries"], first["billed"]) == ("ada", "labels", 3, True)
@@ -312,7 +316,8 @@ def test_what_was_spent_survives_a_kill(teacher, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = (
-        "import sys; from dfzsl.serve import serve; serve(sys.argv[1], port=int(sys.argv[2]), budget=500)"
+        "import sys; from dfzsl.owner.server.app import serve; "
+        "serve(sys.argv[1], port=int(sys.argv[2]), budget=500)"
     )
 
     def start() -> subprocess.Popen:

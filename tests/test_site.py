@@ -58,7 +58,7 @@ def test_every_public_module_is_in_the_reference(site):
             parts = path.relative_to(ROOT / folder).with_suffix("").parts
             if not any(part.startswith("_") for part in parts):
                 assert ".".join([package, *parts]) in anchors
-    assert "dfzsl.results.write_results" in anchors
+    assert "dfzsl.io.results.write_results" in anchors
 
 
 def test_every_page_of_the_repository_is_there(site):

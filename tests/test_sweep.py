@@ -14,7 +14,7 @@ import pytest
 from conftest import write_features
 from sweeps import start_sweep
 
-from dfzsl.results import CHANGING
+from dfzsl.io.results import CHANGING
 
 METHODS = "ZeroshotCLIP,TeacherZeroshot,TextTeacherMix,DFZSL"
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dassl.utils import Registry
 
-from dfzsl.toolbox import register
+from dfzsl.utils.dassl_plugin import register
 
 
 def named(name: str) -> type:

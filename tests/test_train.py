@@ -12,9 +12,9 @@ from conftest import CLASSES, ROOT, write_features
 from dassl.config import get_cfg_default
 
 from dfzsl import train
-from dfzsl.errors import UserError
-from dfzsl.output import Folder
-from dfzsl.results import read_results
+from dfzsl.io.results import read_results
+from dfzsl.io.run_directory import Folder
+from dfzsl.utils.errors import UserError
 
 CONFIGS = ROOT / "configs"
 

@@ -7,7 +7,7 @@ the packages beside them are what trainers are made of.
 import importlib
 import pkgutil
 
-from dfzsl.errors import tell_mistakes
+from dfzsl.utils.errors import tell_mistakes
 
 for _module in pkgutil.iter_modules(__path__):
     if not _module.ispkg:

@@ -19,24 +19,24 @@ from dassl.engine import TrainerX
 from dassl.utils import load_checkpoint
 from tqdm import tqdm
 
-from dfzsl import ranks
 from dfzsl.datasets.encoding import checksum, encode_datums
 from dfzsl.datasets.features import FeatureDatum
 from dfzsl.datasets.loader import FeatureLoader
-from dfzsl.datasets.virtual import DataFreeManager, VirtualLoader
-from dfzsl.errors import UserError
-from dfzsl.files import digest, naming, read_json, write_json
-from dfzsl.output import Folder
-from dfzsl.results import RESULTS, peak_memory, per_class_counts, write_results
-from dfzsl.toolbox import add_keys, keys_of
+from dfzsl.datasets.virtual_features import DataFreeManager, VirtualLoader
+from dfzsl.io.files import digest, naming, read_json, write_json
+from dfzsl.io.results import RESULTS, peak_memory, per_class_counts, write_results
+from dfzsl.io.run_directory import Folder
+from dfzsl.utils import distributed
+from dfzsl.utils.dassl_plugin import add_keys, keys_of
+from dfzsl.utils.errors import UserError
 
 from .clip.backbone import FeatureBackbone
 from .clip.loading import BUILT_IN, BUILT_IN_FOLDER, load_backbone
 from .clip.texts import ClassTexts
-from .recovery.geometry import Geometry
-from .recovery.oracles import Oracle, is_address, open_oracle
+from .recovery.feature_statistics import Geometry
+from .recovery.oracle import Oracle, is_address, open_oracle
 from .recovery.recover import RecoverySettings, recover
-from .recovery.virtual import VirtualClasses
+from .recovery.virtual_classes import VirtualClasses
 from .recovery.vmf import fit_classes
 
 add_keys("MODEL.BACKBONE", WEIGHTS="openai")
@@ -94,7 +94,7 @@ class CLIPTrainer(TrainerX):
         if backbone is None:
             backbone = _feature_backbone(dataset)
         self.backbone = backbone
-        with ranks.first_alone():
+        with distributed.first_alone():
             test = checksum(dataset, dataset.test)
         self.folder.add({"backbone": backbone.identity, "test data": test})
         self.classnames = list(dataset.classnames)
@@ -152,7 +152,7 @@ class CLIPTrainer(TrainerX):
                 f"{self.cfg.DATASET.NAME} ({self.cfg.DATASET.SUBSAMPLE_CLASSES}) has test images only; "
                 "test a trained model on it with --eval-only --model-dir"
             )
-        with ranks.first_alone():
+        with distributed.first_alone():
             training = checksum(self.dm.dataset, [*self.dm.dataset.train_x, *self.dm.dataset.val])
         self.folder.add({"training data": training})
 
@@ -178,13 +178,13 @@ class CLIPTrainer(TrainerX):
 
     def save_model(self, epoch: int, directory: str, *args: Any, **kwargs: Any) -> None:
         # Before the checkpoint: an epoch that is redone finds its loss here and replaces it.
-        if ranks.mine() == 0:
+        if distributed.mine() == 0:
             write_json(Path(directory) / LOSSES, list(self.losses.values()))
             super().save_model(epoch, directory, *args, **kwargs)
-        ranks.wait()
+        distributed.wait()
 
     def init_writer(self, log_dir: str) -> None:
-        if ranks.mine() == 0:
+        if distributed.mine() == 0:
             with naming(log_dir):
                 super().init_writer(log_dir)
 
@@ -202,7 +202,7 @@ class CLIPTrainer(TrainerX):
         settings = {key.lower(): value for key, value in self.cfg.RECOVERY.items()}
         path = output / "virtual.safetensors"
         geometry = self.geometry()
-        with ranks.first_alone():
+        with distributed.first_alone():
             if path.exists():
                 self.virtual = replace(VirtualClasses.load(path), geometry=geometry)
             else:
@@ -340,7 +340,7 @@ class CLIPTrainer(TrainerX):
         results = self.evaluator.evaluate()
         for key, value in results.items():
             self.write_scalar(f"{split}/{key}", value, self.epoch)
-        if split == "test" and ranks.mine() == 0:
+        if split == "test" and distributed.mine() == 0:
             self._write_results(torch.cat(predictions), torch.cat(labels))
         return next(iter(results.values()))
 

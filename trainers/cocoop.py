@@ -11,7 +11,7 @@ import torch
 from dassl.engine import TRAINER_REGISTRY
 from torch import Tensor, nn
 
-from dfzsl.toolbox import add_keys, register
+from dfzsl.utils.dassl_plugin import add_keys, register
 
 from .clip.learner import PromptLearner
 from .coop import CoOp, PromptedCLIP

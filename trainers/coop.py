@@ -13,8 +13,8 @@ from dassl.utils import load_pretrained_weights
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfzsl import ranks
-from dfzsl.toolbox import add_keys, register
+from dfzsl.utils import distributed
+from dfzsl.utils.dassl_plugin import add_keys, register
 
 from .base import CLIPTrainer
 from .clip.backbone import ROWS_AT_ONCE
@@ -90,7 +90,7 @@ class CoOp(CLIPTrainer):
 
     def image_features(self, input: Tensor) -> Tensor:
         """Unit features (n, d) of a batch of pictures (n, 3, h, w); features stay as they are."""
-        return ranks.encoded(self.backbone.encode_image, input)
+        return distributed.encoded(self.backbone.encode_image, input)
 
     def step(self, features: Tensor, label: Tensor) -> dict[str, float]:
         """One optimiser step on unit features (n, d) and labels (n,); returns what the log shows."""

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from dassl.engine import TRAINER_REGISTRY
 
-from dfzsl.errors import UserError
-from dfzsl.files import checked_names
-from dfzsl.stages import checked
-from dfzsl.toolbox import add_keys, keys_of, register
+from dfzsl.io.files import checked_names
+from dfzsl.utils.dassl_plugin import add_keys, keys_of, register
+from dfzsl.utils.errors import UserError
+from dfzsl.utils.numerics import checked
 
 from .flpt import FLPT
-from .generation.build import build_classifier
 from .generation.classifier import Classifier
+from .generation.generate import build_classifier
 from .generation.training import StageThreeSettings
 
 add_keys("TRAINER.DFZSL", FLPT=True, NEW_CLASSES=())

@@ -14,7 +14,7 @@ from dassl.engine import TRAINER_REGISTRY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfzsl.toolbox import add_keys, register
+from dfzsl.utils.dassl_plugin import add_keys, register
 
 from .clip.learner import PromptLearner
 from .clip.texts import ClassTexts

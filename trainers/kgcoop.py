@@ -9,7 +9,7 @@ from dassl.engine import TRAINER_REGISTRY
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfzsl.toolbox import add_keys, register
+from dfzsl.utils.dassl_plugin import add_keys, register
 
 from .coop import CoOp
 

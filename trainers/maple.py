@@ -11,8 +11,8 @@ from dassl.engine import TRAINER_REGISTRY
 from torch import Tensor, nn
 
 from dfzsl.datasets.features import FeatureDatum
-from dfzsl.errors import UserError
-from dfzsl.toolbox import add_keys, register
+from dfzsl.utils.dassl_plugin import add_keys, register
+from dfzsl.utils.errors import UserError
 
 from .clip.backbone import Backbone
 from .clip.deep import DeepPromptLearner, require_vision_transformer

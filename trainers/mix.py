@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from dassl.engine import TRAINER_REGISTRY
 
-from dfzsl.errors import UserError
-from dfzsl.toolbox import add_keys, register
+from dfzsl.utils.dassl_plugin import add_keys, register
+from dfzsl.utils.errors import UserError
 
 from .base import CLIPTrainer
-from .recovery.oracles import is_address
+from .recovery.oracle import is_address
 from .recovery.teacher import Teacher
 
 add_keys("TRAINER.TEXTTEACHERMIX", TEXT=0.7)

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from dassl.engine import TRAINER_REGISTRY
 
-from dfzsl.errors import UserError
-from dfzsl.toolbox import add_keys, register
+from dfzsl.utils.dassl_plugin import add_keys, register
+from dfzsl.utils.errors import UserError
 
 from .base import CLIPTrainer
 from .recovery.teacher import Teacher, fit_teacher

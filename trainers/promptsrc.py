@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from dfzsl import ranks
-from dfzsl.toolbox import add_keys, register
+from dfzsl.utils import distributed
+from dfzsl.utils.dassl_plugin import add_keys, register
 
 from .clip.backbone import Backbone
 from .clip.deep import DeepPromptLearner, tokens
@@ -109,7 +109,7 @@ class PromptSRC(MaPLe):
 
     def forward_backward(self, batch: dict) -> dict[str, float]:
         pictures, _ = self.parse_batch_train(batch)
-        self.fixed_image = ranks.encoded(self.backbone.encode_image, pictures)
+        self.fixed_image = distributed.encoded(self.backbone.encode_image, pictures)
         return super().forward_backward(batch)
 
     def step(self, features: Tensor, label: Tensor) -> dict[str, float]:

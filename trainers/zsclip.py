@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from dassl.engine import TRAINER_REGISTRY
 
-from dfzsl.toolbox import register
+from dfzsl.utils.dassl_plugin import register
 
 from .base import CLIPTrainer
 

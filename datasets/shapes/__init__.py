@@ -14,10 +14,10 @@ from dassl.data.datasets import DATASET_REGISTRY
 from PIL import Image
 from tqdm import tqdm
 
-from dfzsl.errors import UserError
-from dfzsl.toolbox import register
+from dfzsl.datasets.base import ClassDataset, Row, Split
+from dfzsl.utils.dassl_plugin import register
+from dfzsl.utils.errors import UserError
 
-from ..base import ClassDataset, Row, Split
 from .world import LAMPLIGHT, STYLES, VERSION, classes, render
 
 PICTURES = {"train": 30, "val": 5, "test": 20}  # of each class

@@ -1,4 +1,4 @@
-"""Measure the geometry of the built-in world's CLIP: python -m dfzsl.datasets.shapes.geometry
+"""Measure the geometry of the built-in world's CLIP: python -m dfzsl.datasets.shapes.measure
 
 writes datasets/shapes/geometry.safetensors, from two pictures of each of 1,000 compositions that this CLIP
 was trained on; none of the data set's classes is among them.
@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import trange
 
 from dfzsl.trainers.clip.loading import BUILT_IN, BUILT_IN_FOLDER, load_backbone
-from dfzsl.trainers.recovery.geometry import measure_geometry
+from dfzsl.trainers.recovery.feature_statistics import measure_geometry
 
 from .captions import training_compositions
 from .world import STYLES, render

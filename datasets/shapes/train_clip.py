@@ -25,9 +25,9 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from dfzsl.files import atomic, read_json
-from dfzsl.imports import import_torchvision
-from dfzsl.tensors import save_tensors
+from dfzsl.io.files import atomic, read_json
+from dfzsl.io.tensors import save_tensors
+from dfzsl.utils.torchvision_import import import_torchvision
 
 import_torchvision()
 import open_clip  # noqa: E402

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dfzsl.datasets.shapes.train_clip import FOLDER, MEAN, STD, CaptionedPictures, options, write_log
-from dfzsl.files import read_json
-from dfzsl.tensors import save_tensors
+from dfzsl.io.files import read_json
+from dfzsl.io.tensors import save_tensors
 from dfzsl.trainers.clip.backbone import import_open_clip
 from dfzsl.trainers.clip.loading import BUILT_IN, load_backbone
 

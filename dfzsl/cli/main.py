@@ -14,8 +14,8 @@ from typing import Any
 
 import click
 
-from .errors import UserError, cli
-from .imports import importing
+from dfzsl.utils.errors import UserError, cli
+from dfzsl.utils.torchvision_import import importing
 
 FILE = click.Path(path_type=Path)
 RAW = {"ignore_unknown_options": True, "help_option_names": []}  # for programs with a parser of their own
@@ -80,7 +80,7 @@ def main(context: click.Context) -> None:
     CLIP, and the names of new classes: it builds one classifier for base and new classes together, without a
     picture.
     """
-    from .progress import hidden
+    from dfzsl.utils.progress import hidden
 
     context.with_resource(hidden(not sys.stderr.isatty()))
 
@@ -106,7 +106,7 @@ def build(
     """
     from tabulate import tabulate
 
-    from .building import built, kept_until_done, read_classnames
+    from dfzsl.client.build import built, kept_until_done, read_classnames
 
     names = read_classnames(new)
     if len(settings) % 2:
@@ -129,9 +129,9 @@ def add(classifier: Path, new: str, text: str, weights: str, output: Path | None
 
     The rows of the old ones stay as they are.
     """
-    from .building import backbone_of, read_classnames
-    from .trainers.clip.texts import ClassTexts
-    from .trainers.generation.classifier import Classifier
+    from dfzsl.client.build import backbone_of, read_classnames
+    from dfzsl.trainers.clip.texts import ClassTexts
+    from dfzsl.trainers.generation.classifier import Classifier
 
     names, old = read_classnames(new), Classifier.load(classifier)
     backbone = backbone_of(old, weights, where=classifier)
@@ -166,11 +166,11 @@ def predict(
     with importing():
         from tqdm import tqdm
 
-        from .building import backbone_of
-        from .predict import FORMATS, find_pictures
-        from .predict import predict as predicted
-        from .trainers.clip.backbone import import_open_clip
-        from .trainers.generation.classifier import Classifier
+        from dfzsl.client.build import backbone_of
+        from dfzsl.client.predict import FORMATS, find_pictures
+        from dfzsl.client.predict import predict as predicted
+        from dfzsl.trainers.clip.backbone import import_open_clip
+        from dfzsl.trainers.generation.classifier import Classifier
 
         import_open_clip()
     known = Classifier.load(classifier)
@@ -214,9 +214,9 @@ def evaluate(
     pictures for each class (classnames.txt of lines "folder name" says how they are called), or a feature
     file with x_test and y_test.
     """
-    from .building import backbone_of
-    from .evaluation import evaluate as evaluated
-    from .trainers.generation.classifier import Classifier
+    from dfzsl.client.build import backbone_of
+    from dfzsl.client.evaluate import evaluate as evaluated
+    from dfzsl.trainers.generation.classifier import Classifier
 
     known = Classifier.load(classifier)
     backbone = backbone_of(known, weights, _device(device), classifier) if data.is_dir() else None
@@ -231,7 +231,7 @@ def evaluate(
     )
     click.echo(result.table())
     if confusion:
-        from .pictures import draw_confusion
+        from dfzsl.report.diagnostics import draw_confusion
 
         draw_confusion(result.confusion, result.classnames, known.is_new.tolist()).savefig(confusion, dpi=130)
         click.echo(f"Saved to {confusion}")
@@ -254,9 +254,9 @@ def export(classifier: Path, with_encoder: bool, weights: str, output: Path) -> 
     """
     if output.suffix not in (".onnx", ".pt") or (with_encoder and output.suffix == ".pt"):
         raise UserError(f"{output}: give a file that ends in .onnx, or without --with-encoder in .pt")
-    from .building import backbone_of
-    from .export import export_matrix, export_onnx
-    from .trainers.generation.classifier import Classifier
+    from dfzsl.client.build import backbone_of
+    from dfzsl.client.export import export_matrix, export_onnx
+    from dfzsl.trainers.generation.classifier import Classifier
 
     known = Classifier.load(classifier)
     if output.suffix == ".pt":
@@ -275,7 +275,7 @@ def show(file: Path) -> None:
 
     A teacher, a classifier, virtual classes, a geometry or features.
     """
-    from .cards import card
+    from dfzsl.io.file_summary import card
 
     click.echo(card(file))
 
@@ -318,11 +318,11 @@ def fit(
     """
     import torch
 
-    from .building import named, read_classnames
-    from .labelled import read_labelled
-    from .trainers.clip.loading import load_backbone
-    from .trainers.clip.texts import ClassTexts
-    from .trainers.recovery.teacher import fit_teacher
+    from dfzsl.client.build import named, read_classnames
+    from dfzsl.datasets.labeled_images import read_labelled
+    from dfzsl.trainers.clip.loading import load_backbone
+    from dfzsl.trainers.clip.texts import ClassTexts
+    from dfzsl.trainers.recovery.teacher import fit_teacher
 
     opened = functools.cache(lambda: load_backbone(backbone, weights or "openai", _device(device)))
     known = read_labelled(
@@ -385,8 +385,8 @@ def import_(
     FILE is a state dict of torch (nothing in it runs), .safetensors, or a scikit-learn classifier as .npz
     (coef_, intercept_) or .skops; --classes may be text, JSON or CSV.
     """
-    from .building import identity_of
-    from .importing import import_teacher
+    from dfzsl.client.build import identity_of
+    from dfzsl.owner.import_head import import_teacher
 
     made = import_teacher(
         file,
@@ -431,7 +431,7 @@ def serve(file: Path, **terms: Any) -> None:
     The protocol stands in docs/black_box.md and on the server's own page, /docs. As long as no token was
     issued (dfzsl teacher token), everybody is one client.
     """
-    from .serve import serve as run
+    from dfzsl.owner.server.app import serve as run
 
     run(file, **terms)
 
@@ -448,7 +448,7 @@ def token(file: Path, name: str, budget: int | None, revoke: bool, ledger: str) 
     FILE is the teacher that is served. The token is shown this once; only its hash is kept. The client sets
     it as DFZSL_TEACHER_TOKEN.
     """
-    from .serve import Ledger, default_ledger
+    from dfzsl.owner.server.app import Ledger, default_ledger
 
     if not ledger and not file.is_file():
         raise UserError(f"{file}: no such teacher file")
@@ -465,9 +465,9 @@ def token(file: Path, name: str, budget: int | None, revoke: bool, ledger: str) 
 def geometry(words: tuple[str, ...]) -> None:
     """Measure how an encoder's features scatter.
 
-    The program python -m dfzsl.geometry.
+    The program python -m dfzsl.client.measure.
     """
-    from .geometry import main as run
+    from dfzsl.client.measure import main as run
 
     run(list(words))
 
@@ -479,7 +479,7 @@ def report(words: tuple[str, ...]) -> None:
 
     The program python -m dfzsl.report.
     """
-    from .report.__main__ import main as run
+    from dfzsl.report.__main__ import main as run
 
     run(list(words))
 
@@ -493,7 +493,7 @@ def _protocol(name: str, what: str) -> None:
     )
     @click.argument("words", nargs=-1, type=click.UNPROCESSED)
     def protocol(words: tuple[str, ...]) -> None:
-        from .launch.__main__ import main as run
+        from dfzsl.launch.__main__ import main as run
 
         run([name, *words])
 

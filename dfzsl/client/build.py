@@ -20,18 +20,18 @@ import torch
 from dassl.config import get_cfg_default
 from dassl.utils import set_random_seed
 
-from .configs import CONFIGS
-from .datasets.base import ClassDataset
-from .errors import UserError
-from .files import checked_names, read_json, read_text
-from .progress import bar, hidden
-from .train import merge, read_config
-from .trainers.clip.backbone import Backbone
-from .trainers.clip.loading import BUILT_IN, BUILT_INS, load_backbone
-from .trainers.dfzsl import DFZSL
-from .trainers.generation.classifier import Classifier
-from .trainers.recovery.oracles import Oracle, open_oracle
-from .trainers.recovery.teacher import Teacher
+from dfzsl.configs import CONFIGS
+from dfzsl.datasets.base import ClassDataset
+from dfzsl.io.files import checked_names, read_json, read_text
+from dfzsl.train import merge, read_config
+from dfzsl.trainers.clip.backbone import Backbone
+from dfzsl.trainers.clip.loading import BUILT_IN, BUILT_INS, load_backbone
+from dfzsl.trainers.dfzsl import DFZSL
+from dfzsl.trainers.generation.classifier import Classifier
+from dfzsl.trainers.recovery.oracle import Oracle, open_oracle
+from dfzsl.trainers.recovery.teacher import Teacher
+from dfzsl.utils.errors import UserError
+from dfzsl.utils.progress import bar, hidden
 
 NAMES = (".txt", ".json")
 

@@ -9,12 +9,13 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from .building import backbone_of
-from .errors import UserError
-from .labelled import Labelled, read_labelled
-from .results import harmonic_mean
-from .trainers.clip.backbone import Backbone
-from .trainers.generation.classifier import Classifier
+from dfzsl.datasets.labeled_images import Labelled, read_labelled
+from dfzsl.io.results import harmonic_mean
+from dfzsl.trainers.clip.backbone import Backbone
+from dfzsl.trainers.generation.classifier import Classifier
+from dfzsl.utils.errors import UserError
+
+from .build import backbone_of
 
 
 @dataclass(repr=False)

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError
-from .files import atomic
-from .trainers.clip.loading import quiet
-from .trainers.generation.classifier import Classifier
+from dfzsl.io.files import atomic
+from dfzsl.trainers.clip.loading import quiet
+from dfzsl.trainers.generation.classifier import Classifier
+from dfzsl.utils.errors import UserError
 
 TOLERANCE = 2e-3  # of a logit; they run to 100
 

@@ -1,6 +1,6 @@
 """Measure how an encoder's image features scatter, once, on any pictures: see docs/method.md.
 
-    python -m dfzsl.geometry PICTURES... --backbone ViT-B/16 -o geometry.safetensors
+    python -m dfzsl.client.measure PICTURES... --backbone ViT-B/16 -o geometry.safetensors
 
 PICTURES are folders of pictures or feature files (.npz or .safetensors with x, and y if labelled). Each
 folder inside a folder is a class; a folder without any is unlabelled, which does nearly as well. A few
@@ -24,9 +24,8 @@ from dfzsl.datasets.encoding import encode_files
 from dfzsl.datasets.features import labels_of, open_features, unit_rows
 from dfzsl.train import cli
 from dfzsl.trainers.clip.loading import load_backbone
-from dfzsl.trainers.recovery.geometry import Geometry, measure_geometry
-
-from .errors import UserError
+from dfzsl.trainers.recovery.feature_statistics import Geometry, measure_geometry
+from dfzsl.utils.errors import UserError
 
 
 def geometry_of(

@@ -12,10 +12,10 @@ from typing import Any, TextIO
 import torch
 from tabulate import tabulate
 
-from .datasets.base import IMAGES
-from .datasets.encoding import encode_files
-from .errors import UserError
-from .trainers.generation.classifier import Classifier
+from dfzsl.datasets.base import IMAGES
+from dfzsl.datasets.encoding import encode_files
+from dfzsl.trainers.generation.classifier import Classifier
+from dfzsl.utils.errors import UserError
 
 Best = list[tuple[str, float]]  # (class, probability), the most probable first
 

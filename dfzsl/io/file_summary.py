@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from tabulate import tabulate
 
-from .errors import UserError, one_line
+from dfzsl.utils.errors import UserError, one_line
 
 KINDS = {
     "teacher": "a teacher: the owner's classifier of base classes",

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from .errors import UNPRINTABLE, UserError
+from dfzsl.utils.errors import UNPRINTABLE, UserError
 
 ROOM, EXPANSION = 1 << 30, 100  # memory that reading a file may take: bytes, and times its size
 YAML_LONGEST, YAML_TEXT, YAML_NUMBER, YAML_DEEPEST = 1 << 18, 4096, 40, 20  # characters of each, and levels

@@ -23,7 +23,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from dfzsl.utils.errors import UserError
+
 from .files import read_json, write_json
 
 if TYPE_CHECKING:  # tables are made without torch, which takes two seconds to import

@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from dfzsl.utils.dassl_plugin import changes
+from dfzsl.utils.errors import UserError
+
 from .files import atomic, digest, lock, read_text
-from .toolbox import changes
 
 CONFIG = "config.yaml"
 REMARK = "#: "  # begins its lines that are for a reader

@@ -15,9 +15,10 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..errors import cli
-from ..imports import importing
-from ..report.outcomes import PROTOCOLS
+from dfzsl.report.read_runs import PROTOCOLS
+from dfzsl.utils.errors import cli
+from dfzsl.utils.torchvision_import import importing
+
 from .tables import show_ended
 
 

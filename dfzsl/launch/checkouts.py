@@ -22,11 +22,11 @@ from typing import Any, ClassVar
 import torch
 
 from dfzsl.configs import CONFIGS
+from dfzsl.io.files import digest, read_yaml
+from dfzsl.io.results import RESULTS, without_home, write_named
+from dfzsl.report.read_runs import read_log
+from dfzsl.utils.errors import UserError, one_line, unknown
 
-from ..errors import UserError, one_line, unknown
-from ..files import digest, read_yaml
-from ..report.outcomes import read_log
-from ..results import RESULTS, without_home, write_named
 from .host import TRAIN
 
 RECIPES = CONFIGS / "checkouts"

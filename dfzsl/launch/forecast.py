@@ -13,8 +13,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ..errors import UserError
-from ..results import RESULTS, read_results
+from dfzsl.io.results import RESULTS, read_results
+from dfzsl.utils.errors import UserError
+
 from .runs import Job
 
 LONGEST = 1e8  # seconds that a run can take: three years

@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..files import lock
-from ..imports import import_torchvision
+from dfzsl.io.files import lock
+from dfzsl.utils.torchvision_import import import_torchvision
 
 TRAIN = "train.py"
 
@@ -28,7 +28,7 @@ def main(output: str, fork: str, checkpoint_freq: str, *arguments: str) -> None:
     import_torchvision()
     from dassl.data import data_manager
 
-    from ..output import HELD
+    from dfzsl.io.run_directory import HELD
 
     _one_at_a_time(data_manager, folder.parents[6] / ".datasets.lock")
     with lock(folder / HELD, wait=True):

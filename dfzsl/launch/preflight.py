@@ -11,13 +11,13 @@ from pathlib import Path
 
 from dassl.data.datasets import DATASET_REGISTRY
 
+from dfzsl import train
 from dfzsl.datasets.encoding import checksum
+from dfzsl.io.files import knows_locks
+from dfzsl.io.run_directory import CONFIG, refuse_others
 from dfzsl.trainers.clip.loading import identity, offer_to_coop
+from dfzsl.utils.errors import UserError
 
-from .. import train
-from ..errors import UserError
-from ..files import knows_locks
-from ..output import CONFIG, refuse_others
 from .checkouts import Checkout
 from .runs import Job
 

@@ -13,12 +13,12 @@ from typing import Any
 from dassl.engine import TRAINER_REGISTRY
 
 from dfzsl.configs import CONFIGS, dataset_config
+from dfzsl.io.files import read_yaml
+from dfzsl.io.results import RESULTS, read_results
 from dfzsl.trainers.base import CLIPTrainer
+from dfzsl.utils.dassl_plugin import ADDED
+from dfzsl.utils.errors import UserError, unknown
 
-from ..errors import UserError, unknown
-from ..files import read_yaml
-from ..results import RESULTS, read_results
-from ..toolbox import ADDED
 from .checkouts import Checkout, Recipe, in_words
 
 OWNER = "TeacherZeroshot"

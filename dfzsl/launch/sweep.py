@@ -13,14 +13,14 @@ from pathlib import Path
 
 from dassl.engine import TRAINER_REGISTRY
 
+from dfzsl import train
 from dfzsl.trainers.base import CLIPTrainer
+from dfzsl.utils.errors import UserError, one_line
 
-from .. import train
-from ..errors import UserError, one_line
 from . import tables
 from .checkouts import Checkout
-from .checks import check, check_locks
 from .forecast import forecast
+from .preflight import check, check_locks
 from .runs import DEFAULT_SEEDS, FREE, METHODS, OWNER, PROTOCOLS, TARGETS, Data, Job, Method
 from .workers import gpu_shares, launch
 

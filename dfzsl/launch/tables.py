@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import report
-from ..errors import UserError
-from ..files import read_json, write_json
-from ..results import RESULTS
+from dfzsl import report
+from dfzsl.io.files import read_json, write_json
+from dfzsl.io.results import RESULTS
+from dfzsl.utils.errors import UserError
 
 ENDED = ".ended"  # in a protocol's folder: the folders of runs of each command that ended well
 
@@ -28,7 +28,7 @@ def show(folder: Path) -> None:
         page = folder / "report.html"
         made = page.stat().st_mtime_ns if page.exists() else 0
         if any(path.stat().st_mtime_ns >= made for path in folder.rglob(RESULTS)):
-            from ..report.page import write_page
+            from dfzsl.report.page import write_page
 
             write_page(page, parts)
         print(f"The same with pictures: {page}")

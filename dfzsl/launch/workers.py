@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .. import train
-from ..errors import LESS_MEMORY, UserError, explain, one_line
-from ..files import atomic, lock
-from ..output import HELD
-from ..results import RESULTS
+from dfzsl import train
+from dfzsl.io.files import atomic, lock
+from dfzsl.io.results import RESULTS
+from dfzsl.io.run_directory import HELD
+from dfzsl.utils.errors import LESS_MEMORY, UserError, explain, one_line
+
 from .checkouts import Checkout
 from .forecast import longest_first
 from .runs import Job

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from .errors import UserError, unknown
-from .files import bounded, checked_names, read_json, read_text
-from .safe_pickle import load as load_checkpoint
-from .trainers.recovery.teacher import Teacher
+from dfzsl.io.files import bounded, checked_names, read_json, read_text
+from dfzsl.safe_pickle import load as load_checkpoint
+from dfzsl.trainers.recovery.teacher import Teacher
+from dfzsl.utils.errors import UserError, unknown
 
 # Heads by name, as torch, scikit-learn, torchvision, timm and Hugging Face call them.
 HEADS = (

@@ -19,11 +19,11 @@ from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 
 from dfzsl.configs import CONFIGS
-from dfzsl.errors import UserError, unknown
 from dfzsl.train import cli
+from dfzsl.utils.errors import UserError, unknown
 
-from .check import check, table
 from .recipes import RECIPES, prepare
+from .verify import check, table
 
 
 def names_of(given: Sequence[str]) -> list[str]:

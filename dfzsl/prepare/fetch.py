@@ -17,8 +17,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from dfzsl.errors import UserError
-from dfzsl.files import EXPANSION, bounded, digest, read_json, write_json
+from dfzsl.io.files import EXPANSION, bounded, digest, read_json, write_json
+from dfzsl.utils.errors import UserError
 
 BLOCK = 1 << 20
 SLACK = 1 << 30  # bytes that any archive may grow to, beside what its own size allows

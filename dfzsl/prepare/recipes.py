@@ -8,8 +8,8 @@ from pathlib import Path
 
 from dassl.data.datasets import DATASET_REGISTRY
 
-from dfzsl.errors import UserError
-from dfzsl.files import atomic, lock
+from dfzsl.io.files import atomic, lock
+from dfzsl.utils.errors import UserError
 
 from .fetch import download, listing, move_into, unpack
 
@@ -125,7 +125,7 @@ class Names(Step):
     gives: str = "classnames.txt"
 
     def fetch(self, folder: Path, downloads: Path) -> None:
-        from dfzsl.imports import import_torchvision
+        from dfzsl.utils.torchvision_import import import_torchvision
 
         import_torchvision()
         from torchvision.datasets import Flowers102

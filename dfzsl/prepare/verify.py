@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from dfzsl.datasets.base import ClassDataset
 from dfzsl.datasets.encoding import read_image
-from dfzsl.errors import UserError
+from dfzsl.utils.errors import UserError
 
 from .recipes import RECIPES
 

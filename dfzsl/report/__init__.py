@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from .formats import FORMATS, terminal
-from .outcomes import collect, collect_logs
+from .read_runs import collect, collect_logs
 from .sections import Section, sections
 
 __all__ = ["FORMATS", "collect", "collect_logs", "sections", "show"]

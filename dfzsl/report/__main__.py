@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UserError
+from dfzsl.utils.errors import UserError
+
 from . import FORMATS, collect, collect_logs, sections, show
-from .names import glossary
+from .method_names import glossary
 
 
 def parser() -> argparse.ArgumentParser:

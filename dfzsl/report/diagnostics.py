@@ -1,7 +1,7 @@
 """Real beside virtual features of a finished run, in one picture.
 
-    python -m dfzsl.pictures output/.../seed1 dtd.safetensors
-    python -m dfzsl.pictures output/.../seed1 dtd.npz --classes 6 --output dtd.png
+    python -m dfzsl.report.diagnostics output/.../seed1 dtd.safetensors
+    python -m dfzsl.report.diagnostics output/.../seed1 dtd.npz --classes 6 --output dtd.png
 
 The run's folder holds virtual.safetensors (stage 1); the feature file holds real test features of the same
 classes (python -m dfzsl.datasets.extract). Left: the plane in which the real class means differ most.
@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.datasets.features import open_features, unit_rows
-from dfzsl.errors import UserError
 from dfzsl.train import cli
-from dfzsl.trainers.recovery.virtual import VirtualClasses
+from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
+from dfzsl.utils.errors import UserError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import UserError
-from ..results import harmonic_mean
-from .names import COLORS, dataset_name, look
-from .outcomes import PAIRED, TRANSFER, shots_in
+from dfzsl.io.results import harmonic_mean
+from dfzsl.utils.errors import UserError
+
+from .method_names import COLORS, dataset_name, look
+from .read_runs import PAIRED, TRANSFER, shots_in
 from .sections import Section, Summary
 
 try:

@@ -11,11 +11,12 @@ from html import escape
 from pathlib import Path
 from urllib.parse import quote
 
-from ..files import atomic
+from dfzsl.io.files import atomic
+
 from .figures import Plot, by_class, plots
 from .formats import no_formula
-from .names import NAMES, meaning
-from .outcomes import TRANSFER
+from .method_names import NAMES, meaning
+from .read_runs import TRANSFER
 from .sections import Section, sources
 from .tables import RANKS, SPREADS, Table, columns, tables
 

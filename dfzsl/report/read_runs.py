@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import UNPRINTABLE, UserError, one_line
-from ..results import RESULTS, per_class_mean, read_results
-from .names import method_name
+from dfzsl.io.results import RESULTS, per_class_mean, read_results
+from dfzsl.utils.errors import UNPRINTABLE, UserError, one_line
+
+from .method_names import method_name
 
 # The folders (parts) of a protocol: where it trains, and where it tests what was trained.
 PROTOCOLS = {

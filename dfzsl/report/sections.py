@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..files import read_yaml
-from ..results import harmonic_mean
-from .names import NAMES, dataset_name, in_papers_order
-from .noise import Draws, averaged, draws
-from .outcomes import PAIRED, PROTOCOLS, TRANSFER, Method, Outcome, Scores, transfer_scores
+from dfzsl.io.files import read_yaml
+from dfzsl.io.results import harmonic_mean
+
+from .method_names import NAMES, dataset_name, in_papers_order
+from .read_runs import PAIRED, PROTOCOLS, TRANSFER, Method, Outcome, Scores, transfer_scores
+from .significance import Draws, averaged, draws
 
 OTHERS = "other data sets"
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .outcomes import PAIRED, TRANSFER, Outcome, transfer_scores
+from .read_runs import PAIRED, TRANSFER, Outcome, transfer_scores
 
 DRAWS = 2000
 TAIL = 2.5  # percent of the draws on either side of an interval

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .names import BOOK, dataset_name, in_papers_order
-from .noise import interval
+from .method_names import BOOK, dataset_name, in_papers_order
 from .sections import OTHERS, Section, Spread, Summary
+from .significance import interval
 
 Cell = str | int | float | Spread | None
 SPREADS = "Accuracies in percent, mean ± standard deviation over seeds."

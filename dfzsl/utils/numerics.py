@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfzsl.errors import UserError
+from dfzsl.utils.errors import UserError
 
 AT_ONCE = 2**27  # numbers of an intermediate result that are held at once: half a gigabyte in float32
 

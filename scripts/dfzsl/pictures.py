@@ -1,6 +1,6 @@
-"""Real beside virtual features of a finished run, in one picture: python -m dfzsl.pictures"""
+"""Real beside virtual features of a finished run, in one picture: python -m dfzsl.report.diagnostics"""
 
-from dfzsl.pictures import main
+from dfzsl.report.diagnostics import main
 from dfzsl.train import cli
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from dassl.data.datasets import DATASET_REGISTRY, DatasetBase, Datum
 from dassl.utils import Registry, mkdir_if_missing, set_random_seed, write_json
 
 import dfzsl.datasets  # noqa: F401
-from dfzsl.errors import UserError
-from dfzsl.toolbox import register
+from dfzsl.utils.dassl_plugin import register
+from dfzsl.utils.errors import UserError
 
 
 class Theirs(DatasetBase):

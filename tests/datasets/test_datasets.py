@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 
 from dfzsl.configs import CONFIGS
 from dfzsl.datasets.features import FeatureDatum
-from dfzsl.errors import UserError
-from dfzsl.files import spoken
+from dfzsl.io.files import spoken
+from dfzsl.utils.errors import UserError
 
 # They draw their own pictures: see test_shapes.py.
 RENDERED = {"Shapes", "ShapesDark", "ShapesDrawing", "ShapesPainting", "ShapesPixel"}

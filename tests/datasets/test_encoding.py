@@ -17,9 +17,9 @@ from PIL import Image
 from dfzsl.datasets import encoding
 from dfzsl.datasets.encoding import encode_datums
 from dfzsl.datasets.features import FeatureDatum
-from dfzsl.errors import UserError
-from dfzsl.imports import import_torchvision
-from dfzsl.tensors import save_tensors
+from dfzsl.io.tensors import save_tensors
+from dfzsl.utils.errors import UserError
+from dfzsl.utils.torchvision_import import import_torchvision
 
 import_torchvision()
 from torchvision import transforms as T  # noqa: E402

@@ -17,9 +17,9 @@ from fake_data import Backbone, pixels
 
 from dfzsl.datasets import extract, features
 from dfzsl.datasets.encoding import encode_datums
-from dfzsl.errors import UserError
-from dfzsl.tensors import load_tensors
+from dfzsl.io.tensors import load_tensors
 from dfzsl.train import cli
+from dfzsl.utils.errors import UserError
 
 IMAGES = {
     "OxfordPets": "oxford_pets",

@@ -13,7 +13,7 @@ from dassl.config import get_cfg_default
 from safetensors.torch import save_file
 
 from dfzsl.datasets.features import Features
-from dfzsl.errors import UserError
+from dfzsl.utils.errors import UserError
 
 
 def build(path: Path, subsample: str = "all", teacher: str = ""):

@@ -14,7 +14,7 @@ from dassl.data.datasets import DATASET_REGISTRY
 from scipy.io import loadmat, savemat
 
 from dfzsl.datasets.gzsl import readable
-from dfzsl.errors import UserError
+from dfzsl.utils.errors import UserError
 
 SETS = ["AWA2", "CUB", "SUN", "FLO", "APY"]
 

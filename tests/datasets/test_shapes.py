@@ -31,9 +31,9 @@ from dfzsl.datasets.shapes.world import (
     looks,
     render,
 )
-from dfzsl.errors import UserError
-from dfzsl.tensors import load_tensors
+from dfzsl.io.tensors import load_tensors
 from dfzsl.trainers.clip.loading import load_backbone
+from dfzsl.utils.errors import UserError
 
 FOLDER = ROOT / "datasets" / "shapes"
 HALVES = classes()[:60], classes()[60:]

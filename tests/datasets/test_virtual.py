@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dfzsl.datasets  # noqa: F401  (registers the data sets)
-from dfzsl.datasets.virtual import DataFreeManager, VirtualLoader
-from dfzsl.errors import UserError
-from dfzsl.trainers.recovery.virtual import VirtualClasses
+from dfzsl.datasets.virtual_features import DataFreeManager, VirtualLoader
+from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
+from dfzsl.utils.errors import UserError
 
 NAMES = ["ant", "bee", "cat"]
 

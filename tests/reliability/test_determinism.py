@@ -20,13 +20,13 @@ from fake_data import Backbone, pixels
 from dfzsl import train
 from dfzsl.datasets import extract
 from dfzsl.datasets.encoding import encode_datums
-from dfzsl.results import CHANGING
+from dfzsl.io.results import CHANGING
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.coop import CoOp
-from dfzsl.trainers.generation.build import build_classifier
+from dfzsl.trainers.generation.generate import build_classifier
 from dfzsl.trainers.generation.generators import GENERATORS
 from dfzsl.trainers.generation.training import StageThreeSettings
-from dfzsl.trainers.recovery.oracles import LEVELS, open_oracle
+from dfzsl.trainers.recovery.oracle import LEVELS, open_oracle
 from dfzsl.trainers.recovery.recover import METHODS, recover
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 

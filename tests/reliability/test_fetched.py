@@ -21,9 +21,9 @@ import pytest
 from conftest import needs_proc
 from readers import grown
 
-from dfzsl.errors import UserError
-from dfzsl.files import lock
+from dfzsl.io.files import lock
 from dfzsl.prepare import fetch, recipes
+from dfzsl.utils.errors import UserError
 
 OLD, NEW = (np.random.default_rng(seed).bytes(200_000) for seed in (0, 1))
 HALF = 100_000

@@ -47,13 +47,13 @@ from scipy.io import loadmat, savemat
 from dfzsl import report, train
 from dfzsl.datasets import encoding
 from dfzsl.datasets.base import read_fewshot, read_split, relocate
-from dfzsl.errors import UserError, unknown
-from dfzsl.files import checked_names, read_json
+from dfzsl.io.files import checked_names, read_json
+from dfzsl.io.tensors import save_tensors
 from dfzsl.prepare import fetch
-from dfzsl.tensors import save_tensors
 from dfzsl.trainers.clip.loading import _read_state
 from dfzsl.trainers.recovery.teacher import Teacher
-from dfzsl.trainers.recovery.virtual import VirtualClasses
+from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
+from dfzsl.utils.errors import UserError, unknown
 
 FEW, MANY = 10, 1500  # examples of each kind by default, and with -m slow
 MOST = 1 << 31  # bytes that any small file may cost

@@ -23,11 +23,10 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from dfzsl import train
-from dfzsl.errors import UserError
-from dfzsl.trainers.recovery import oracles
-from dfzsl.trainers.recovery.oracles import HTTPTeacher, Oracle
+from dfzsl.trainers.recovery.oracle import HTTPTeacher, Oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import Teacher
+from dfzsl.utils.errors import TOKEN, UserError
 
 NAMES, DIM = ["ant", "bee", "cat"], 8
 SECRET = "s3cr3t-t0ken"
@@ -190,7 +189,7 @@ def test_descriptions_that_lie(world, about, tried):
 
 
 def test_a_description_without_end_is_cut_off(world, monkeypatch):
-    monkeypatch.setattr(oracles, "DESCRIPTION", 1000)
+    monkeypatch.setattr(oracle, "DESCRIPTION", 1000)
     world.about = [b" " * 2000]
     with pytest.raises(UserError, match="longer than any answer"):
         oracle(world)
@@ -300,7 +299,7 @@ def test_no_storm_of_questions(world, tmp_path, pause, tried):
 
 def test_the_server_may_say_when(world, monkeypatch, tried):
     slept: list[float] = []
-    monkeypatch.setattr(oracles, "time", SimpleNamespace(sleep=slept.append, time=time.time))
+    monkeypatch.setattr(oracle, "time", SimpleNamespace(sleep=slept.append, time=time.time))
     world.faults[:] = [
         status(429, Retry_After="7"),
         status(503, Retry_After=formatdate(time.time() + 30, usegmt=True)),
@@ -418,10 +417,10 @@ def run_client(world: Any, folder: Path) -> None:
 
 def test_the_token_is_sent_and_kept_nowhere(world, tmp_path, monkeypatch, capfd, caplog, tried):
     caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv(oracles.TOKEN, SECRET)
+    monkeypatch.setenv(TOKEN, SECRET)
     serve_base_classes(world, descriptions=2)
     # First it fails in a way that repeats the token: the message must not.
-    monkeypatch.setattr(oracles, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(oracle, "time", SimpleNamespace(sleep=lambda _: None))
     echo = lambda handler, _: handler.send_error(500, SECRET, SECRET)  # noqa: E731
     world.faults[:] = [echo] * 5
     with pytest.raises(UserError, match="status 500") as error:
@@ -456,7 +455,7 @@ ECHOES: dict[str, Callable[[Handler], None]] = {
 
 @pytest.mark.parametrize("way", ECHOES)
 def test_a_server_that_repeats_the_token_is_not_quoted(world, monkeypatch, way, tried):
-    monkeypatch.setenv(oracles.TOKEN, SECRET)
+    monkeypatch.setenv(TOKEN, SECRET)
     asking = oracle(world, retries=0)
     world.faults[:] = [lambda handler, _: ECHOES[way](handler)] * 5
     with pytest.raises(UserError) as error:
@@ -476,14 +475,14 @@ def test_an_address_in_capitals_is_an_address(world, tmp_path):
 
 @pytest.mark.parametrize("token", ["line\nbreak", "ümlaut", "tab\there"])
 def test_a_token_that_no_header_holds_is_not_shown(monkeypatch, token):
-    monkeypatch.setenv(oracles.TOKEN, token)
-    with pytest.raises(UserError, match=oracles.TOKEN) as error:
+    monkeypatch.setenv(TOKEN, token)
+    with pytest.raises(UserError, match=TOKEN) as error:
         HTTPTeacher("https://host/")
     assert token not in str(error.value)
 
 
 def test_a_redirect_takes_the_token_nowhere(world, monkeypatch):
-    monkeypatch.setenv(oracles.TOKEN, SECRET)
+    monkeypatch.setenv(TOKEN, SECRET)
     asked = oracle(world)
     world.headers.clear()
     world.faults[:] = [redirect(world.url)]

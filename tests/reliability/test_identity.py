@@ -19,16 +19,16 @@ from conftest import ROOT, write_features
 from dfzsl import train
 from dfzsl.datasets.encoding import checksum
 from dfzsl.datasets.extract import open_dataset
-from dfzsl.errors import UserError, cli
-from dfzsl.files import lock
+from dfzsl.io.files import lock
+from dfzsl.io.run_directory import HELD, Folder
 from dfzsl.launch import workers
 from dfzsl.launch.__main__ import main, parser
-from dfzsl.launch.checks import check
+from dfzsl.launch.preflight import check
 from dfzsl.launch.runs import Data, Job
 from dfzsl.launch.sweep import plan
 from dfzsl.launch.workers import launch, work
-from dfzsl.output import HELD, Folder
 from dfzsl.trainers.recovery.teacher import Teacher
+from dfzsl.utils.errors import UserError, cli
 
 SMALL = {"RECOVERY.NUM_PER_CLASS": 8, "GENERATOR.NAME": "vmf", "GENERATOR.CLASSIFIER_STEPS": 5}
 

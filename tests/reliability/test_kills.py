@@ -23,17 +23,17 @@ from conftest import ROOT, unit, write_features
 from test_sweep import METHODS, files, finish, outcome, start
 
 from dfzsl import train
-from dfzsl.errors import UserError
+from dfzsl.io.results import CHANGING
 from dfzsl.launch import __main__ as launch
 from dfzsl.launch import sweep, workers
 from dfzsl.launch.runs import Job
-from dfzsl.results import CHANGING
 from dfzsl.trainers import owner
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.dfzsl import DFZSL
 from dfzsl.trainers.generation.generators import NeuralGenerator
-from dfzsl.trainers.recovery.oracles import open_oracle
+from dfzsl.trainers.recovery.oracle import open_oracle
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
+from dfzsl.utils.errors import UserError
 
 KILLS = 50
 NAMES = [f"{pattern} {shape}" for pattern in ("striped", "dotted", "plain") for shape in ("star", "circle")]

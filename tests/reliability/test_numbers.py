@@ -10,19 +10,19 @@ import torch.nn.functional as F
 from conftest import needs_proc, peak_memory
 from torch import Tensor
 
-from dfzsl.errors import UserError
-from dfzsl.stages import checked, unit
-from dfzsl.trainers.generation.build import build_classifier
+from dfzsl.trainers.generation.calibrated_stacking import _margins
 from dfzsl.trainers.generation.classifier import Classifier, Rows
+from dfzsl.trainers.generation.generate import build_classifier
 from dfzsl.trainers.generation.generators import GENERATORS
-from dfzsl.trainers.generation.rehearsal import _margins
 from dfzsl.trainers.generation.training import StageThreeSettings
-from dfzsl.trainers.recovery.geometry import paper_concentration
-from dfzsl.trainers.recovery.oracles import LEVELS, open_oracle
+from dfzsl.trainers.recovery.feature_statistics import paper_concentration
+from dfzsl.trainers.recovery.oracle import LEVELS, open_oracle
 from dfzsl.trainers.recovery.recover import METHODS, recover
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
-from dfzsl.trainers.recovery.virtual import VirtualClasses
+from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.trainers.recovery.vmf import VonMisesFisher
+from dfzsl.utils.errors import UserError
+from dfzsl.utils.numerics import checked, unit
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox"]
 NEW = ["gnu", "hen", "ibis"]

@@ -14,9 +14,9 @@ import fake_data
 import pytest
 from readers import build
 
-from dfzsl.errors import UserError
-from dfzsl.labelled import read_labelled
+from dfzsl.datasets.labeled_images import read_labelled
 from dfzsl.trainers.clip.loading import load_backbone
+from dfzsl.utils.errors import UserError
 
 ROWS = [f"{name}{number}.jpg,{name}" for name in ("ant", "bee") for number in range(10)]
 TABLE = "path,label\n" + "\n".join(ROWS) + "\n"

@@ -19,7 +19,7 @@ from conftest import ROOT
 from safetensors import safe_open
 
 from dfzsl import train
-from dfzsl.results import CHANGING
+from dfzsl.io.results import CHANGING
 from dfzsl.trainers.recovery.teacher import Teacher
 
 # One run in a process of its own; every open of a file, by whatever library, goes to the first argument.
@@ -128,7 +128,7 @@ def test_the_commands_open_no_training_image(run, tmp_path, tried):
         (labelled / Path(path).parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, labelled / Path(path).parent.name)
     record, made = tmp_path / "opened", tmp_path / "classifier.safetensors"
-    program = PROGRAM.partition("from dfzsl import train")[0] + "from dfzsl.cli import entry\nentry()"
+    program = PROGRAM.partition("from dfzsl import train")[0] + "from dfzsl.cli.main import entry\nentry()"
     for words in (
         [
             "build",
@@ -230,7 +230,7 @@ def test_results_do_not_tell_where_somebody_lives(tmp_path, monkeypatch):
     """Results are passed on; a path below the home folder is written with ~."""
     from dassl.config import get_cfg_default
 
-    from dfzsl.results import write_results
+    from dfzsl.io.results import write_results
 
     monkeypatch.setenv("HOME", "/home/alice.example")
     cfg = get_cfg_default()

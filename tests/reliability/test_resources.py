@@ -24,16 +24,18 @@ from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import save_checkpoint
 
-from dfzsl import errors, files, train
+from dfzsl import train
 from dfzsl.datasets import encoding, extract
 from dfzsl.datasets.encoding import _Images
-from dfzsl.errors import UserError
-from dfzsl.files import atomic, write_json
+from dfzsl.io import files
+from dfzsl.io.files import atomic, write_json
+from dfzsl.io.results import CHANGING, peak_memory
+from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.launch import __main__ as launch
 from dfzsl.launch import sweep, workers
-from dfzsl.results import CHANGING, peak_memory
-from dfzsl.tensors import load_tensors, save_tensors
 from dfzsl.trainers.clip.loading import load_backbone
+from dfzsl.utils import errors
+from dfzsl.utils.errors import UserError
 
 PRODUCT = [
     path
@@ -315,7 +317,7 @@ FULL = """
 import subprocess
 import sys
 from dassl.utils import Logger
-from dfzsl.errors import cli
+from dfzsl.utils.errors import cli
 
 def run():
     sys.stdout = Logger("/dev/full")
@@ -368,7 +370,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, tri
 
 def test_a_mistake_in_somebody_elses_program_is_one_line():
     """CoOp's train.py knows nothing of `cli`."""
-    program = "import dfzsl.trainers; from dfzsl.errors import UserError; raise UserError('a mistake')"
+    program = "import dfzsl.trainers; from dfzsl.utils.errors import UserError; raise UserError('a mistake')"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (ended.returncode, ended.stderr) == (2, "error: a mistake\n")
     ended = subprocess.run(

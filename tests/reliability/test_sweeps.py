@@ -18,17 +18,18 @@ import pytest
 from conftest import needs_proc, write_features
 from test_sweep import files, finish, start
 
-from dfzsl import errors, report
+from dfzsl import report
 from dfzsl.datasets.features import Features
-from dfzsl.errors import UserError
-from dfzsl.files import knows_locks, lock, write_json
+from dfzsl.io.files import knows_locks, lock, write_json
 from dfzsl.launch import __main__ as launch
 from dfzsl.launch import workers
-from dfzsl.launch.checks import check
 from dfzsl.launch.forecast import forecast
+from dfzsl.launch.preflight import check
 from dfzsl.launch.runs import Job
 from dfzsl.launch.sweep import plan
-from dfzsl.trainers.recovery.oracles import _retry_after
+from dfzsl.trainers.recovery.oracle import _retry_after
+from dfzsl.utils import errors
+from dfzsl.utils.errors import UserError
 
 METHODS = "ZeroshotCLIP,TeacherZeroshot,TextTeacherMix"
 
@@ -143,7 +144,7 @@ def test_a_disk_without_locks(no_locks, world, monkeypatch, tried):
 
 HOLD = """
 import sys, time
-from dfzsl.files import lock
+from dfzsl.io.files import lock
 with lock(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)

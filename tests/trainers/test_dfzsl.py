@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, unit
 
 from dfzsl import train
-from dfzsl.results import read_results
+from dfzsl.io.results import read_results
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.dfzsl import DFZSL
 from dfzsl.trainers.generation.classifier import Classifier

@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from towers import tiny
 
 from dfzsl import train
-from dfzsl.errors import UserError
+from dfzsl.io.results import CHANGING, read_results
 from dfzsl.launch.__main__ import parser
 from dfzsl.launch.sweep import plan
-from dfzsl.results import CHANGING, read_results
 from dfzsl.trainers.clip.deep import require_vision_transformer
 from dfzsl.trainers.clip.loading import BUILT_IN_FOLDER, load_backbone
 from dfzsl.trainers.maple import CoupledPromptLearner
 from dfzsl.trainers.promptsrc import IndependentPromptLearner
+from dfzsl.utils.errors import UserError
 
 LEARNERS = [
     name

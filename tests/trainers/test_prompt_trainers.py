@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from towers import plain_text_features, tiny
 
 from dfzsl import train
-from dfzsl.errors import UserError
-from dfzsl.results import read_results
+from dfzsl.io.results import read_results
 from dfzsl.trainers.clip.learner import PromptLearner
 from dfzsl.trainers.cocoop import ConditionalCLIP, ConditionalPromptLearner
 from dfzsl.trainers.coop import CoOp, PromptedCLIP
@@ -28,6 +27,7 @@ from dfzsl.trainers.flpt import FLPT, FeatureLanguagePromptLearner, ShiftedCLIP
 from dfzsl.trainers.kgcoop import KgCoOp
 from dfzsl.trainers.prograd import ProGrad, project
 from dfzsl.trainers.recovery.teacher import Teacher
+from dfzsl.utils.errors import UserError
 
 LEARNERS = ["CoOp", "CoCoOp", "KgCoOp", "ProGrad", "FLPT"]
 NAMES = ["cat", "dog", "red fox", "golden retriever"]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfzsl.errors import UserError
-from dfzsl.imports import import_lean, import_torchvision
+from dfzsl.utils.errors import UserError
+from dfzsl.utils.torchvision_import import import_lean, import_torchvision
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "amp": torch.float16, "bf16": torch.bfloat16}
 TEXTS_AT_ONCE = 256

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dfzsl import ranks
-from dfzsl.errors import UserError
+from dfzsl.utils import distributed
+from dfzsl.utils.errors import UserError
 
 from .backbone import Backbone, import_open_clip
 from .learner import PromptLearner
@@ -100,5 +100,5 @@ class DeepPromptLearner(PromptLearner):
 
     def encode_image(self, pictures: Tensor) -> Tensor:
         """Unit image features (n, d) of pictures (n, 3, h, w)."""
-        prompts = [ranks.shared(p) if ranks.count() > 1 else p for p in self.image_prompts()]
-        return ranks.encoded(lambda x: encode_image(self.backbone, x, prompts), pictures)
+        prompts = [distributed.shared(p) if distributed.count() > 1 else p for p in self.image_prompts()]
+        return distributed.encoded(lambda x: encode_image(self.backbone, x, prompts), pictures)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from dfzsl.errors import UserError
+from dfzsl.utils.errors import UserError
 
 from .backbone import Backbone, FeatureBackbone
 from .prompts import Prompts, start_and_word

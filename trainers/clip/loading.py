@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from dfzsl import safe_pickle
-from dfzsl.errors import UserError
-from dfzsl.files import atomic, bounded, digest
+from dfzsl.io.files import atomic, bounded, digest
+from dfzsl.utils.errors import UserError
 
 from .backbone import Backbone, first_line, import_open_clip
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dfzsl import ranks
-from dfzsl.errors import UserError
-from dfzsl.files import checked_names
+from dfzsl.io.files import checked_names
+from dfzsl.utils import distributed
+from dfzsl.utils.errors import UserError
 
 from .backbone import Backbone, TextTower
 
@@ -122,20 +122,20 @@ class Prompts:
         """
         if context.ndim == 3:
             context = context[:, None]
-        if ranks.count() == 1:
+        if distributed.count() == 1:
             return self._encode(context, tuple(deep))
         classes = len(self.ids)
-        context = ranks.shared(context)
+        context = distributed.shared(context)
         if self.class_specific:
-            context = context[:, ranks.share(classes).to(context.device)]
-        rows = self.my_share._encode(context, tuple(map(ranks.shared, deep)))
-        return ranks.gathered(rows.transpose(0, 1), classes).transpose(0, 1)
+            context = context[:, distributed.share(classes).to(context.device)]
+        rows = self.my_share._encode(context, tuple(map(distributed.shared, deep)))
+        return distributed.gathered(rows.transpose(0, 1), classes).transpose(0, 1)
 
     @functools.cached_property
     def my_share(self) -> Prompts:
         """The prompts of the classes that this rank encodes."""
         part = copy.copy(self)
-        chosen = ranks.share(len(self.ids)).to(self.ids.device)
+        chosen = distributed.share(len(self.ids)).to(self.ids.device)
         part.ids, part.slots, part.end = self.ids[chosen], self.slots[chosen], self.end[chosen]
         return part
 

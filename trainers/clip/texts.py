@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.datasets.encoding import default_cache_dir
-from dfzsl.errors import UserError
-from dfzsl.files import read_json, spoken
-from dfzsl.tensors import load_tensors, save_tensors
+from dfzsl.io.files import read_json, spoken
+from dfzsl.io.tensors import load_tensors, save_tensors
+from dfzsl.utils.errors import UserError
 
 from .backbone import import_open_clip
 from .learner import require_text_encoder

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from dfzsl.progress import bar
-from dfzsl.stages import portions
+from dfzsl.utils.numerics import portions
+from dfzsl.utils.progress import bar
 
 from .classifier import Rows
 

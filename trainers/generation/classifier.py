@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfzsl.errors import UserError, unknown
-from dfzsl.files import checked_names
-from dfzsl.progress import bar
-from dfzsl.tensors import load_tensors, save_tensors
+from dfzsl.io.files import checked_names
+from dfzsl.io.tensors import load_tensors, save_tensors
+from dfzsl.utils.errors import UserError, unknown
+from dfzsl.utils.progress import bar
 
 from ..clip.texts import ClassTexts
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..recovery.geometry import Geometry
+from ..recovery.feature_statistics import Geometry
 from ..recovery.mixture import mix
 from .classifier import Rows
 

@@ -11,18 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfzsl.errors import UserError
-from dfzsl.files import checked_names
-from dfzsl.stages import checked
+from dfzsl.io.files import checked_names
+from dfzsl.utils.errors import UserError
+from dfzsl.utils.numerics import checked
 
+from .calibrated_stacking import MOST_REHEARSED, PERFORMANCES, REHEARSALS, calibrate, plays
 from .classifier import Classifier, Rows
 from .closed_form import closed_form
 from .generators.base import device_generator
-from .rehearsal import MOST_REHEARSED, PERFORMANCES, REHEARSALS, calibrate, plays
 from .training import STAGE, StageThreeSettings, affordable, train
 
 if TYPE_CHECKING:
-    from ..recovery.virtual import VirtualClasses
+    from ..recovery.virtual_classes import VirtualClasses
 
 
 def build_classifier(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfzsl.stages import checked
+from dfzsl.utils.numerics import checked
 
 from .classifier import Rows, fit_rows
 from .generators import build_generator

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfzsl.errors import UserError
-from dfzsl.stages import portions, unit
-from dfzsl.tensors import load_tensors, save_tensors
+from dfzsl.io.tensors import load_tensors, save_tensors
+from dfzsl.utils.errors import UserError
+from dfzsl.utils.numerics import portions, unit
 
 from . import vmf
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfzsl.progress import bar
+from dfzsl.utils.progress import bar
 
 ROWS = 4096  # features at a time: their scores stay in a processor's cache
 COARSE = 1e-4  # the tolerance that sums in float32 are exact enough for

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfzsl.stages import portions, unit
+from dfzsl.utils.numerics import portions, unit
 
-from .geometry import Geometry
+from .feature_statistics import Geometry
 from .ridge import leave_one_out_ridge
 
 # ln g = A - B ln(1 - near) + C found - D ln(spread): a regression on 360 cells of four data sets and their

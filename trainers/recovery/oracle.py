@@ -29,13 +29,13 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from dfzsl.errors import TOKEN, UNPRINTABLE, UserError, unknown
-from dfzsl.files import checked_names, read_json, write_json
-from dfzsl.tensors import load_tensors, save_tensors
+from dfzsl.io.files import checked_names, read_json, write_json
+from dfzsl.io.tensors import load_tensors, save_tensors
+from dfzsl.utils.errors import TOKEN, UNPRINTABLE, UserError, unknown
 
-from .card import Card
-from .extraction import step_of
+from .score_recovery import step_of
 from .teacher import Teacher
+from .teacher_card import Card
 
 LEVELS = ("weights", "logits", "probabilities", "labels")
 # Bytes of the longest replies: a server's description, a reply without its numbers, a number.

@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfzsl.errors import UserError, unknown
-from dfzsl.progress import bar
-from dfzsl.stages import checked, unit
+from dfzsl.utils.errors import UserError, unknown
+from dfzsl.utils.numerics import checked, unit
+from dfzsl.utils.progress import bar
 
-from .extraction import Ask, Extracted, extract_rows
-from .geometry import (
+from .feature_statistics import (
     COHERENCE,
     Geometry,
     class_directions,
@@ -27,8 +26,9 @@ from .geometry import (
     geometry_concentration,
     paper_concentration,
 )
-from .oracles import Oracle
-from .virtual import STAGE, FeatureMLP, VirtualClasses, matching_order
+from .oracle import Oracle
+from .score_recovery import Ask, Extracted, extract_rows
+from .virtual_classes import STAGE, FeatureMLP, VirtualClasses, matching_order
 from .vmf import VonMisesFisher
 
 METHODS = ("closed_form", "moments", "simulator", "gmm", "generator")
@@ -53,7 +53,7 @@ class RecoverySettings:
         what the teacher's card says, else 0.88, amid real data sets, and `geometry.cone_of` the texts.
     rays, bisections: the price of a teacher that answers labels alone.
     tolerance: relative error of the rows below which no more logits or probabilities are asked for.
-    num_per_class, filter, fresh: the virtual-feature loader's (datasets/virtual.py).
+    num_per_class, filter, fresh: the virtual-feature loader's (datasets/virtual_features.py).
     """
 
     method: str = "closed_form"

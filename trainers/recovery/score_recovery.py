@@ -24,9 +24,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfzsl.errors import UserError
-from dfzsl.progress import bar
-from dfzsl.stages import AT_ONCE
+from dfzsl.utils.errors import UserError
+from dfzsl.utils.numerics import AT_ONCE
+from dfzsl.utils.progress import bar
 
 Ask = Callable[[Tensor], Tensor]
 

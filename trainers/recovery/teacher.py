@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dfzsl.errors import UserError
-from dfzsl.files import checked_names
-from dfzsl.stages import checked, unit
-from dfzsl.tensors import load_tensors, save_tensors
+from dfzsl.io.files import checked_names
+from dfzsl.io.tensors import load_tensors, save_tensors
+from dfzsl.utils.errors import UserError
+from dfzsl.utils.numerics import checked, unit
 
-from .card import Card, cross_validate
 from .logistic import regression
+from .teacher_card import Card, cross_validate
 
 PAPER_STRENGTH = 0.316  # the paper's C
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfzsl.errors import UserError, one_line
-from dfzsl.progress import bar
+from dfzsl.utils.errors import UserError, one_line
+from dfzsl.utils.progress import bar
 
 from .logistic import COARSE, regression
 from .mixture import teacher_rows

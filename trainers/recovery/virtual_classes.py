@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfzsl.errors import UserError
-from dfzsl.files import checked_names
-from dfzsl.stages import checked, portions
-from dfzsl.tensors import load_tensors, save_tensors
+from dfzsl.io.files import checked_names
+from dfzsl.io.tensors import load_tensors, save_tensors
+from dfzsl.utils.errors import UserError
+from dfzsl.utils.numerics import checked, portions
 
-from .geometry import MIXING, Geometry
+from .feature_statistics import MIXING, Geometry
 from .vmf import VonMisesFisher, mean_resultant_length
 
 STAGE = "stage 1 (recovery)"

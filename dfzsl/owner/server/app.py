@@ -31,14 +31,14 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from .errors import UNPRINTABLE, UserError, unknown
-from .trainers.recovery.oracles import LEVELS
-from .trainers.recovery.teacher import Teacher
+from dfzsl.trainers.recovery.oracle import LEVELS
+from dfzsl.trainers.recovery.teacher import Teacher
+from dfzsl.utils.errors import UNPRINTABLE, UserError, unknown
 
 EXHAUSTED = 86_400  # seconds of Retry-After when a budget is used up: not before the owner raises it
 LARGEST = 1e6  # absolute value of a feature
 
-log = logging.getLogger("dfzsl.serve")
+log = logging.getLogger("dfzsl.owner.server.app")
 
 
 @dataclass(frozen=True)

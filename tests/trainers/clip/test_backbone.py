@@ -18,10 +18,10 @@ from torch import nn
 from torch.nn import functional as F
 from towers import CONFIGS, tiny
 
-import dfzsl.imports as guard
-from dfzsl.errors import UserError
+import dfzsl.utils.torchvision_import as guard
 from dfzsl.trainers.clip.backbone import FeatureBackbone, import_open_clip
 from dfzsl.trainers.clip.loading import load_backbone
+from dfzsl.utils.errors import UserError
 
 TEXTS = ["a photo of a cat.", "an itap of the golden retriever in the snow, blurred", ""]
 

@@ -10,11 +10,11 @@ from torch.nn import functional as F
 from towers import CONFIGS, FAST, SentencePieces, plain_text_features, tiny
 
 import dfzsl.trainers.clip.prompts as prompts
-from dfzsl.errors import UserError
 from dfzsl.trainers.clip.backbone import FeatureBackbone
 from dfzsl.trainers.clip.learner import PromptLearner
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.clip.prompts import POSITIONS, Prompts
+from dfzsl.utils.errors import UserError
 
 NAMES = [
     "cat",

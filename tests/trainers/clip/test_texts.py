@@ -12,13 +12,13 @@ import torch.nn.functional as F
 import dfzsl
 from dfzsl import train
 from dfzsl.configs import CONFIGS
-from dfzsl.errors import UserError
-from dfzsl.results import read_results
+from dfzsl.io.results import read_results
 from dfzsl.trainers.clip.backbone import FeatureBackbone
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.clip.texts import ClassTexts
 from dfzsl.trainers.generation.classifier import Classifier
 from dfzsl.trainers.recovery.teacher import Teacher
+from dfzsl.utils.errors import UserError
 
 NAMES = ["red star", "blue_circle", "green square"]
 SAID = {

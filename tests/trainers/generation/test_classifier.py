@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from draws import rng, unit
 from scipy.optimize import minimize
 
-from dfzsl.errors import UserError
-from dfzsl.tensors import save_tensors
-from dfzsl.trainers.generation.build import build_classifier
+from dfzsl.io.tensors import save_tensors
+from dfzsl.trainers.generation.calibrated_stacking import _curve as curve
+from dfzsl.trainers.generation.calibrated_stacking import calibrate, plays
 from dfzsl.trainers.generation.classifier import Classifier, Rows, fit_rows, minimise
+from dfzsl.trainers.generation.generate import build_classifier
 from dfzsl.trainers.generation.generators import GENERATORS
-from dfzsl.trainers.generation.rehearsal import _curve as curve
-from dfzsl.trainers.generation.rehearsal import calibrate, plays
 from dfzsl.trainers.generation.training import StageThreeSettings
-from dfzsl.trainers.recovery.virtual import VirtualClasses
+from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
+from dfzsl.utils.errors import UserError
 
 DIM, BASE, NEW = 32, 16, 8
 

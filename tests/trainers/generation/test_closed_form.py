@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from draws import rng, unit
 
 from dfzsl.trainers.generation.closed_form import closed_form
-from dfzsl.trainers.recovery.geometry import measure_geometry
+from dfzsl.trainers.recovery.feature_statistics import measure_geometry
 from dfzsl.trainers.recovery.mixture import mix, teacher_rows
 
 DIM, BASE, NEW = 32, 80, 12

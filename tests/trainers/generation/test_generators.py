@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from draws import rng
 
-from dfzsl.errors import UserError
-from dfzsl.tensors import load_tensors, save_tensors
+from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.trainers.generation.generators import GENERATORS, NeuralGenerator, build_generator, load_generator
 from dfzsl.trainers.generation.generators import base as base_module
 from dfzsl.trainers.generation.generators.base import critic_loss, mlp
 from dfzsl.trainers.generation.generators.cvae import encode
 from dfzsl.trainers.recovery.vmf import VonMisesFisher
+from dfzsl.utils.errors import UserError
 
 DIM, CONDITION = 16, 16
 QUICK = {

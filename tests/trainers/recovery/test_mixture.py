@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from draws import rng, unit
 from sklearn.linear_model import LogisticRegression
 
-from dfzsl.errors import UserError
-from dfzsl.trainers.recovery.card import Card, chosen, cross_validate, rank_in_class, spread_of
-from dfzsl.trainers.recovery.geometry import Geometry, measure_geometry
+from dfzsl.trainers.recovery.feature_statistics import Geometry, measure_geometry
 from dfzsl.trainers.recovery.mixture import WEIGHTS, mix, rule_weight, signs, teacher_rows
 from dfzsl.trainers.recovery.ridge import RIDGES, leave_one_out_ridge
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
+from dfzsl.trainers.recovery.teacher_card import Card, chosen, cross_validate, rank_in_class, spread_of
+from dfzsl.utils.errors import UserError
 
 DIM, CLASSES = 24, 10
 

@@ -8,20 +8,20 @@ import torch
 import torch.nn.functional as F
 from draws import rng
 
-from dfzsl.errors import UserError
-from dfzsl.trainers.recovery.extraction import extract_rows
-from dfzsl.trainers.recovery.geometry import (
+from dfzsl.trainers.recovery.feature_statistics import (
     class_directions,
     common_direction,
     cone_of,
     geometry_concentration,
     paper_concentration,
 )
-from dfzsl.trainers.recovery.oracles import Oracle, open_oracle
+from dfzsl.trainers.recovery.oracle import Oracle, open_oracle
 from dfzsl.trainers.recovery.recover import METHODS, RecoverySettings, recover
+from dfzsl.trainers.recovery.score_recovery import extract_rows
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
-from dfzsl.trainers.recovery.virtual import VirtualClasses
+from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.trainers.recovery.vmf import VonMisesFisher, fit_classes, mean_resultant_length
+from dfzsl.utils.errors import UserError
 
 C, D = 5, 24
 NAMES = ["ant", "bee", "cat", "dog", "elk"]

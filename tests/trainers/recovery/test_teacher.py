@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
-from dfzsl.errors import UserError
-from dfzsl.tensors import save_tensors
-from dfzsl.trainers.recovery.oracles import LEVELS, HTTPTeacher, Oracle, open_oracle
+from dfzsl.io.tensors import save_tensors
+from dfzsl.trainers.recovery.oracle import LEVELS, HTTPTeacher, Oracle, open_oracle
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
+from dfzsl.utils.errors import UserError
 
 NAMES = ["ant", "bee", "cat"]
 

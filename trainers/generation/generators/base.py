@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfzsl.errors import UserError, unknown
-from dfzsl.progress import bar
-from dfzsl.tensors import load_tensors, save_tensors
+from dfzsl.io.tensors import load_tensors, save_tensors
+from dfzsl.utils.errors import UserError, unknown
+from dfzsl.utils.progress import bar
 
 CHECKPOINT = "generator checkpoint"
 GENERATORS: dict[str, type[FeatureGenerator]] = {}

@@ -1,0 +1,1 @@
+"""What a client does with a classifier: build, extend, predict, evaluate, export."""

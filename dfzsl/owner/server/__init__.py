@@ -1,0 +1,1 @@
+"""HTTP server that answers queries to a teacher, with tokens and query budgets."""
