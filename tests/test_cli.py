@@ -20,7 +20,7 @@ from PIL import Image
 
 import dfzsl
 from dfzsl import train
-from dfzsl.cli.main import main
+from dfzsl.cli import main as cli
 from dfzsl.client import build
 from dfzsl.configs import CONFIGS
 from dfzsl.datasets.labeled_images import Labelled
@@ -64,7 +64,7 @@ def run(monkeypatch, capfd):
         monkeypatch.setattr(sys, "argv", ["dfzsl", *map(str, words)])
         capfd.readouterr()
         with pytest.raises(SystemExit) as stopped:
-            main.entry()
+            cli.entry()
         out, err = capfd.readouterr()
         code = stopped.value.code
         return int(code or 0), out, err
@@ -106,14 +106,14 @@ class TestImports:
                 if hasattr(command, "commands"):
                     yield from each(command, (*words, name))
 
-        commands = dict(each(main.main))
+        commands = dict(each(cli.main))
         assert {("build",), ("add",), ("predict",), ("evaluate",), ("show",), ("teacher", "fit")} <= set(
             commands
         )
         for words, command in commands.items():
             assert command.help, words
             if command.add_help_option:
-                assert "Usage: " in CliRunner().invoke(main.main, [*words, "--help"]).output
+                assert "Usage: " in CliRunner().invoke(cli.main, [*words, "--help"]).output
 
 
 class TestBuild:

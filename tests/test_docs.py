@@ -25,7 +25,7 @@ from made_results import write_world
 from PIL import Image
 
 from dfzsl import train
-from dfzsl.cli.main import main
+from dfzsl.cli import main as cli
 from dfzsl.client import measure, predict
 from dfzsl.datasets import extract
 from dfzsl.launch import __main__ as launch
@@ -216,7 +216,7 @@ def test_commands_are_accepted(words, monkeypatch, examples, given):
             accept_launch([*shlex.split(line.partition("dfzsl.launch ")[2])[:-1], *arguments])
         assert runs or script in ("scripts/test.sh", "scripts/reliability.sh")
     elif program == "dfzsl":
-        accept_click(main.main, rest)
+        accept_click(cli.main, rest)
     elif program == "python" and rest[0] == "train.py":
         accept_train(rest[1:])
     elif program == "python" and rest[:2] == ["-m", "dfzsl.launch"]:
@@ -309,7 +309,7 @@ def test_config_keys_exist_and_take_the_values_shown(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_exist(page):
     parsers = [train.parser(), launch.parser(), *(make() for make in PARSERS.values())]
-    known = {flag for parser in parsers for flag in parser._option_string_actions} | click_flags(main.main)
+    known = {flag for parser in parsers for flag in parser._option_string_actions} | click_flags(cli.main)
     assert {span.split()[0] for span in spans(page) if span.startswith("--")} <= known
 
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from dfzsl import train
+from dfzsl.trainers.recovery import oracle as oracle_module
 from dfzsl.trainers.recovery.oracle import HTTPTeacher, Oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import Teacher
@@ -189,7 +190,7 @@ def test_descriptions_that_lie(world, about, tried):
 
 
 def test_a_description_without_end_is_cut_off(world, monkeypatch):
-    monkeypatch.setattr(oracle, "DESCRIPTION", 1000)
+    monkeypatch.setattr(oracle_module, "DESCRIPTION", 1000)
     world.about = [b" " * 2000]
     with pytest.raises(UserError, match="longer than any answer"):
         oracle(world)
@@ -299,7 +300,7 @@ def test_no_storm_of_questions(world, tmp_path, pause, tried):
 
 def test_the_server_may_say_when(world, monkeypatch, tried):
     slept: list[float] = []
-    monkeypatch.setattr(oracle, "time", SimpleNamespace(sleep=slept.append, time=time.time))
+    monkeypatch.setattr(oracle_module, "time", SimpleNamespace(sleep=slept.append, time=time.time))
     world.faults[:] = [
         status(429, Retry_After="7"),
         status(503, Retry_After=formatdate(time.time() + 30, usegmt=True)),
@@ -420,7 +421,7 @@ def test_the_token_is_sent_and_kept_nowhere(world, tmp_path, monkeypatch, capfd,
     monkeypatch.setenv(TOKEN, SECRET)
     serve_base_classes(world, descriptions=2)
     # First it fails in a way that repeats the token: the message must not.
-    monkeypatch.setattr(oracle, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(oracle_module, "time", SimpleNamespace(sleep=lambda _: None))
     echo = lambda handler, _: handler.send_error(500, SECRET, SECRET)  # noqa: E731
     world.faults[:] = [echo] * 5
     with pytest.raises(UserError, match="status 500") as error:
