@@ -2,7 +2,7 @@
 
 import sys
 
-from dfzsl.cli.main.main import entry
+from dfzsl.cli.main import entry
 
 if __name__ == "__main__":
     sys.argv.insert(1, "predict")
