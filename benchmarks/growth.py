@@ -28,7 +28,8 @@ def measure(part: str, names: int, threads: int) -> dict[str, float]:
     import torch.nn.functional as F
 
     from dfzsl.io.results import peak_memory
-    from dfzsl.trainers.generation.generate import build_classifier
+    from dfzsl.trainers.clip.aligned_text import AlignedText
+    from dfzsl.trainers.generation.generate import generate
     from dfzsl.trainers.recovery.oracle import open_oracle
     from dfzsl.trainers.recovery.recover import recover
     from dfzsl.trainers.recovery.teacher import Teacher
@@ -46,9 +47,7 @@ def measure(part: str, names: int, threads: int) -> dict[str, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     virtual = recover(oracle, text[:base], new_text=text[base:], generator=generator)
     if part == "build":
-        build_classifier(
-            virtual, text[:base], text[base:], new_classnames=classnames[base:], generator=generator
-        )
+        generate(virtual, AlignedText(text[:base], text[base:], classnames[base:]), generator=generator)
     found = {
         "names": names,
         "CPU seconds": time.process_time() - cpu,

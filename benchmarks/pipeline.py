@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from tabulate import tabulate
 
-from dfzsl.trainers.generation.generate import build_classifier
+from dfzsl.trainers.clip.aligned_text import AlignedText
+from dfzsl.trainers.generation.generate import generate
 from dfzsl.trainers.generation.generators import build_generator
 from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.oracle import open_oracle
@@ -51,11 +52,9 @@ def main() -> None:
         stages.append([name, time.perf_counter() - wall, time.process_time() - cpu])
 
     def build(**settings: object) -> None:
-        build_classifier(
+        generate(
             virtual,
-            text[:BASE].to(args.device),
-            text[BASE:].to(args.device),
-            new_classnames=names[BASE:],
+            AlignedText(text[:BASE].to(args.device), text[BASE:].to(args.device), names[BASE:]),
             settings=StageThreeSettings(**settings),  # type: ignore[arg-type]
             generator=generator,
         )

@@ -30,7 +30,8 @@ from tabulate import tabulate
 from torch import Tensor
 
 from dfzsl.client.measure import geometry_of
-from dfzsl.trainers.generation.generate import build_classifier
+from dfzsl.trainers.clip.aligned_text import AlignedText
+from dfzsl.trainers.generation.generate import generate
 from dfzsl.trainers.recovery.feature_statistics import Geometry
 from dfzsl.trainers.recovery.oracle import open_oracle
 from dfzsl.trainers.recovery.recover import recover
@@ -180,8 +181,8 @@ def run(task: Task, teacher: Teacher, geometry: Geometry | None) -> dict[str, tu
             generator=generator,
             geometry=geometry,
         )
-        ours = build_classifier(
-            virtual, text[:base], text[base:], new_classnames=task.names[base:], generator=generator
+        ours = generate(
+            virtual, AlignedText(text[:base], text[base:], task.names[base:]), generator=generator
         )
     logits = ours.logits(task.x_test)
     score = logits[:, :base], logits[:, base:]

@@ -1,4 +1,4 @@
-"""Virtual features in the place of training images, and a data manager that has no training images."""
+"""Provide virtual features in place of training images, and a data manager without training images."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
-from dassl.data.datasets import build_dataset
+from dassl.data.datasets import DatasetBase, build_dataset
 from torch import Tensor
 
 from dfzsl.utils.errors import UserError
+from dfzsl.utils.log import logger
 
 from .loader import FeatureLoader
 
@@ -109,7 +110,7 @@ class VirtualLoader:
         if self._pass is None or self.fresh:
             first, self._pass = self._pass is None, self.draw()
             if first:
-                self._tell()
+                self._log_pass()
         features, labels = self._pass
         yield from FeatureLoader(
             features,
@@ -120,24 +121,34 @@ class VirtualLoader:
             drop_last=len(labels) >= self.batch_size,
         )
 
-    def _tell(self) -> None:
+    def _log_pass(self) -> None:
         filtered = f"the teacher keeps {self.kept_share:.1%}" if self.filter else "not filtered"
-        print(f"Virtual features: {len(self.virtual.classnames)} classes x {self.num_per_class}, {filtered}")
+        classes = len(self.virtual.classnames)
+        logger.info(f"Virtual features: {classes} classes x {self.num_per_class}, {filtered}")
         if self.unfiltered:
             names = ", ".join(self.unfiltered[:5]) + (", ..." if len(self.unfiltered) > 5 else "")
             count = len(self.unfiltered)
-            print(f"The teacher disowns the virtual features of {count} classes, kept as drawn: {names}")
+            logger.warning(
+                f"The teacher assigns hardly any virtual feature of {count} classes to them; these stay "
+                f"unfiltered: {names}"
+            )
 
 
 class DataFreeManager:
     """Dassl's DataManager for a run that has a teacher in the place of training images.
 
-    It has the same attributes; the loaders are None, as the trainer makes its own. Raises UserError where the
-    data set has read training or validation images in spite of TEACHER.FILE.
+    It has the same attributes; the loaders are None, as the trainer makes its own.
+
+    Args:
+        cfg: the run's config.
+        dataset: a data set without training images; by default the one that DATASET.NAME names.
+
+    Raises:
+        UserError: the data set has read training or validation images in spite of TEACHER.FILE.
     """
 
-    def __init__(self, cfg: Any) -> None:
-        self.dataset = build_dataset(cfg)
+    def __init__(self, cfg: Any, dataset: DatasetBase | None = None) -> None:
+        self.dataset: Any = build_dataset(cfg) if dataset is None else dataset
         if self.dataset.train_x or self.dataset.train_u or self.dataset.val:
             raise UserError(
                 f"DATASET.NAME {cfg.DATASET.NAME} reads training images although TEACHER.FILE is set; take a "
@@ -152,5 +163,5 @@ class DataFreeManager:
         self.lab2cname = self.dataset.lab2cname
         self.device = torch.device("cuda" if torch.cuda.is_available() and cfg.USE_CUDA else "cpu")
         if cfg.VERBOSE:
-            print(f"Data set {cfg.DATASET.NAME}: {self.num_classes} classes, 0 training and", end=" ")
-            print(f"{len(self.dataset.test):,} test images")
+            name, images = cfg.DATASET.NAME or "of class names", len(self.dataset.test)
+            logger.info(f"Data set {name}: {self.num_classes} classes, 0 training and {images:,} test images")

@@ -24,8 +24,10 @@ for _place in (Path(__file__).parent / "drop_in", Path(__file__).parents[1] / "c
 
 _PUBLIC = {
     "Classifier": "trainers.generation.classifier:Classifier",
+    "align": "client.build:align",
     "build": "client.build:build",
     "evaluate": "client.evaluate:evaluate",
+    "generate": "trainers.generation.generate:generate",
     "fit_teacher": "trainers.recovery.teacher:fit_teacher",
     "load_classifier": "trainers.generation.classifier:Classifier.load",
     "load_teacher": "trainers.recovery.teacher:Teacher.load",

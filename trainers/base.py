@@ -1,4 +1,4 @@
-"""What every trainer here shares: a frozen CLIP, test features encoded once, virtual or real training data.
+"""Provide the base of all trainers: a frozen CLIP, test features encoded once, virtual or real training data.
 
 A trainer on top of `CLIPTrainer` defines `build_model`, `forward_backward` and `model_inference`, in the
 toolbox's own style; see docs/new_trainer.md.
@@ -6,8 +6,10 @@ toolbox's own style; see docs/new_trainer.md.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +21,7 @@ from dassl.engine import TrainerX
 from dassl.utils import load_checkpoint
 from tqdm import tqdm
 
+from dfzsl.datasets.class_names import ClassNames
 from dfzsl.datasets.encoding import checksum, encode_datums
 from dfzsl.datasets.features import FeatureDatum
 from dfzsl.datasets.loader import FeatureLoader
@@ -29,6 +32,7 @@ from dfzsl.io.run_directory import Folder
 from dfzsl.utils import distributed
 from dfzsl.utils.dassl_plugin import add_keys, keys_of
 from dfzsl.utils.errors import UserError
+from dfzsl.utils.log import log_to_stdout, logger
 
 from .clip.backbone import FeatureBackbone
 from .clip.loading import BUILT_IN, BUILT_IN_FOLDER, load_backbone
@@ -59,8 +63,13 @@ class CLIPTrainer(TrainerX):
         template: the data set's prompt, such as "a photo of a {}."
         texts: what is said of a class, TEXT.PROMPTS or else that prompt (trainers/clip/texts.py).
 
-    A run is data-free when `TEACHER.FILE` is set: the data set then knows names and test images only, and
-    training batches are drawn from the vMF distributions recovered from the teacher (stage 1).
+    A run is data-free when `TEACHER.FILE` is set or `virtual` is given: the data set then knows names and
+    test images only, and training batches are drawn from the vMF distributions recovered from the teacher
+    (stage 1). A data-free run needs no data set (DATASET.NAME ""): its classes are then the teacher's.
+
+    Args:
+        cfg: the frozen config.
+        virtual: the result of stage 1 if it is at hand; by default `recover` asks the teacher.
     """
 
     cfg: Any
@@ -69,17 +78,22 @@ class CLIPTrainer(TrainerX):
     recipe = ""  # the config in configs/trainers/NAME/ that a protocol takes unless told otherwise
     trains = True  # False: nothing is learned, there is nothing to load for a test
     needs_teacher = False  # True: always data-free
+    epoch_callback: Callable[[int], None] | None = None  # called with the index of each finished epoch
     image_prompts = False  # True: learns inside the image encoder, from pictures, at its backward pass's cost
+
+    def __init__(self, cfg: Any, virtual: VirtualClasses | None = None) -> None:
+        self.virtual = virtual
+        super().__init__(cfg)
 
     @property
     def data_free(self) -> bool:
-        return bool(self.cfg.TEACHER.FILE)
+        return bool(self.cfg.TEACHER.FILE) or self.virtual is not None
 
     def build_data_loader(self) -> None:
+        log_to_stdout()
         self.started = time.perf_counter()
         self.stage_seconds: dict[str, float] = {}
         self.losses: dict[int, float] = {}
-        self.virtual: VirtualClasses | None = None
         self.queries = 0
         self.folder = Folder(self.cfg)
         cfg = self.cfg = _for_this_machine(self.cfg)
@@ -110,10 +124,25 @@ class CLIPTrainer(TrainerX):
         self.train_loader_x = None
 
     def data_manager(self) -> Any:
-        """What the run knows of its data: `dataset`, `num_classes`, `num_source_domains`, `lab2cname`."""
-        if self.data_free:
+        """Return what the run knows of its data, with the attributes of Dassl's DataManager."""
+        if not self.data_free:
+            return DataManager(self.cfg, custom_tfm_test=self.transform)
+        if self.cfg.DATASET.NAME:
             return DataFreeManager(self.cfg)
-        return DataManager(self.cfg, custom_tfm_test=self.transform)
+        base = self.virtual.classnames if self.virtual else self.oracle.classnames
+        return DataFreeManager(self.cfg, ClassNames(base, self.named_new_classes))
+
+    @property
+    def named_new_classes(self) -> list[str]:
+        """New classes that the config names, in place of those of the data set."""
+        return []
+
+    @functools.cached_property
+    def oracle(self) -> Oracle:
+        """The teacher at TEACHER.ACCESS; OUTPUT_DIR/answers keeps a server's responses, which cost budget."""
+        teacher = self.cfg.TEACHER
+        journal = Path(self.cfg.OUTPUT_DIR) / "answers" if is_address(teacher.FILE) else None
+        return open_oracle(teacher.FILE, teacher.ACCESS, journal, teacher.BUDGET)
 
     def encode(self, datums: list) -> tuple[torch.Tensor, torch.Tensor]:
         """Unit features (n, d) of a list of Datum, as `encode_datums` gives them, and labels (n,)."""
@@ -191,45 +220,22 @@ class CLIPTrainer(TrainerX):
     def after_epoch(self) -> None:
         super().after_epoch()
         self.stage_seconds["train"] = time.perf_counter() - self.train_started
+        if self.epoch_callback:
+            self.epoch_callback(self.epoch)
 
     def recover_virtual_features(self) -> VirtualLoader:
-        """Stage 1: vMF distributions of the base classes from the teacher, and the loader of their draws.
-
-        Writes OUTPUT_DIR/virtual.safetensors, and reads it instead of asking the teacher again.
-        """
+        """Run stage 1 unless OUTPUT_DIR/virtual.safetensors has its result; return the loader of draws."""
         started = time.perf_counter()
-        source, output = self.cfg.TEACHER.FILE, Path(self.cfg.OUTPUT_DIR)
         settings = {key.lower(): value for key, value in self.cfg.RECOVERY.items()}
-        path = output / "virtual.safetensors"
-        geometry = self.geometry()
-        with distributed.first_alone():
-            if path.exists():
-                self.virtual = replace(VirtualClasses.load(path), geometry=geometry)
-            else:
-                # Answers of a server were paid for: they are kept, and an interrupted run goes on from them.
-                journal = output / "answers" if is_address(source) else None
-                oracle = self.open_teacher(journal)
-                if oracle.backbone and oracle.backbone != self.backbone.identity:
-                    raise UserError(
-                        f"{source}: a teacher of {oracle.backbone} cannot read features of "
-                        f"{self.backbone.identity}"
-                    )
-                if oracle.card and (other := oracle.card.measured_elsewhere(self.texts.about)):
-                    print(f"Text: {other}")
-                if journal:  # it is this run's
+        if self.virtual is None:
+            path, geometry = Path(self.cfg.OUTPUT_DIR) / "virtual.safetensors", self.geometry()
+            with distributed.first_alone():
+                if path.exists():
+                    self.virtual = replace(VirtualClasses.load(path), geometry=geometry)
+                else:
+                    self.virtual = self.ask_teacher(geometry, settings)
                     self.folder.claim()
-                self.virtual = recover(
-                    oracle,
-                    self.text_of(self.classnames).cpu(),
-                    self.classnames,
-                    new_text=self.text_of(self.announced).cpu(),
-                    generator=self.stage_generator(),
-                    geometry=geometry,
-                    **settings,
-                )
-                self.folder.claim()
-                self.virtual.save(path)
-                print(f"Teacher: {self.virtual.told}")
+                    self.virtual.save(path)
         self.virtual = self.virtual.ordered_as(self.classnames)
         self.queries = self.virtual.queries
         self.draws = self.stage_generator()
@@ -242,14 +248,37 @@ class CLIPTrainer(TrainerX):
         self.stage_seconds["recovery"] = time.perf_counter() - started
         return loader
 
-    @property
-    def announced(self) -> list[str]:
-        """The new classes, as far as their names are known while the base classes are recovered."""
-        return self.dm.dataset.new_classnames
+    def ask_teacher(self, geometry: Geometry | None, settings: dict[str, Any]) -> VirtualClasses:
+        """Recover the base classes from the teacher, by the settings of `RecoverySettings`."""
+        oracle = self.oracle
+        if oracle.backbone and oracle.backbone != self.backbone.identity:
+            raise UserError(
+                f"{self.cfg.TEACHER.FILE}: a teacher of {oracle.backbone} cannot read features of "
+                f"{self.backbone.identity}"
+            )
+        if note := self.text_note:
+            logger.warning(f"Text: {note}")
+        if oracle.journal:  # it is this run's
+            self.folder.claim()
+        virtual = recover(
+            oracle,
+            self.text_of(self.classnames).cpu(),
+            self.classnames,
+            new_text=self.text_of(self.named_new_classes or self.dm.dataset.new_classnames).cpu(),
+            generator=self.stage_generator(),
+            geometry=geometry,
+            **settings,
+        )
+        logger.info(f"Teacher: {virtual.told}")
+        return virtual
 
-    def open_teacher(self, journal: Path | None) -> Oracle:
-        teacher = self.cfg.TEACHER
-        return open_oracle(teacher.FILE, teacher.ACCESS, journal, teacher.BUDGET)
+    @property
+    def text_note(self) -> str:
+        """A sentence if the owner measured the mixing weight with other prompts than this run's, else ""."""
+        if not self.cfg.TEACHER.FILE or is_address(self.cfg.TEACHER.FILE):
+            return ""  # only a file has a card
+        card = self.oracle.card
+        return card.measured_elsewhere(self.texts.about) if card else ""
 
     def geometry(self) -> Geometry | None:
         """The encoder's geometry that GEOMETRY.FILE names (a file, or the built-in "shapes"), if any."""
@@ -305,7 +334,7 @@ class CLIPTrainer(TrainerX):
                 for key, value in checkpoint["state_dict"].items()
                 if not key.endswith(("token_prefix", "token_suffix"))
             }
-            print(f'Loading weights to {name} from "{path}" (epoch = {checkpoint["epoch"]})')
+            logger.info(f'Loading weights to {name} from "{path}" (epoch = {checkpoint["epoch"]})')
             self._models[name].load_state_dict(state, strict=False)
 
     @property
@@ -329,7 +358,7 @@ class CLIPTrainer(TrainerX):
             loader = self.val_loader
         else:
             split, loader = "test", self.test_loader
-        print(f"Evaluate on the *{split}* set")
+        logger.info(f"Evaluate on the *{split}* set")
         labels, predictions = [], []
         for batch in tqdm(loader):
             features, label = self.parse_batch_test(batch)
@@ -362,7 +391,7 @@ class CLIPTrainer(TrainerX):
             peak_memory=peak_memory(),
             notes=self.notes(),
         )
-        print(f"Results written to {path}")
+        logger.info(f"Results written to {path}")
 
     def _concentrations(self) -> list[dict]:
         """Recovered and true concentration of each class, the truth measured on the test features."""

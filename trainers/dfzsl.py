@@ -1,4 +1,4 @@
-"""The method: FLPT on virtual features (stages 1 and 2), then generated new features and one classifier.
+"""Provide the method: recover virtual base classes, align text by FLPT, generate one classifier.
 
 Tang et al., Data-Free Generalized Zero-Shot Learning, AAAI 2024.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,11 +16,12 @@ from dassl.engine import TRAINER_REGISTRY
 from dfzsl.io.files import checked_names
 from dfzsl.utils.dassl_plugin import add_keys, keys_of, register
 from dfzsl.utils.errors import UserError
-from dfzsl.utils.numerics import checked
+from dfzsl.utils.log import logger
 
+from .clip.aligned_text import AlignedText
 from .flpt import FLPT
 from .generation.classifier import Classifier
-from .generation.generate import build_classifier
+from .generation.generate import generate
 from .generation.training import StageThreeSettings
 
 add_keys("TRAINER.DFZSL", FLPT=True, NEW_CLASSES=())
@@ -33,9 +34,13 @@ CLASSIFIER = "classifier.safetensors"
 class DFZSL(FLPT):
     """Data-free generalized zero-shot learning.
 
-    Reads TEACHER.FILE, class names and nothing else of the training set. Writes virtual.safetensors
-    (stage 1), prompt_learner/ (stage 2) and classifier.safetensors (stage 3: one for base and new).
-    Without a text encoder, or with TRAINER.DFZSL.FLPT False, stage 2 is left out: text features stay CLIP's.
+    The three stages fill Dassl's training loop: `before_train` recovers virtual classes (stage 1), the epochs
+    tune prompts on their draws (stage 2), `after_train` generates the classifier (stage 3). Each leaves its
+    result in OUTPUT_DIR, from which an interrupted run resumes: virtual.safetensors, prompt_learner/,
+    classifier.safetensors.
+
+    The run reads TEACHER.FILE and class names, and nothing of a training set. Without a text encoder, or with
+    TRAINER.DFZSL.FLPT False, stage 2 is skipped: text embeddings stay CLIP's.
     """
 
     recipe = "dfzsl"
@@ -53,12 +58,12 @@ class DFZSL(FLPT):
         if self.tuned:
             super().build_model()
         else:
-            print(self.notes()[0])
+            logger.info(self.notes()[0])
             self.max_epoch = 0
 
     @property
     def trained_parameters(self) -> int:
-        """Of the prompts and of the final classifier; the generator is thrown away."""
+        """Number of parameters of the prompts and of the classifier; the generator is not kept."""
         rows = self.classifier.weight.numel() if self.classifier else 0
         return super().trained_parameters + rows
 
@@ -70,23 +75,19 @@ class DFZSL(FLPT):
         return ["FLPT left out (features without a text encoder)"]
 
     @property
-    def new_classnames(self) -> list[str]:
-        """The classes to add: TRAINER.DFZSL.NEW_CLASSES, else the new classes of the data set, if any."""
-        new = [name for name in self.dm.dataset.new_classnames if name not in self.classnames]
-        return list(self.cfg.TRAINER.DFZSL.NEW_CLASSES) or new
+    def named_new_classes(self) -> list[str]:
+        return list(self.cfg.TRAINER.DFZSL.NEW_CLASSES)
 
     @property
-    def announced(self) -> list[str]:
-        return list(self.cfg.TRAINER.DFZSL.NEW_CLASSES) or super().announced
+    def new_classnames(self) -> list[str]:
+        """The classes to add: TRAINER.DFZSL.NEW_CLASSES, else the new classes of the data set, if any."""
+        return self.named_new_classes or [
+            name for name in self.dm.dataset.new_classnames if name not in self.classnames
+        ]
 
     def before_train(self) -> None:
         checked_names(self.new_classnames, "the new classes", taken=self.classnames)
         super().before_train()
-
-    @property
-    def checkpoints(self) -> Path:
-        """Where stage 3 keeps what it has trained, until the classifier is made."""
-        return Path(self.output_dir) / "generator"
 
     @torch.no_grad()
     def after_train(self) -> None:
@@ -101,44 +102,46 @@ class DFZSL(FLPT):
         self.stage_seconds["generate"] = time.perf_counter() - started
         super().after_train()
 
-    def text_rows(self, classnames: list[str]) -> torch.Tensor:
-        """Unit text features (n, d), in the tuned context where there is one."""
-        if not self.tuned:
-            return self.text_of(classnames)
-        self.set_model_mode("eval")
-        rows = self.text_features(classnames).detach()
-        return checked(rows, "stage 2 (FLPT)", "tuned text feature", classnames)
+    @property
+    def checkpoints(self) -> Path:
+        """Folder where stage 3 keeps trained generators until the classifier is written."""
+        return Path(self.output_dir) / "generator"
 
     @torch.enable_grad()
     def generate(self) -> Classifier:
-        """Stage 3: train the generator on aligned virtual features, make new ones, fit one classifier."""
-        base, new = self.classnames, self.new_classnames
-        base_text = self.text_rows(base)
-        new_text = self.text_rows(new) if new else base_text[:0]
-        shift = self.shift().detach() if self.tuned else None
+        """Run stage 3 on the results of stages 1 and 2."""
         assert self.virtual is not None, "stage 1 comes first"
-        settings = {key.lower(): value for key, value in self.cfg.GENERATOR.items()}
-        texts = self.tuned_texts(self.model.prompt_learner) if self.tuned else self.texts
-        classifier = build_classifier(
+        classifier = generate(
             self.virtual,
-            base_text,
-            new_text,
-            new_classnames=new,
-            shift=shift,
-            settings=StageThreeSettings(**settings),
+            self.aligned_text(self.new_classnames),
+            StageThreeSettings(**{key.lower(): value for key, value in self.cfg.GENERATOR.items()}),
             generator=self.stage_generator(),
             folder=self.checkpoints,
+        )
+        assert classifier.decision is not None
+        logger.info(f"Classifier: {classifier.decision.chosen}")
+        return classifier
+
+    def aligned_text(self, new_classnames: Sequence[str]) -> AlignedText:
+        if self.tuned:
+            return super().aligned_text(new_classnames)
+        base = self.text_of(self.classnames)
+        return AlignedText(
+            base,
+            self.text_of(list(new_classnames)) if new_classnames else base[:0],
+            list(new_classnames),
+            texts=self.texts,
             backbone=self.backbone.name,
             weights=self.backbone.weights_id,
+            note="; ".join(filter(None, [*self.notes(), self.text_note])),
         )
-        return replace(classifier, texts=texts)
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
-        """Load the classifier; `epoch` means nothing to it. Classes it does not know (another data set's) get
-        their text features, in the tuned context where there is one."""
+        """Load the classifier; `epoch` has no effect. Classes that it does not know (another data set's) get
+        their text embeddings, in the tuned context where there is one."""
         classifier = Classifier.load(Path(directory) / CLASSIFIER)
-        if strangers := [name for name in self.classnames if name not in classifier.classnames]:
-            classifier = classifier.add(strangers, self.backbone, self.texts)
+        if unknown := [name for name in self.classnames if name not in classifier.classnames]:
+            classifier = classifier.add(unknown, self.backbone, self.texts)
         self.classifier = classifier
 
     def model_inference(self, input: torch.Tensor) -> torch.Tensor:

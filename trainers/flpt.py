@@ -1,6 +1,6 @@
-"""FLPT, feature-language prompt tuning: one context tunes the text features and shifts the image features.
+"""Tune prompts on virtual features (FLPT, stage 2): one context moves text embeddings and image features.
 
-Tang et al., Data-Free Generalized Zero-Shot Learning, AAAI 2024 (stage 2).
+Tang et al., Data-Free Generalized Zero-Shot Learning, AAAI 2024.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfzsl.utils.dassl_plugin import add_keys, register
+from dfzsl.utils.numerics import checked
 
+from .clip.aligned_text import AlignedText
 from .clip.learner import PromptLearner
 from .clip.texts import ClassTexts
 from .coop import CoOp, PromptedCLIP
@@ -97,3 +99,24 @@ class FLPT(CoOp):
     def shift(self) -> Tensor:
         """The tuned shift (d,) of image features."""
         return self.model.prompt_learner.shift()
+
+    def aligned_text(self, new_classnames: Sequence[str]) -> AlignedText:
+        """Return the result of stage 2 for the base classes of this run and for new classes."""
+        self.set_model_mode("eval")
+        base, new = (
+            checked(self.text_features(names).detach(), "stage 2 (FLPT)", "tuned text feature", names)
+            if names
+            else torch.empty(0, self.backbone.dim, device=self.device)
+            for names in (self.classnames, list(new_classnames))
+        )
+        return AlignedText(
+            base,
+            new,
+            list(new_classnames),
+            shift=self.shift().detach(),
+            texts=self.tuned_texts(self.model.prompt_learner),
+            backbone=self.backbone.name,
+            weights=self.backbone.weights_id,
+            epochs=self.max_epoch,
+            note=self.text_note,
+        )

@@ -14,6 +14,7 @@ from dassl.engine import TRAINER_REGISTRY
 
 from dfzsl.utils.dassl_plugin import add_keys, register
 from dfzsl.utils.errors import UserError
+from dfzsl.utils.log import logger
 
 from .base import CLIPTrainer
 from .recovery.teacher import Teacher, fit_teacher
@@ -56,7 +57,7 @@ class TeacherZeroshot(CLIPTrainer):
                 **({"C": strength} if strength else {"text": self.text.cpu(), "said": self.texts.about}),
             )
             if card := self.teacher.card:
-                print(f"The teacher's card: {card}")
+                logger.info(f"The teacher's card: {card}")
             self.folder.claim()
             self.teacher.save(path)
         self.stage_seconds["teacher"] = time.perf_counter() - started

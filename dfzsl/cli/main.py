@@ -106,17 +106,20 @@ def build(
     """
     from tabulate import tabulate
 
-    from dfzsl.client.build import built, kept_until_done, read_classnames
+    from dfzsl.client.build import build as build_classifier
+    from dfzsl.client.build import kept_until_done, read_classnames
 
     names = read_classnames(new)
     if len(settings) % 2:
         raise UserError(f"settings come in pairs KEY VALUE; '{settings[-1]}' stands alone")
     with kept_until_done(output, keep) as folder:
-        classifier, summary = built(
+        classifier = build_classifier(
             teacher, names, folder=folder, settings=settings, quiet=not sys.stderr.isatty(), **named
         )
         classifier.save(output)
-    click.echo(tabulate(summary.items(), tablefmt="plain", maxcolwidths=[None, 90]))
+    if classifier.decision:
+        click.echo(tabulate(classifier.decision.rows(), tablefmt="plain", maxcolwidths=[None, 90]))
+    click.echo(repr(classifier))
     click.echo(f"Saved to {output}")
 
 
@@ -318,9 +321,9 @@ def fit(
     """
     import torch
 
-    from dfzsl.client.build import named, read_classnames
+    from dfzsl.client.build import read_classnames
     from dfzsl.datasets.labeled_images import read_labelled
-    from dfzsl.trainers.clip.loading import load_backbone
+    from dfzsl.trainers.clip.loading import load_backbone, parse_identity
     from dfzsl.trainers.clip.texts import ClassTexts
     from dfzsl.trainers.recovery.teacher import fit_teacher
 
@@ -341,7 +344,9 @@ def fit(
     rows, said = known.text, known.said
     if text or data.is_dir():
         texts = ClassTexts.parse(text)
-        encoder = opened() if data.is_dir() else load_backbone(*named(known.backbone), _device(device))
+        encoder = (
+            opened() if data.is_dir() else load_backbone(*parse_identity(known.backbone), _device(device))
+        )
         rows, said = texts.features(encoder, known.classnames).cpu(), texts.about
     made = fit_teacher(
         known.features,
@@ -385,15 +390,15 @@ def import_(
     FILE is a state dict of torch (nothing in it runs), .safetensors, or a scikit-learn classifier as .npz
     (coef_, intercept_) or .skops; --classes may be text, JSON or CSV.
     """
-    from dfzsl.client.build import identity_of
     from dfzsl.owner.import_head import import_teacher
+    from dfzsl.trainers.clip.loading import identity
 
     made = import_teacher(
         file,
         classnames=classes
         if os.path.exists(classes)
         else [n.strip() for n in classes.split(",") if n.strip()],
-        backbone=identity_of(backbone, weights) if backbone else "",
+        backbone=identity(backbone, weights or "openai", fetch=False) if backbone else "",
         normalized=cosine,
         weight=weight,
         bias=bias,

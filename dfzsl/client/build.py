@@ -1,128 +1,37 @@
-"""From a teacher and names to a classifier, without a data set and without an image.
-
-`Builder` is the trainer DFZSL with names in the place of a data set: the same stages, settings and files, and
-bit for bit the classifier that `train.py --trainer DFZSL` makes of the same teacher, names and seed.
-"""
+"""Build a classifier from a teacher and class names (stages 1 to 3), without a data set or an image."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from dassl.config import get_cfg_default
 from dassl.utils import set_random_seed
+from yacs.config import CfgNode
 
 from dfzsl.configs import CONFIGS
-from dfzsl.datasets.base import ClassDataset
 from dfzsl.io.files import checked_names, read_json, read_text
 from dfzsl.train import merge, read_config
+from dfzsl.trainers.clip.aligned_text import AlignedText
 from dfzsl.trainers.clip.backbone import Backbone
-from dfzsl.trainers.clip.loading import BUILT_IN, BUILT_INS, load_backbone
+from dfzsl.trainers.clip.loading import BUILT_IN, BUILT_INS, load_backbone, parse_identity
 from dfzsl.trainers.dfzsl import DFZSL
+from dfzsl.trainers.flpt import FLPT
 from dfzsl.trainers.generation.classifier import Classifier
-from dfzsl.trainers.recovery.oracle import Oracle, open_oracle
+from dfzsl.trainers.recovery.oracle import open_oracle
 from dfzsl.trainers.recovery.teacher import Teacher
+from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.progress import bar, hidden
 
 NAMES = (".txt", ".json")
-
-
-class Builder(DFZSL):
-    """DFZSL on the names of a teacher's classes and of TRAINER.DFZSL.NEW_CLASSES.
-
-    Attributes: `oracle`, the teacher as it was asked; `decided`, what stage 3 said of its choices.
-    """
-
-    oracle: Oracle
-    decided: tuple[str, ...] = ()
-
-    def __init__(self, cfg: Any, oracle: Oracle) -> None:
-        self.oracle = oracle
-        super().__init__(cfg)
-
-    def data_manager(self) -> Any:
-        """Names, where a data set would name pictures too."""
-        base = self.oracle.classnames
-        new = list(self.cfg.TRAINER.DFZSL.NEW_CLASSES)
-        dataset = SimpleNamespace(
-            classnames=base,
-            new_classnames=new,
-            all_classnames=[*base, *new],
-            text_features=None,
-            template=ClassDataset.template,
-            test_only=False,
-            **{part: [] for part in ("train_x", "train_u", "val", "test")},
-        )
-        return SimpleNamespace(
-            dataset=dataset, num_classes=len(base), num_source_domains=0, lab2cname=dict(enumerate(base))
-        )
-
-    def open_teacher(self, journal: Path | None) -> Oracle:
-        self.oracle.journal = journal
-        return self.oracle
-
-    def recover_virtual_features(self):
-        answer = self.oracle.answer
-
-        def counted(x: torch.Tensor) -> torch.Tensor:
-            answers = answer(x)
-            shown.update(len(x))
-            return answers
-
-        with bar(desc="recover", unit="query", leave=True) as shown:
-            self.oracle.answer = counted
-            try:
-                return super().recover_virtual_features()
-            finally:
-                self.oracle.answer = answer
-
-    def before_train(self) -> None:
-        super().before_train()
-        self.bar = bar(
-            desc="align",
-            unit="epoch",
-            total=self.max_epoch,
-            initial=self.start_epoch,
-            leave=True,
-            disable=not self.tuned,
-        )
-
-    def after_epoch(self) -> None:
-        super().after_epoch()
-        self.bar.update()
-
-    def generate(self) -> Classifier:
-        self.bar.close()
-        said = _Lines()
-        with bar(desc="generate", unit="classifier", total=1, leave=True) as shown:
-            with contextlib.redirect_stdout(said):
-                classifier = super().generate()
-            shown.update()
-        self.decided = tuple(said.lines)
-        return classifier
-
-
-class _Lines:
-    """A text stream that keeps its lines."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def write(self, text: str) -> int:
-        self.lines += filter(None, map(str.strip, text.splitlines()))
-        return len(text)
-
-    def flush(self) -> None:
-        pass
+AnyFLPT = TypeVar("AnyFLPT", bound=FLPT)
 
 
 def build(
@@ -139,117 +48,129 @@ def build(
     settings: Sequence[str] = (),
     quiet: bool = True,
 ) -> Classifier:
-    """One classifier for a teacher's base classes and for new ones, of which there is a name only.
+    """Build one classifier for a teacher's base classes and for new classes, known by name only.
+
+    Runs the trainer DFZSL on a data set of class names: recover, align and generate. The result equals, byte
+    for byte, the classifier that `train.py --trainer DFZSL` makes of the same teacher, names and seed.
 
     Args:
         teacher: a Teacher, its file, or the address of a server.
-        new_classnames: none is named like a base class.
-        backbone: open_clip's name of the model whose features the teacher reads; its own, where it says.
-        weights: tag or file of its weights.
-        text: TEXT.PROMPTS, what is said of a class (trainers/clip/texts.py).
-        geometry: GEOMETRY.FILE, how the backbone's image features scatter (dfzsl.measure_geometry); the
-            built-in backbone has its own.
-        access: TEACHER.ACCESS, what a query returns.
-        folder: where the stages' results stay; a build that was interrupted goes on from them.
+        new_classnames: names of the new classes; none is the name of a base class.
+        backbone: open_clip's name of the model whose features the teacher reads; by default the teacher's.
+        weights: pretrained tag or file of its weights.
+        text: prompts of the classes, TEXT.PROMPTS (trainers/clip/texts.py).
+        geometry: file of the backbone's feature statistics (dfzsl.measure_geometry); the built-in backbone
+            has its own.
+        access: what a query returns, TEACHER.ACCESS.
+        seed: of all random draws.
+        folder: where the results of the stages stay; an interrupted build resumes from them.
         settings: KEY, VALUE, ... for the config.
-        quiet: no progress bars.
+        quiet: show no progress bars.
 
-    Raises UserError for whatever is wrong with the teacher, the names, the backbone or the settings.
+    Returns:
+        The classifier. Its `decision` tells how it was built; None where `folder` had a finished build.
+
+    Raises:
+        UserError: a mistake in the teacher, the names, the backbone or the settings.
     """
-    return built(
-        teacher, new_classnames, backbone, weights, text, geometry, access, seed, folder, settings, quiet
-    )[0]
-
-
-def built(
-    teacher: Teacher | str | os.PathLike[str],
-    new_classnames: Sequence[str],
-    backbone: str,
-    weights: str,
-    text: str,
-    geometry: str | os.PathLike[str],
-    access: str,
-    seed: int,
-    folder: str | os.PathLike[str] | None,
-    settings: Sequence[str],
-    quiet: bool,
-) -> tuple[Classifier, dict[str, str]]:
-    """`build`, and what was recovered and decided, in words."""
-    with contextlib.ExitStack() as stack:
-        where = Path(folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="dfzsl-")))
-        cfg = get_cfg_default()
-        for path, keys in read_config(str(CONFIGS / "trainers/DFZSL" / f"{DFZSL.recipe}.yaml")):
-            merge(path, cfg.merge_from_other_cfg, keys)
-        given = {"TEACHER.ACCESS": access, "TEXT.PROMPTS": text}
-        given["GEOMETRY.FILE"] = os.fspath(geometry)
-        given |= {"MODEL.BACKBONE.NAME": backbone, "MODEL.BACKBONE.WEIGHTS": weights}
-        for key, value in given.items():
-            if value:
-                cfg.merge_from_list([key, value])
-        merge("KEY VALUE", cfg.merge_from_list, list(settings))
-        oracle = open_oracle(teacher, cfg.TEACHER.ACCESS, budget=cfg.TEACHER.BUDGET)
-        checked_names(new_classnames, "the new classes", taken=oracle.classnames)
-        if not backbone:
-            cfg.MODEL.BACKBONE.NAME, tag = named(oracle.backbone)
-            cfg.MODEL.BACKBONE.WEIGHTS = weights or tag
-        if cfg.MODEL.BACKBONE.NAME == BUILT_IN and not cfg.GEOMETRY.FILE:
-            cfg.GEOMETRY.FILE = BUILT_IN
-        where.mkdir(parents=True, exist_ok=True)
+    given = {"TEACHER.ACCESS": access, "TEXT.PROMPTS": text, "GEOMETRY.FILE": os.fspath(geometry)}
+    cfg = _read_settings("DFZSL", given, settings, seed)
+    oracle = open_oracle(teacher, cfg.TEACHER.ACCESS)
+    checked_names(new_classnames, "the new classes", taken=oracle.classnames)
+    _set_backbone(cfg, backbone, weights, oracle.backbone)
+    cfg.TRAINER.DFZSL.NEW_CLASSES = tuple(new_classnames)
+    with _run(folder, quiet) as run_folder:
         if isinstance(teacher, Teacher):
-            teacher.save(where / "teacher.safetensors")
-            teacher = where / "teacher.safetensors"
-        cfg.TEACHER.FILE, cfg.OUTPUT_DIR, cfg.SEED = os.fspath(teacher), str(where), seed
-        cfg.TRAINER.NAME, cfg.DATASET.NAME, cfg.TEST.NO_TEST = "DFZSL", "names", True
-        cfg.TRAINER.DFZSL.NEW_CLASSES = tuple(new_classnames)
-        cfg.freeze()
-        set_random_seed(seed)
-        stack.enter_context(
-            contextlib.redirect_stdout(stack.enter_context(open(where / "log.txt", "a", encoding="utf-8")))
-        )
+            teacher.save(run_folder / "teacher.safetensors")
+            teacher = run_folder / "teacher.safetensors"
+        cfg.TEACHER.FILE, cfg.OUTPUT_DIR = os.fspath(teacher), str(run_folder)
+        trainer = _train(DFZSL, cfg)
+        assert trainer.classifier is not None
+        return trainer.classifier
+
+
+def align(
+    virtual: VirtualClasses,
+    new_classnames: Sequence[str] = (),
+    backbone: str = "",
+    *,
+    weights: str = "",
+    text: str = "",
+    seed: int = 1,
+    folder: str | os.PathLike[str] | None = None,
+    settings: Sequence[str] = (),
+    quiet: bool = True,
+) -> AlignedText:
+    """Tune prompts on draws of virtual classes (stage 2, FLPT).
+
+    Args:
+        virtual: the result of `dfzsl.recover`.
+        new_classnames: names of the new classes, whose text embeddings are wanted too.
+        backbone, weights, text, seed, folder, settings, quiet: see `build`.
+
+    Returns:
+        Text embeddings of base and new classes in the tuned context, and the shift of image features.
+
+    Raises:
+        UserError: a mistake in the names, the backbone or the settings.
+    """
+    cfg = _read_settings("FLPT", {"TEXT.PROMPTS": text}, settings, seed)
+    checked_names(new_classnames, "the new classes", taken=virtual.classnames)
+    _set_backbone(cfg, backbone, weights, virtual.backbone)
+    with _run(folder, quiet) as run_folder:
+        cfg.OUTPUT_DIR = str(run_folder)
+        return _train(FLPT, cfg, virtual).aligned_text(new_classnames)
+
+
+@contextlib.contextmanager
+def _run(folder: str | os.PathLike[str] | None, quiet: bool) -> Iterator[Path]:
+    """Yield the folder of a run; what Dassl's loop prints goes to log.txt in it."""
+    with contextlib.ExitStack() as stack:
+        path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="dfzsl-")))
+        path.mkdir(parents=True, exist_ok=True)
+        log = stack.enter_context(open(path / "log.txt", "a", encoding="utf-8"))
+        stack.enter_context(contextlib.redirect_stdout(log))
         stack.enter_context(hidden(quiet))
-        builder = Builder(cfg, oracle)
-        builder.train()
-        assert builder.classifier is not None and builder.virtual is not None
-        return builder.classifier, _summary(builder, builder.classifier)
+        yield path
 
 
-def named(identity: str) -> tuple[str, str]:
-    """(name, weights) of a backbone from its `identity`. Raises UserError where that tells neither."""
-    match = re.fullmatch(r"(\S+) \((.+)\)", identity)
-    if not match or match[1] == "features":
-        raise UserError(
-            f"the teacher does not say whose features it reads ({identity or 'no backbone'}): name the model "
-            "with --backbone"
-        )
-    return match[1], "openai" if match[1] in BUILT_INS else match[2]
+def _read_settings(trainer: str, given: dict[str, str], settings: Sequence[str], seed: int) -> CfgNode:
+    """Return the config of a run without a data set: DFZSL's file, `given` and KEY, VALUE, ... in turn."""
+    cfg = get_cfg_default()
+    for path, keys in read_config(str(CONFIGS / "trainers/DFZSL" / f"{DFZSL.recipe}.yaml")):
+        merge(path, cfg.merge_from_other_cfg, keys)
+    _merge_given(cfg, given)
+    merge("KEY VALUE", cfg.merge_from_list, list(settings))
+    cfg.TRAINER.NAME, cfg.SEED, cfg.TEST.NO_TEST = trainer, seed, True
+    return cfg
 
 
-def identity_of(backbone: str, weights: str) -> str:
-    """The `identity` of a backbone; it is loaded only where its weights are a file, which it is known by."""
-    tag = weights or "openai"
-    if backbone in BUILT_INS or os.path.isfile(tag):
-        return load_backbone(backbone, tag).identity
-    return f"{backbone.replace('/', '-')} ({tag})"
+def _merge_given(cfg: CfgNode, given: dict[str, str]) -> None:
+    for key, value in given.items():
+        if value:
+            cfg.merge_from_list([key, value])
 
 
-def _summary(builder: Builder, classifier: Classifier) -> dict[str, str]:
-    virtual = builder.virtual
-    assert virtual is not None
-    new = int(classifier.is_new.sum())
-    card = builder.oracle.card
-    other = card.measured_elsewhere(builder.texts.about) if card else ""
-    kappa = f"kappa {float(virtual.kappa.mean()):,.0f}"
-    epochs = f"FLPT, {builder.max_epoch} epochs" if builder.tuned else builder.notes()[0]
-    return {
-        "teacher": f"{len(virtual.classnames)} base classes, {virtual.level} of {builder.backbone.identity}",
-        "recovered": f"{virtual.told}, {kappa}",
-        "geometry": str(builder.virtual.geometry) if builder.virtual.geometry else "none given: isotropic",
-        "text": classifier.texts.about + (f" ({other})" if other else ""),
-        "aligned": epochs,
-        "decided": "; ".join(builder.decided) or "-",
-        "new classes": f"{new}, bias {classifier.new_bias:+.3f} of the cosine",
-        "classifier": repr(classifier),
-    }
+def _set_backbone(cfg: CfgNode, backbone: str, weights: str, identity: str) -> None:
+    """Set the backbone that the caller names, else that of `identity`, and the built-in one's statistics."""
+    _merge_given(cfg, {"MODEL.BACKBONE.NAME": backbone, "MODEL.BACKBONE.WEIGHTS": weights})
+    if not backbone:
+        cfg.MODEL.BACKBONE.NAME, tag = parse_identity(identity)
+        cfg.MODEL.BACKBONE.WEIGHTS = weights or tag
+    if cfg.MODEL.BACKBONE.NAME == BUILT_IN and not cfg.GEOMETRY.FILE:
+        cfg.GEOMETRY.FILE = BUILT_IN
+
+
+def _train(kind: type[AnyFLPT], cfg: CfgNode, *given: Any) -> AnyFLPT:
+    """Build a trainer and run its stages, with a progress bar of the epochs."""
+    cfg.freeze()
+    set_random_seed(cfg.SEED)
+    trainer = kind(cfg, *given)
+    total = trainer.max_epoch
+    with bar(desc="align", unit="epoch", total=total, leave=True, disable=not total) as epochs:
+        trainer.epoch_callback = lambda epoch: epochs.update(epoch + 1 - epochs.n)
+        trainer.train()
+    return trainer
 
 
 def read_classnames(source: str) -> list[str]:

@@ -22,8 +22,9 @@ from dfzsl.datasets import extract
 from dfzsl.datasets.encoding import encode_datums
 from dfzsl.io.results import CHANGING
 from dfzsl.trainers.base import CLIPTrainer
+from dfzsl.trainers.clip.aligned_text import AlignedText
 from dfzsl.trainers.coop import CoOp
-from dfzsl.trainers.generation.generate import build_classifier
+from dfzsl.trainers.generation.generate import generate
 from dfzsl.trainers.generation.generators import GENERATORS
 from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.oracle import LEVELS, open_oracle
@@ -62,11 +63,9 @@ def classified(generator: str) -> Callable[[int], Made]:
         own = {"epochs": 1, "hidden": 32} if generator in GENERATORS and generator != "vmf" else {}
         few = {"num_per_class": 20, "num_generated": 20, "classifier_steps": 10, "calibrate": False}
         settings = StageThreeSettings(name=generator, **few, **own)
-        made = build_classifier(
+        made = generate(
             virtual,
-            text,
-            new,
-            new_classnames=["gnu", "hen", "ibis"],
+            AlignedText(text, new, ["gnu", "hen", "ibis"]),
             settings=settings,
             generator=stream(seed),
         )

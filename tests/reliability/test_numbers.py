@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from conftest import needs_proc, peak_memory
 from torch import Tensor
 
+from dfzsl.trainers.clip.aligned_text import AlignedText
 from dfzsl.trainers.generation.calibrated_stacking import _margins
 from dfzsl.trainers.generation.classifier import Classifier, Rows
-from dfzsl.trainers.generation.generate import build_classifier
+from dfzsl.trainers.generation.generate import generate
 from dfzsl.trainers.generation.generators import GENERATORS
 from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.feature_statistics import paper_concentration
@@ -61,11 +62,9 @@ def stages(
     # Rehearsals of a generator are many trainings: they are left to the closed form.
     own |= {"calibrate": generator == "closed_form"}
     settings = StageThreeSettings(name=generator, **SMALL, **own)
-    classifier = build_classifier(
+    classifier = generate(
         virtual,
-        unit(text),
-        unit(new),
-        new_classnames=NEW[: len(new)],
+        AlignedText(unit(text), unit(new), NEW[: len(new)]),
         settings=settings,
         generator=stream(),
     )
@@ -212,7 +211,7 @@ def test_a_row_without_direction_is_named(bad, tried):
     virtual, _ = stages(weight, text, new)
     for base_text, new_text, name in ((spoilt(text), new, "cat"), (text, spoilt(new), "ibis")):
         with pytest.raises(UserError, match=rf"stage 3 \(generation\): class '{name}' .* text feature {how}"):
-            build_classifier(virtual, base_text, new_text, new_classnames=NEW, generator=stream())
+            generate(virtual, AlignedText(base_text, new_text, NEW), generator=stream())
     virtual.mu = spoilt(virtual.mu)
     with pytest.raises((UserError, ValueError), match=r"cat|loc must be finite and of non-zero length"):
         virtual.sample(2)
@@ -265,8 +264,8 @@ def _many(out) -> None:
     virtual.kept(x, y)
     _margins(x, y, Rows(virtual.weight, text[base:], torch.zeros(base)))
     settings = StageThreeSettings(name="vmf", classifier_steps=3, calibrate=False)
-    classifier = build_classifier(
-        virtual, text[:base], text[base:], new_classnames=names[base:], settings=settings, generator=rng
+    classifier = generate(
+        virtual, AlignedText(text[:base], text[base:], names[base:]), settings=settings, generator=rng
     )
     assert classifier.weight.shape == (base + new, d)
     out.send(peak_memory() - before)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfzsl.utils.errors import UserError
+from dfzsl.utils.log import logger
 from dfzsl.utils.torchvision_import import import_lean, import_torchvision
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "amp": torch.float16, "bf16": torch.bfloat16}
@@ -213,7 +214,7 @@ class Backbone(nn.Module):
             raise UserError(f"unknown precision '{precision}'; known: {', '.join(PRECISIONS)}")
         if self.device.type == "cpu" and precision != "fp32" and not (precision == "bf16" and cpu_has_bf16()):
             needs = "a GPU, or a CPU that has bf16" if precision == "bf16" else "a GPU"
-            print(f"Precision {precision} needs {needs}: running in fp32")
+            logger.warning(f"Precision {precision} needs {needs}: running in fp32")
             precision = "fp32"
         self.precision = precision
 

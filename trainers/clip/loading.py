@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import logging
 import os
+import re
 import shutil
 import socket
 import zipfile
@@ -65,6 +66,21 @@ def identity(name: str, weights: str, fetch: bool = True) -> str:
     if fetch or name in BUILT_INS:
         return f"{name} ({_locate(name, weights)[1]})"
     return f"{name} ({_file_id(Path(weights)) if os.path.isfile(weights) else weights})"
+
+
+def parse_identity(identity: str) -> tuple[str, str]:
+    """Return name and weights of a backbone from its `Backbone.identity`, as `load_backbone` takes them.
+
+    Raises:
+        UserError: the identity names no backbone.
+    """
+    match = re.fullmatch(r"(\S+) \((.+)\)", identity)
+    if not match or match[1] == "features":
+        raise UserError(
+            f"the teacher does not say whose features it reads ({identity or 'no backbone'}): name the model "
+            "with --backbone"
+        )
+    return match[1], "openai" if match[1] in BUILT_INS else match[2]
 
 
 def offer_to_coop(name: str, weights: str) -> None:

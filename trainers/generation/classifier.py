@@ -24,6 +24,7 @@ from dfzsl.utils.errors import UserError, unknown
 from dfzsl.utils.progress import bar
 
 from ..clip.texts import ClassTexts
+from .decision import Decision
 
 TEMPERATURE = 0.01  # CLIP's own, 1 / logit_scale
 TEMPLATE = "a photo of a {}."
@@ -33,9 +34,12 @@ SHORTEST, LONGEST = 1e-3, 1e3  # of rows, whose unit is the cosine
 
 @dataclass(frozen=True)
 class Rows:
-    """What stage 3 makes: rows of base (C, d) and new classes (K, d), and biases of base classes (C,).
+    """Class weights of base (C, d) and new classes (K, d), and biases of base classes (C,).
 
-    text_map, text_shift: see `Classifier`. note: how the rows came about, in a sentence.
+    Attributes:
+        text_map, text_shift: see `Classifier`.
+        teacher_weight: mixing weight g of the teacher beside text; None where class weights are trained.
+        reason: why this weight was chosen.
     """
 
     base: Tensor
@@ -43,7 +47,8 @@ class Rows:
     bias: Tensor
     text_map: Tensor | None = None
     text_shift: Tensor | None = None
-    note: str = ""
+    teacher_weight: float | None = None
+    reason: str = ""
 
 
 @dataclass(repr=False)
@@ -59,6 +64,7 @@ class Classifier:
         new_bias: the bias of a class added later.
         backbone, weights: ids of the image encoder; `weights` is a tag or the hash of a file.
         texts: what is said of a class that is added later.
+        decision: how the classifier was built; None for one that was loaded from a file.
     """
 
     weight: Tensor
@@ -73,6 +79,7 @@ class Classifier:
     backbone: str = ""
     weights: str = ""
     texts: ClassTexts = field(default_factory=lambda: ClassTexts((TEMPLATE,)))
+    decision: Decision | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         new = int(self.is_new.sum())

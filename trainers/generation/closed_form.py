@@ -52,8 +52,8 @@ def closed_form(
     if len(new_text):
         _, spread = _spread(new_text @ step + shift - middle, new_text - middle)
         step, shift = spread * step, spread * (shift - middle) + middle
-    note = f"The teacher weighs {mixture.weight:.3g} beside text: {mixture.why}"
-    return Rows(base, new_text @ step + shift, scale * mixture.bias, step, shift, note)
+    new = new_text @ step + shift
+    return Rows(base, new, scale * mixture.bias, step, shift, mixture.weight, mixture.why)
 
 
 def _spread(rows: Tensor, like: Tensor) -> tuple[Tensor, float]:

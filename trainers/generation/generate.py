@@ -1,9 +1,8 @@
-"""Stage 3 in one function: from virtual base classes and the names' text features to the final classifier."""
+"""Build one classifier for base and new classes (stage 3) from virtual classes and aligned text."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +14,11 @@ from dfzsl.io.files import checked_names
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.numerics import checked
 
+from ..clip.aligned_text import AlignedText
 from .calibrated_stacking import MOST_REHEARSED, PERFORMANCES, REHEARSALS, calibrate, plays
 from .classifier import Classifier, Rows
 from .closed_form import closed_form
+from .decision import Decision
 from .generators.base import device_generator
 from .training import STAGE, StageThreeSettings, affordable, train
 
@@ -25,60 +26,54 @@ if TYPE_CHECKING:
     from ..recovery.virtual_classes import VirtualClasses
 
 
-def build_classifier(
+def generate(
     virtual: VirtualClasses,
-    base_text: Tensor,
-    new_text: Tensor,
-    *,
-    new_classnames: Sequence[str],
-    shift: Tensor | None = None,
+    text: AlignedText,
     settings: StageThreeSettings | None = None,
-    generator: torch.Generator,
+    *,
+    generator: torch.Generator | None = None,
     folder: Path | None = None,
-    backbone: str = "",
-    weights: str = "",
 ) -> Classifier:
-    """The classifier for base and new classes.
+    """Build the classifier for base and new classes.
+
+    Class weights are computed in closed form, or trained on virtual features of base classes and generated
+    features of new classes. The bias of new classes is calibrated stacking on pseudo-novel classes.
 
     Args:
-        virtual: the recovered base classes (stage 1), in the order of `base_text`.
-        base_text: (C, d) unit text features of base classes; new_text: (K, d) of new ones, K may be 0. Both
-            in the tuned context when FLPT ran. Training runs on their device.
-        shift: (d,) FLPT's shift of image features, or None.
-        generator: the source of everything random.
-        folder: where trained generators keep their states; a call that was interrupted goes on from there.
-        backbone, weights: ids of the image encoder, kept in the classifier.
+        virtual: C base classes, the result of stage 1.
+        text: text embeddings of the same C base classes in the same order and of K new classes, the result of
+            stage 2. All computation runs on their device.
+        settings: of stage 3; by default those of `StageThreeSettings`.
+        generator: source of all random draws; by default seed 0.
+        folder: where trained generators write checkpoints; an interrupted call resumes from them.
 
-    Raises UserError for new names that repeat or are base names, shapes that do not fit, unknown settings.
+    Returns:
+        The classifier. Its `decision` tells what was chosen and why.
+
+    Raises:
+        UserError: new class names that repeat or are names of base classes, shapes that do not fit, text
+            embeddings that are not L2-normalized, and unknown settings.
     """
     settings = settings or StageThreeSettings()
-    base_classnames = list(virtual.classnames)
-    checked_names(new_classnames, "the new classes", taken=base_classnames)
-    if len(base_text) != len(base_classnames) or new_text.shape != (len(new_classnames), base_text.shape[1]):
-        raise UserError(
-            f"{len(base_classnames)} base and {len(new_classnames)} new classes need as many text features, "
-            f"got {tuple(base_text.shape)} and {tuple(new_text.shape)}"
-        )
+    generator = generator or torch.Generator().manual_seed(0)
+    base_text, new_text = _check_text(virtual, text)
     device = base_text.device
     rng = device_generator(generator, device)
-    base_text, new_text = base_text.float(), new_text.to(base_text).float()
-    checked(base_text, STAGE, "text feature", base_classnames)
-    checked(new_text, STAGE, "text feature", new_classnames)
-    balanced = settings.calibrate and len(new_text) > 0 and len(base_text) > 1
+    calibrated = settings.calibrate and len(new_text) > 0 and len(base_text) > 1
     closed = settings.name == "closed_form"
-    if balanced or not closed:
+    x = y = torch.empty(0)
+    if calibrated or not closed:
         draws = affordable(settings.num_per_class, len(base_text), MOST_REHEARSED if closed else 0)
         x, y = virtual.sample(draws, generator)
         x, y = x.to(base_text), y.to(device)
-        if shift is not None:
-            x = F.normalize(x + shift.to(x), dim=1)
+        if text.shift is not None:
+            x = F.normalize(x + text.shift.to(x), dim=1)
     weight = virtual.weight.to(base_text)
     intercepts = torch.zeros(len(weight), device=device) if virtual.bias is None else virtual.bias.to(weight)
-
     trainings = itertools.count()
 
     def rows_of(known: Tensor, others: Tensor) -> Rows:
-        """Rows of the base classes with these indices, and of others with these texts."""
+        """Compute class weights of the base classes `known` (indices) and of others by text embeddings."""
         if closed:
             return closed_form(
                 base_text[known],
@@ -90,27 +85,60 @@ def build_classifier(
             )
         relabel = torch.full((len(base_text),), -1, device=device)
         relabel[known] = torch.arange(len(known), device=device)
-        mine = relabel[y] >= 0
+        of_known = relabel[y] >= 0
         checkpoint = folder and folder / f"{next(trainings)}.safetensors"
-        return train(x[mine], relabel[y[mine]], base_text[known], others, settings, rng, checkpoint)
+        return train(x[of_known], relabel[y[of_known]], base_text[known], others, settings, rng, checkpoint)
 
-    made = rows_of(torch.arange(len(base_text), device=device), new_text)
+    rows = rows_of(torch.arange(len(base_text), device=device), new_text)
     bias = 0.0
-    if balanced:
+    if calibrated:
         rehearsals = max(REHEARSALS, PERFORMANCES // len(base_text) if closed else 0)
         bias = calibrate(plays(x, y, base_text, len(new_text), rows_of, rng, rehearsals), device)
-    if made.note:
-        print(made.note)
-    is_new = torch.arange(len(base_text) + len(new_text), device=device) >= len(base_text)
     return Classifier(
-        weight=torch.cat([made.base, made.new]),
-        classnames=[*base_classnames, *new_classnames],
-        is_new=is_new,
-        bias=torch.cat([made.bias, torch.full((len(new_text),), bias, device=device)]),
-        shift=shift,
-        text_map=made.text_map,
-        text_shift=made.text_shift,
+        weight=torch.cat([rows.base, rows.new]),
+        classnames=[*virtual.classnames, *text.new_classnames],
+        is_new=torch.arange(len(base_text) + len(new_text), device=device) >= len(base_text),
+        bias=torch.cat([rows.bias, torch.full((len(new_text),), bias, device=device)]),
+        shift=text.shift,
+        text_map=rows.text_map,
+        text_shift=rows.text_shift,
         new_bias=bias,
-        backbone=backbone,
-        weights=weights,
+        backbone=text.backbone,
+        weights=text.weights,
+        texts=text.texts,
+        decision=_describe(virtual, text, settings, rows, bias),
+    )
+
+
+def _check_text(virtual: VirtualClasses, text: AlignedText) -> tuple[Tensor, Tensor]:
+    """Return text embeddings of base (C, d) and new classes (K, d) in float32 on one device."""
+    base_classnames, new_classnames = list(virtual.classnames), text.new_classnames
+    checked_names(new_classnames, "the new classes", taken=base_classnames)
+    expected = (len(new_classnames), text.base.shape[1])
+    if len(text.base) != len(base_classnames) or text.new.shape != expected:
+        raise UserError(
+            f"{len(base_classnames)} base and {len(new_classnames)} new classes need as many text features, "
+            f"got {tuple(text.base.shape)} and {tuple(text.new.shape)}"
+        )
+    base_text, new_text = text.base.float(), text.new.to(text.base).float()
+    checked(base_text, STAGE, "text feature", base_classnames)
+    checked(new_text, STAGE, "text feature", new_classnames)
+    return base_text, new_text
+
+
+def _describe(
+    virtual: VirtualClasses, text: AlignedText, settings: StageThreeSettings, rows: Rows, bias: float
+) -> Decision:
+    encoder = virtual.backbone or "features"
+    return Decision(
+        teacher=f"{len(virtual.classnames)} base classes, {virtual.level} of {encoder}",
+        recovered=f"{virtual.told}, kappa {float(virtual.kappa.mean()):,.0f}",
+        geometry=str(virtual.geometry) if virtual.geometry else "none given: isotropic",
+        text=text.texts.about,
+        aligned="; ".join(filter(None, [f"FLPT, {text.epochs} epochs" if text.epochs else "", text.note])),
+        generator=settings.name,
+        teacher_weight=rows.teacher_weight,
+        reason=rows.reason,
+        new_classes=len(text.new_classnames),
+        stacking_bias=bias,
     )

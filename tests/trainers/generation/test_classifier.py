@@ -11,10 +11,11 @@ from draws import rng, unit
 from scipy.optimize import minimize
 
 from dfzsl.io.tensors import save_tensors
+from dfzsl.trainers.clip.aligned_text import AlignedText
 from dfzsl.trainers.generation.calibrated_stacking import _curve as curve
 from dfzsl.trainers.generation.calibrated_stacking import calibrate, plays
 from dfzsl.trainers.generation.classifier import Classifier, Rows, fit_rows, minimise
-from dfzsl.trainers.generation.generate import build_classifier
+from dfzsl.trainers.generation.generate import generate
 from dfzsl.trainers.generation.generators import GENERATORS
 from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
@@ -45,15 +46,11 @@ def build(world, new=None, **settings) -> Classifier:
     new_names = names[BASE:]
     if new is not None:
         new_text, new_names = new
-    return build_classifier(
+    return generate(
         virtual,
-        base_text,
-        new_text,
-        new_classnames=new_names,
+        AlignedText(base_text, new_text, new_names, backbone="ViT-B-32", weights="openai"),
         settings=StageThreeSettings(**{"num_per_class": 40, "classifier_steps": 80} | settings),
         generator=rng(1),
-        backbone="ViT-B-32",
-        weights="openai",
     )
 
 
@@ -250,9 +247,7 @@ class TestStageThree:
     def test_image_shift_is_kept_and_learned_behind(self, world):
         virtual, base_text, new_text, names, _ = world
         shift = 0.2 * unit(torch.randn(DIM, generator=rng(3)))
-        c = build_classifier(
-            virtual, base_text, new_text, new_classnames=names[BASE:], shift=shift, generator=rng(1)
-        )
+        c = generate(virtual, AlignedText(base_text, new_text, names[BASE:], shift=shift), generator=rng(1))
         assert torch.equal(c.shift, shift)
         x, y = virtual.sample(30, rng(2))
         assert (c.logits(x, names[:BASE]).argmax(1) == y).float().mean() > 0.9
