@@ -1,4 +1,4 @@
-"""A free baseline: a fixed mixture of the text and the teacher classifier, nothing trained."""
+"""Provide a baseline without training: a fixed ensemble of text embeddings and teacher weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dfzsl.utils.dassl_plugin import add_keys, register
 from dfzsl.utils.errors import UserError
 
 from .base import CLIPTrainer
+from .owner import teacher_weights
 from .recovery.oracle import is_address
 from .recovery.teacher import Teacher
 
@@ -25,23 +26,19 @@ class TextTeacherMix(CLIPTrainer):
 
     def build_model(self) -> None:
         share = self.cfg.TRAINER.TEXTTEACHERMIX.TEXT
-        rows = self.text_of(self.classnames)
+        text = self.text_of(self.classnames)
         if is_address(self.cfg.TEACHER.FILE):
             raise UserError(
                 f"TextTeacherMix mixes the teacher's rows with text: it needs a file, and "
                 f"{self.cfg.TEACHER.FILE} answers questions only; leave it out of --methods"
             )
         teacher = Teacher.load(self.cfg.TEACHER.FILE)
-        weight, bias = (part.to(rows) for part in teacher.beside_text())
-        offset = rows.new_zeros(len(rows))
-        known = {name: row for row, name in enumerate(teacher.classnames)}
-        for column, name in enumerate(self.classnames):
-            if name in known:
-                mixed = share * rows[column] + (1 - share) * weight[known[name]]
-                length = torch.linalg.vector_norm(mixed).clamp(min=1e-12)
-                rows[column], offset[column] = mixed / length, (1 - share) * bias[known[name]] / length
-        self.rows, self.offset = rows, offset
+        known, weight, bias = teacher_weights(teacher, self.classnames, text)
+        mixed = share * text + (1 - share) * weight
+        length = torch.linalg.vector_norm(mixed, dim=1).clamp(min=1e-12)
+        self.weight = torch.where(known[:, None], mixed / length[:, None], text)
+        self.bias = (1 - share) * bias / length
 
     def model_inference(self, features: torch.Tensor) -> torch.Tensor:
-        cosine = self.backbone.encode_image(features) @ self.rows.T
-        return self.backbone.logit_scale * (cosine + self.offset)
+        cosine = self.backbone.encode_image(features) @ self.weight.T
+        return self.backbone.logit_scale * (cosine + self.bias)

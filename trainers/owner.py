@@ -1,4 +1,4 @@
-"""The owner's side: fit the base classifier on training images, hand over teacher.safetensors.
+"""Fit the owner's classifier of base classes on training images, and write teacher.safetensors.
 
 Tested on classes the teacher knows it is the teacher, on others zero-shot CLIP. Tables call it
 "Linear probe + CLIP", the free baseline that any data-free method has to beat.
@@ -7,6 +7,7 @@ Tested on classes the teacher knows it is the teacher, on others zero-shot CLIP.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -73,12 +74,27 @@ class TeacherZeroshot(CLIPTrainer):
     def model_inference(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (n, C): the teacher's where it knows the class, cosines to the text elsewhere."""
         assert self.teacher is not None, "train or load first"
-        rows = self.text.clone()
-        weight, bias = (part.to(rows) for part in self.teacher.beside_text())
-        offset = rows.new_zeros(len(rows))
-        known = {name: row for row, name in enumerate(self.teacher.classnames)}
-        for column, name in enumerate(self.classnames):
-            if name in known:
-                rows[column], offset[column] = weight[known[name]], bias[known[name]]
-        cosine = self.backbone.encode_image(features) @ rows.T
-        return self.backbone.logit_scale * (cosine + offset)
+        known, weight, bias = teacher_weights(self.teacher, self.classnames, self.text)
+        cosine = self.backbone.encode_image(features) @ torch.where(known[:, None], weight, self.text).T
+        return self.backbone.logit_scale * (cosine + bias)
+
+
+def teacher_weights(
+    teacher: Teacher, classnames: Sequence[str], text: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Look up the teacher's class weights beside text embeddings.
+
+    Args:
+        teacher: of some of the classes.
+        classnames: C names.
+        text: (C, d) text embeddings, whose type and device the results have.
+
+    Returns:
+        Whether the teacher knows each class (C,), its class weights (C, d) and biases (C,) in units of the
+        cosine; both are 0 for other classes.
+    """
+    weight, bias = (part.to(text) for part in teacher.beside_text())
+    row = {name: row for row, name in enumerate(teacher.classnames)}
+    index = torch.tensor([row.get(name, -1) for name in classnames], device=text.device)
+    known = index >= 0
+    return known, torch.where(known[:, None], weight[index], 0.0), torch.where(known, bias[index], 0.0)

@@ -1,0 +1,67 @@
+"""The three stages called one by one, and through `build`, make the same classifier."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import CLASSES, unit
+
+import dfzsl
+from dfzsl.datasets.class_names import ClassNames
+from dfzsl.trainers.clip.loading import BUILT_IN_FOLDER, load_backbone
+from dfzsl.trainers.recovery.feature_statistics import Geometry
+from dfzsl.trainers.recovery.teacher import Teacher
+
+BASE, NEW = list(CLASSES[:5]), list(CLASSES[5:])
+QUICK = ("OPTIM.MAX_EPOCH", "2", "RECOVERY.NUM_PER_CLASS", "16", "DATALOADER.TRAIN_X.BATCH_SIZE", "16")
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("shapes")
+
+
+@pytest.fixture(scope="module")
+def teacher(backbone) -> Teacher:
+    """Class weights near the text embeddings of their classes, off by noise."""
+    text = backbone.class_features(BASE, ["a photo of a {}."])
+    noise = torch.randn(text.shape, generator=torch.Generator().manual_seed(0)) / text.shape[1] ** 0.5
+    return Teacher(torch.from_numpy(unit((text + 0.5 * noise).numpy())), BASE, backbone.identity)
+
+
+@pytest.mark.parametrize("level", ["weights", "logits"])
+def test_stages_by_hand_equal_build(teacher, backbone, level):
+    built = dfzsl.build(teacher, NEW, access=level, seed=3, settings=QUICK)
+
+    statistics = Geometry.load(BUILT_IN_FOLDER / "geometry.safetensors")
+    text = [backbone.class_features(names, [ClassNames.template]) for names in (BASE, NEW)]
+    virtual = dfzsl.recover(
+        dfzsl.open_oracle(teacher, level),
+        text[0],
+        BASE,
+        new_text=text[1],
+        generator=torch.Generator().manual_seed(3),
+        geometry=statistics,
+    )
+    aligned = dfzsl.align(virtual, NEW, seed=3, settings=QUICK)
+    classifier = dfzsl.generate(virtual, aligned, generator=torch.Generator().manual_seed(3))
+
+    for name in ("weight", "bias", "shift", "text_map", "text_shift"):
+        assert torch.equal(getattr(classifier, name), getattr(built, name)), name
+    assert classifier.decision == built.decision
+    assert classifier.decision.new_classes == len(NEW)
+    assert classifier.decision.teacher_weight > 0
+
+
+def test_a_finished_build_is_read_from_its_folder(teacher, tmp_path):
+    built = dfzsl.build(teacher, NEW, folder=tmp_path, settings=QUICK)
+    again = dfzsl.build(teacher, NEW, folder=tmp_path, settings=QUICK)
+    assert torch.equal(built.weight, again.weight)
+    assert built.decision and again.decision is None
+
+
+def test_class_names_are_a_data_set_without_images():
+    names = ClassNames(BASE, NEW)
+    assert names.classnames == BASE and names.num_classes == len(BASE)
+    assert names.new_classnames == NEW and names.all_classnames == [*BASE, *NEW]
+    assert not (names.train_x or names.train_u or names.val or names.test)
