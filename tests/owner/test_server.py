@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -349,6 +350,17 @@ def live(teacher, ledger) -> Iterator:
     for server, thread in running:
         server.should_exit = True
         thread.join()
+
+
+def test_a_refusal_reaches_a_client_that_is_still_sending(ledger, live):
+    url, body = live(rate=0.01, batch=1), b" " * (32 << 20)
+    ledger.issue("ada")
+    assert httpx.post(url, content=body).status_code == 401
+    headers = {"Authorization": f"Bearer {ledger.issue('bob')}"}
+    assert httpx.post(url, content=body, headers=headers).status_code == 413
+    question = {"level": "labels", "features": directions(1).tolist()}
+    assert httpx.post(url, json=question, headers=headers).status_code == 200
+    assert httpx.post(url, content=body, headers=headers).status_code == 429
 
 
 @pytest.mark.parametrize(
