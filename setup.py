@@ -46,6 +46,7 @@ setup(
         "torchvision",
         "open_clip_torch>=3.3",
         "fastapi",
+        "fastapi-offline",  # Swagger UI, served from the owner's machine
         "filelock",
         "httpx",
         "matplotlib",
@@ -54,6 +55,7 @@ setup(
         "onnxruntime",
         "onnxscript",
         "pillow",
+        "pydantic>=2.8",
         "pyyaml",
         "safetensors",
         "scipy",

@@ -36,7 +36,9 @@ from dfzsl.io import run_directory
 from dfzsl.io.file_summary import card
 from dfzsl.io.tensors import save_tensors
 from dfzsl.owner.import_head import import_teacher
-from dfzsl.owner.server import app
+from dfzsl.owner.server.config import ServerConfig
+from dfzsl.owner.server.protocol import parse_queries
+from dfzsl.owner.server.refusal import Refusal
 from dfzsl.prepare import fetch
 from dfzsl.trainers.clip.loading import _read_state
 from dfzsl.trainers.clip.texts import ClassTexts
@@ -336,9 +338,9 @@ def question(folder: Path) -> tuple[Path, Callable]:
 
     def load(path: Path) -> None:
         try:
-            app._question(path.read_bytes(), app.Terms(access="logits"), 2)
-        except app.Refused as refused:
-            raise UserError(f"{refused.status}: {refused}") from None
+            parse_queries(path.read_bytes(), ServerConfig(access="logits"), 2)
+        except Refusal as refusal:
+            raise UserError(f"{refusal.status}: {refusal}") from None
 
     return text_of("q.json", '{"level": "logits", "features": [[0.5, 1], [-1e-3, 2.5]]}', load)(folder)
 

@@ -1,1 +1,1 @@
-"""What a data owner does with a teacher: import a trained head, serve a teacher."""
+"""Fit, import and serve teachers."""

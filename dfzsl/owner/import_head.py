@@ -1,4 +1,4 @@
-"""A linear classifier of another toolbox as a teacher: its rows, its intercepts, its classes' names."""
+"""Import linear classifiers of PyTorch, safetensors, scikit-learn and skops files as teachers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dfzsl.safe_pickle import load as load_checkpoint
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.utils.errors import UserError, unknown
 
-# Heads by name, as torch, scikit-learn, torchvision, timm and Hugging Face call them.
-HEADS = (
+# Weights of heads in PyTorch, scikit-learn, torchvision, timm and Hugging Face.
+WEIGHT_NAMES = (
     *("weight", "coef_", "fc.weight", "classifier.weight", "head.weight", "heads.head.weight"),
     *("classifier.1.weight", "head.fc.weight", "linear.weight", "score.weight", "last_linear.weight"),
 )
@@ -36,136 +36,143 @@ def import_teacher(
     weight: str = "",
     bias: str = "",
 ) -> Teacher:
-    """A teacher from a file of another toolbox.
+    """Import a trained linear classifier as a teacher.
+
+    A file with a single weight vector is a binary classifier whose score is positive for the second class. It
+    becomes a teacher of two classes.
 
     Args:
-        path: a state dict of torch (.pt, .pth, .bin, .ckpt; read as data, nothing in it runs), .safetensors,
-            a scikit-learn classifier as .npz (coef_, intercept_, perhaps classes_) or .skops.
-        classnames: a list, or a file: text (a name a line), JSON (a list, or Hugging Face's id2label), CSV (a
-            column called name, class or label, or the only one). Left out, classes_ of scikit-learn.
-        backbone: id of the image encoder whose features it reads, as `Backbone.identity` says it.
-        normalized: serve it as a cosine classifier, cos(x, w) + b, and not as the linear one, x.w + b.
-        weight, bias: names of its two tensors in the file; by default the names of common heads, or the only
-            matrix there is. A head without intercept has none.
+        path: a PyTorch state dict (.pt, .pth, .bin, .ckpt; no code in it is executed), .safetensors, or a
+            scikit-learn classifier as .npz (coef_, optionally intercept_ and classes_) or .skops.
+        classnames: a list, or a file: text (one name per line), JSON (a list, or Hugging Face's id2label) or
+            CSV (a column called name, class or label, or the only column); by default, scikit-learn's
+            classes_.
+        backbone: id of the image encoder that the features come from (`Backbone.identity`).
+        normalized: serve a cosine classifier, cos(x, w) + b, instead of the linear one, x.w + b.
+        weight: name of the weight tensor (C, d) in the file; by default that of common heads, or the only
+            matrix.
+        bias: name of the bias tensor (C,) in the file; by default the one that belongs to `weight`, if any.
 
-    One row is a binary classifier, whose score is positive for the second class: it becomes two rows.
-    Raises UserError for a file that holds no such classifier, and for names that do not fit it.
+    Returns:
+        The teacher.
+
+    Raises:
+        UserError: the file has no such classifier, or the class names do not fit it.
     """
-    tensors = _tensors(Path(path))
-    name = weight or _head(tensors, path)
-    rows = _tensor(tensors, name, path)
-    beside = name.removesuffix("weight") + "bias" if name != "coef_" else "intercept_"
-    offset = _tensor(tensors, bias or beside, path) if bias or beside in tensors else None
-    rows = rows.reshape(1, -1) if rows.dim() == 1 else rows
-    if rows.dim() != 2:
+    tensors = _load_tensors(Path(path))
+    weight_name = weight or _find_weight(tensors, path)
+    bias_name = bias or _bias_name(weight_name)
+    weights = _float_tensor(tensors, weight_name, path)
+    biases = _float_tensor(tensors, bias_name, path).reshape(-1) if bias or bias_name in tensors else None
+    weights = weights.reshape(1, -1) if weights.dim() == 1 else weights
+    if weights.dim() != 2:
+        shape = tuple(weights.shape)
+        raise UserError(f"{path}: '{weight_name}' has shape {shape}; a head's weight is (classes, features)")
+    if biases is not None and len(biases) != len(weights):
         raise UserError(
-            f"{path}: '{name}' has shape {tuple(rows.shape)}; a head's weight is (classes, features)"
+            f"{path}: '{weight_name}' has {len(weights)} rows, but there are {len(biases)} intercepts"
         )
-    offset = None if offset is None else offset.reshape(-1)
-    if offset is not None and len(offset) != len(rows):
-        raise UserError(f"{path}: '{name}' has {len(rows)} rows, but there are {len(offset)} intercepts")
-    if len(rows) == 1:
-        rows = torch.cat([-rows, rows]) * (1.0 if normalized else 0.5)
-        offset = None if offset is None else torch.cat([-offset, offset]) * (1.0 if normalized else 0.5)
-    names = _names(classnames, tensors.get("classes_"), path)
-    if len(names) != len(rows):
-        raise UserError(f"{path}: a classifier of {len(rows)} classes, but {len(names)} names were given")
+    if len(weights) == 1:
+        # The two linear scores differ by the binary score. Cosines do not depend on the length of a weight.
+        scale = 1.0 if normalized else 0.5
+        weights = torch.cat([-weights, weights]) * scale
+        biases = None if biases is None else torch.cat([-biases, biases]) * scale
+    names = _read_classnames(classnames, tensors.get("classes_"), path)
+    if len(names) != len(weights):
+        raise UserError(f"{path}: a classifier of {len(weights)} classes, but {len(names)} names were given")
+    biases = None if biases is None else biases.contiguous()
     try:
-        return Teacher(
-            rows.contiguous(),
-            names,
-            backbone,
-            normalized,
-            bias=None if offset is None else offset.contiguous(),
-        )
+        return Teacher(weights.contiguous(), names, backbone, normalized, bias=biases)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _tensors(path: Path) -> dict[str, Any]:
-    """All arrays of a file as tensors, by name, and "classes_" as a list of texts."""
-    kind = path.suffix.lower()
+def _load_tensors(path: Path) -> dict[str, Any]:
+    """Load all tensors of a file by name, and "classes_" as a list of strings."""
+    suffix = path.suffix.lower()
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         with bounded(path):
-            if kind == ".npz":
-                found = _from_npz(path)
-            elif kind == ".skops":
-                found = _from_skops(path)
-            elif kind == ".safetensors":
-                found = load_file(path)
-            elif kind in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
-                found = load_checkpoint(path)
+            if suffix == ".npz":
+                content = _load_npz(path)
+            elif suffix == ".skops":
+                content = _load_skops(path)
+            elif suffix == ".safetensors":
+                content = load_file(path)
+            elif suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
+                content = load_checkpoint(path)
             else:
                 raise UserError(
                     f"{path}: a teacher is imported from .pt, .pth, .bin, .safetensors, .npz or .skops; a "
-                    "pickle or joblib file runs what it likes: save coef_ and intercept_ with numpy.savez"
+                    "pickle or joblib file may execute code: save coef_ and intercept_ with numpy.savez"
                 )
     except UserError:
         raise
-    except Exception as error:  # of a broken archive, numpy, zipfile, zlib and skops raise many kinds
-        raise UserError(f"{path}: it cannot be read as {kind} ({error})") from None
-    while isinstance(found, Mapping) and not any(isinstance(value, Tensor) for value in found.values()):
-        inner = [found[key] for key in ("state_dict", "model", "model_state_dict") if key in found]
-        if not inner:
+    except Exception as error:  # numpy, zipfile, zlib and skops raise many types for a broken archive
+        raise UserError(f"{path}: it cannot be read as {suffix} ({error})") from None
+    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+        nested = [content[key] for key in ("state_dict", "model", "model_state_dict") if key in content]
+        if not nested:
             break
-        found = inner[0]
-    if not isinstance(found, Mapping):
-        raise UserError(f"{path}: it holds no state dict but a {type(found).__name__}")
-    kept = {
+        content = nested[0]
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: it holds no state dict but a {type(content).__name__}")
+    return {
         str(key).removeprefix("module."): value.detach() if isinstance(value, Tensor) else value
-        for key, value in found.items()
+        for key, value in content.items()
         if isinstance(value, Tensor) or key == "classes_"
     }
-    return kept
 
 
-def _from_npz(path: Path) -> dict[str, Any]:
+def _load_npz(path: Path) -> dict[str, Any]:
     with np.load(path, allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     classes = arrays.pop("classes_", None)
-    found: dict[str, Any] = {
+    content: dict[str, Any] = {
         name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind == "f"
     }
-    return found if classes is None else found | {"classes_": [str(name) for name in classes.tolist()]}
+    return content if classes is None else content | {"classes_": [str(name) for name in classes.tolist()]}
 
 
-def _from_skops(path: Path) -> dict[str, Any]:
+def _load_skops(path: Path) -> dict[str, Any]:
     try:
         from skops.io import load
         from skops.io.exceptions import UntrustedTypesFoundException
     except ImportError:
-        raise UserError(
-            f"{path}: reading it takes skops (pip install skops), or save coef_ as .npz"
-        ) from None
+        raise UserError(f"{path}: pip install skops to read it, or save coef_ as .npz") from None
     try:
         model = load(path, trusted=[])
     except UntrustedTypesFoundException as error:
-        raise UserError(f"{path}: it holds types that are not scikit-learn's own ({error})") from None
+        raise UserError(f"{path}: it holds types that do not belong to scikit-learn ({error})") from None
     if not hasattr(model, "coef_"):
-        raise UserError(f"{path}: a {type(model).__name__} is no linear classifier with a coef_")
-    found: dict[str, Any] = {"coef_": torch.from_numpy(np.asarray(model.coef_, dtype=np.float64))}
+        raise UserError(f"{path}: a {type(model).__name__} has no coef_: it is not a linear classifier")
+    content: dict[str, Any] = {"coef_": torch.from_numpy(np.asarray(model.coef_, dtype=np.float64))}
     if np.any(getattr(model, "intercept_", 0.0)):
-        found["intercept_"] = torch.from_numpy(np.asarray(model.intercept_, dtype=np.float64))
-    return found | {"classes_": [str(name) for name in np.asarray(model.classes_).tolist()]}
+        content["intercept_"] = torch.from_numpy(np.asarray(model.intercept_, dtype=np.float64))
+    return content | {"classes_": [str(name) for name in np.asarray(model.classes_).tolist()]}
 
 
-def _head(tensors: Mapping[str, Any], path: object) -> str:
-    # A binary head's weight may be one vector.
-    shapes = {name: value.dim() for name, value in tensors.items() if isinstance(value, Tensor)}
-    matrices = [name for name, dim in shapes.items() if dim == 2 or (dim == 1 and name in HEADS)]
-    known = [name for name in HEADS if name in matrices]
-    if len(known) == 1 or (known and len(matrices) == 1):
-        return known[0]
+def _find_weight(tensors: Mapping[str, Any], path: object) -> str:
+    """Return the name of the head's weight. Raises UserError where it is ambiguous."""
+    dims = {name: value.dim() for name, value in tensors.items() if isinstance(value, Tensor)}
+    # The weight of a binary head may be a vector.
+    matrices = [name for name, dim in dims.items() if dim == 2 or (dim == 1 and name in WEIGHT_NAMES)]
+    common = [name for name in WEIGHT_NAMES if name in matrices]
+    if len(common) == 1 or (common and len(matrices) == 1):
+        return common[0]
     if len(matrices) == 1:
         return matrices[0]
-    said = ", ".join(matrices[:20]) or "none"
-    raise UserError(f"{path}: which matrix is the head? name it with --weight; there are: {said}")
+    listed = ", ".join(matrices[:20]) or "none"
+    raise UserError(f"{path}: which matrix is the head? name it with --weight; there are: {listed}")
 
 
-def _tensor(tensors: Mapping[str, Any], name: str, path: object) -> Tensor:
-    """The tensor as float32, in which all that follows is computed."""
+def _bias_name(weight_name: str) -> str:
+    return "intercept_" if weight_name == "coef_" else weight_name.removesuffix("weight") + "bias"
+
+
+def _float_tensor(tensors: Mapping[str, Any], name: str, path: object) -> Tensor:
+    """Return a tensor as float32, which the teacher computes with."""
     value = tensors.get(name)
     if not isinstance(value, Tensor):
         raise unknown(f"tensor of {path}", name, [key for key in tensors if key != "classes_"])
@@ -174,14 +181,15 @@ def _tensor(tensors: Mapping[str, Any], name: str, path: object) -> Tensor:
     return value.float()
 
 
-def _names(
-    given: str | os.PathLike[str] | Sequence[str], classes: Sequence[str] | None, path: object
+def _read_classnames(
+    source: str | os.PathLike[str] | Sequence[str], classes: Sequence[str] | None, path: object
 ) -> list[str]:
-    if not isinstance(given, str | os.PathLike):
-        if not given and classes is None:
+    """Return class names from a list or a file, by default `classes` of the classifier."""
+    if not isinstance(source, str | os.PathLike):
+        if not source and classes is None:
             raise UserError(f"{path}: it does not name its classes; give their names with --classes")
-        return checked_names(list(given or classes or ()), path)
-    where = Path(given)
+        return checked_names(list(source or classes or ()), path)
+    where = Path(source)
     if where.suffix.lower() == ".json":
         names = read_json(where)
         if isinstance(names, dict):
@@ -197,24 +205,25 @@ def _names(
                 raise UserError(f"{where}: the classes of the object are not numbered 0, 1, ...")
             names = [value for _, value in pairs]
     elif where.suffix.lower() == ".csv":
-        names = _column(where)
+        names = _read_csv_column(where)
     else:
         names = [line.strip() for line in read_text(where).splitlines() if line.strip()]
     return checked_names(names, where)
 
 
-def _column(path: Path) -> list[str]:
+def _read_csv_column(path: Path) -> list[str]:
+    """Return the column of class names."""
     rows = [row for row in csv.reader(io.StringIO(read_text(path))) if any(cell.strip() for cell in row)]
     if not rows:
         raise UserError(f"{path}: it names no class")
-    heads = [cell.strip().lower() for cell in rows[0]]
-    at = next((heads.index(name) for name in NAME_COLUMNS if name in heads), None)
-    if at is not None:
+    header = [cell.strip().lower() for cell in rows[0]]
+    column = next((header.index(name) for name in NAME_COLUMNS if name in header), None)
+    if column is not None:
         rows = rows[1:]
-    elif len(heads) == 1:
-        at = 0
+    elif len(header) == 1:
+        column = 0
     else:
         raise UserError(f"{path}: no column is called {', '.join(NAME_COLUMNS[:-1])} or {NAME_COLUMNS[-1]}")
-    if any(len(row) <= at for row in rows):
-        raise UserError(f"{path}: a row has no column {at + 1}")
-    return [row[at].strip() for row in rows]
+    if any(len(row) <= column for row in rows):
+        raise UserError(f"{path}: a row has no column {column + 1}")
+    return [row[column].strip() for row in rows]

@@ -1,12 +1,16 @@
-"""The owner's server: what it answers, to whom, how often, and what it writes down."""
+"""Test the owner's server: answers, authentication, budgets, limits and logs."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -15,6 +19,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,8 +31,10 @@ from dfzsl.io.files import read_json
 from dfzsl.launch.__main__ import parser
 from dfzsl.launch.sweep import plan
 from dfzsl.launch.workers import run
-from dfzsl.owner.server.app import Ledger, Terms, application, serve
-from dfzsl.trainers.recovery.oracle import TOKEN, HTTPTeacher, open_oracle
+from dfzsl.owner.server import Ledger, access_log, create_app, serve
+from dfzsl.owner.server.config import ServerConfig
+from dfzsl.owner.server.ledger import Client
+from dfzsl.trainers.recovery.oracle import LEVELS, TOKEN, HTTPTeacher, open_oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.utils.errors import UserError
@@ -49,8 +56,8 @@ def ledger(tmp_path) -> Ledger:
     return Ledger(tmp_path / "teacher.ledger")
 
 
-def client(teacher: Teacher, ledger: Ledger, **terms) -> TestClient:
-    return TestClient(application(teacher, ledger, Terms(**terms)), raise_server_exceptions=False)
+def client(teacher: Teacher, ledger: Ledger, **options) -> TestClient:
+    return TestClient(create_app(teacher, ledger, ServerConfig(**options)), raise_server_exceptions=False)
 
 
 def ask(client: TestClient, level: str, x: torch.Tensor, token: str = ""):
@@ -68,7 +75,7 @@ def test_it_answers_as_the_teacher_does_and_no_more_than_the_owner_allows(teache
     torch.testing.assert_close(torch.tensor(told), teacher.logits(x).softmax(1))
     assert ask(server, "labels", x).json()["labels"] == teacher.logits(x).argmax(1).tolist()
     refused = ask(server, "logits", x)
-    assert refused.status_code == 403 and "answers probabilities, labels" in refused.json()["error"]
+    assert refused.status_code == 403 and "probabilities, labels" in refused.json()["error"]
     assert ask(server, "weights", x).status_code == 400
 
 
@@ -110,13 +117,46 @@ def test_tokens_are_needed_once_there_is_one_and_only_their_hashes_are_kept(teac
     assert ask(server, "labels", x, token).status_code == 200
     assert token.encode() not in b"".join(p.read_bytes() for p in ledger.path.parent.iterdir())
     assert ledger.path.stat().st_mode & 0o077 == 0
-    with pytest.raises(UserError, match="'ada' has a token already"):
+    with pytest.raises(UserError, match="'ada'"):
         ledger.issue("ada")
     ledger.issue("bob")
     ledger.revoke("ada")
     assert ask(server, "labels", x, token).status_code == 401
-    with pytest.raises(UserError, match="'ada' has no token"):
+    with pytest.raises(UserError, match="'ada'"):
         ledger.revoke("ada")
+
+
+def test_revoking_the_last_token_does_not_open_the_server(teacher, ledger):
+    server, x = client(teacher, ledger), directions(3)
+    token = ledger.issue("ada")
+    ledger.revoke("ada")
+    for opened in (server, client(teacher, Ledger(ledger.path))):  # also after a restart
+        for given in ("", "junk", token):
+            assert ask(opened, "labels", x, given).status_code == 401
+    assert ask(server, "labels", x, ledger.issue("ada")).status_code == 200
+
+
+@pytest.mark.parametrize("state", ["unused token", "revoked token", "no token"])
+def test_a_ledger_of_version_0_2_keeps_its_tokens_and_budgets(teacher, tmp_path, state):
+    with contextlib.closing(sqlite3.connect(tmp_path / "teacher.ledger")) as db, db:
+        db.execute("CREATE TABLE tokens (hash BLOB PRIMARY KEY, name TEXT UNIQUE NOT NULL, budget INTEGER)")
+        db.execute("CREATE TABLE spent (name TEXT PRIMARY KEY, queries INTEGER NOT NULL)")
+        db.execute("CREATE TABLE paid (name TEXT, question BLOB, PRIMARY KEY (name, question)) WITHOUT ROWID")
+        db.execute("CREATE TABLE secret (noise BLOB)")
+        db.execute("INSERT INTO secret VALUES (?)", (b"s" * 32,))
+        if state == "unused token":
+            db.execute("INSERT INTO tokens VALUES (?, 'ada', 7)", (hashlib.sha256(b"token").digest(),))
+        else:
+            db.execute("INSERT INTO spent VALUES (?, 5)", ("ada" if state == "revoked token" else "",))
+    ledger = Ledger(tmp_path / "teacher.ledger")
+    assert ledger.secret == b"s" * 32
+    server, x = client(teacher, ledger, budget=20), directions(3)
+    assert ask(server, "labels", x).status_code == (200 if state == "no token" else 401)
+    if state == "unused token":
+        assert server.get("/", headers={"Authorization": "Bearer token"}).json()["budget"] == 7
+        ledger.revoke("ada")
+        assert ask(server, "labels", x, "token").status_code == 401
+    assert ledger.remaining(Client("ada"), budget=20) == {"no token": 12, "revoked token": 15}.get(state, 20)
 
 
 def test_budgets_of_each_token_and_of_all_together(teacher, ledger):
@@ -126,7 +166,7 @@ def test_budgets_of_each_token_and_of_all_together(teacher, ledger):
     assert server.get("/", headers={"Authorization": f"Bearer {ada}"}).json()["budget"] == 10
     refused = ask(server, "labels", directions(11, 2), ada)
     assert refused.status_code == 429 and int(refused.headers["Retry-After"]) > 120
-    assert "10 queries left, 11 were asked" in refused.json()["error"]
+    assert re.search(r"\b10\b.*\b11\b", refused.json()["error"])  # remaining and asked
     assert ask(server, "labels", directions(50, 1), ada).status_code == 200  # a retry is not billed
     assert server.get("/", headers={"Authorization": f"Bearer {ada}"}).json()["budget"] == 10
     assert ask(server, "labels", directions(31, 3), bob).status_code == 429
@@ -139,16 +179,43 @@ def test_budgets_of_each_token_and_of_all_together(teacher, ledger):
 def test_too_fast_is_429_with_a_time_to_come_back(teacher, ledger):
     server = client(teacher, ledger, rate=0.5, batch=10)
     assert ask(server, "labels", directions(10, 1)).status_code == 200
-    refused = ask(server, "labels", directions(5, 2))
-    assert refused.status_code == 429 and 8 <= int(refused.headers["Retry-After"]) <= 10
-    assert ledger.left("", None, Terms(budget=100)) == 90  # what was refused is not billed
+    refused = ask(server, "labels", directions(10, 2))
+    assert refused.status_code == 429 and 18 <= int(refused.headers["Retry-After"]) <= 20
+    assert ledger.remaining(Client(""), budget=100) == 90  # what was refused is not billed
+
+
+def test_a_client_that_is_too_fast_is_refused_before_its_request_is_read(teacher, ledger):
+    server = client(teacher, ledger, rate=0.1, batch=10)
+    assert ask(server, "labels", directions(10)).status_code == 200
+    refused = server.post("/", content=b"not JSON")
+    assert refused.status_code == 429 and int(refused.headers["Retry-After"]) > 90
+
+
+def test_a_request_without_a_token_is_refused_before_it_is_read(teacher, ledger):
+    ledger.issue("ada")
+    assert client(teacher, ledger, body=10).post("/", content=b" " * 100).status_code == 401
+
+
+@pytest.mark.parametrize("batch", [1, 64])
+def test_the_body_of_a_full_batch_fits_and_no_other(teacher, ledger, batch):
+    server = client(teacher, ledger, batch=batch)
+    longest = [[-1.2345678901234567e-300] * DIM] * batch
+    body = json.dumps({"level": "labels", "features": longest}, indent=0).encode()
+    assert server.post("/", content=body).status_code == 200
+    refused = server.post("/", content=body + b" " * (batch * DIM * 32 + 8192))
+    assert refused.status_code == 413 and "bytes" in refused.json()["error"]
+    assert client(teacher, ledger, batch=batch, body=100).post("/", content=body).status_code == 413
 
 
 QUESTIONS: dict[str, tuple[bytes, int]] = {
     "nothing": (b"", 400),
     "no JSON": (b"{", 400),
     "a list": (b"[]", 400),
-    "brackets": (b"[" * 100_000, 400),
+    "nested lists": (b"[" * 50, 400),
+    "brackets": (b"[" * 100_000, 413),
+    "empty rows": (b'{"level": "labels", "features": [' + b"[]," * 100_000 + b"[]]}", 413),
+    "a long row": (b'{"level": "labels", "features": [[' + b"0," * 300_000 + b"0]]}", 413),
+    "objects": (b'{"level": "labels", "features": [' + b"{} " * 100_000 + b"]}", 400),
     "no features": (b'{"level": "labels"}', 400),
     "no rows": (b'{"level": "labels", "features": []}', 400),
     "another level": (b'{"level": "gradients", "features": [[1]]}', 400),
@@ -167,40 +234,64 @@ QUESTIONS: dict[str, tuple[bytes, int]] = {
 @pytest.mark.parametrize("question", QUESTIONS)
 def test_what_is_no_question_is_refused_in_a_sentence(teacher, ledger, question):
     body, status = QUESTIONS[question]
-    server = client(teacher, ledger, batch=8, body=4096)
-    if question == "brackets":
-        server = client(teacher, ledger)
+    server = client(teacher, ledger) if len(body) > 50_000 else client(teacher, ledger, batch=8, body=4096)
     for content in (body, iter([body[:10], body[10:]])):  # with and without Content-Length
         refused = server.post("/", content=content)
         assert refused.status_code == status and refused.json()["error"]
-    assert ledger.left("", None, Terms(budget=10)) == 10
+    assert ledger.remaining(Client(""), budget=10) == 10
 
 
 def test_other_paths_and_methods(teacher, ledger):
     server = client(teacher, ledger)
     assert server.get("/nothing").status_code == 404
     assert server.delete("/").status_code == 405
-    described = server.get("/openapi.json").json()
-    assert described["openapi"].startswith("3.1")
-    reply = described["paths"]["/"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
-    assert set(reply["properties"]) == {"labels"}
+    for reply in (server.get("/nothing"), server.delete("/")):
+        assert set(reply.json()) == {"error"}
+
+
+def test_the_description_documents_the_protocol(teacher, ledger):
+    ledger.issue("ada")
+    api = client(teacher, ledger).get("/openapi.json").json()
+    post = api["paths"]["/"]["post"]
+    question = post["requestBody"]["content"]["application/json"]["schema"]
+    assert set(question["properties"]) == set(question["required"]) == {"level", "features"}
+    assert {"200", "400", "401", "403", "413", "429"} == set(post["responses"])
+    assert "Retry-After" in post["responses"]["429"]["headers"]
+    assert api["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+    assert set(api["components"]["schemas"]["QueryResponse"]["properties"]) == set(LEVELS[1:])
+
+
+def test_the_docs_page_loads_its_files_from_the_server(teacher, ledger):
+    server = client(teacher, ledger)
     page = server.get("/docs")
-    assert page.headers["content-type"].startswith("text/html") and "Retry-After" not in page.text
-    assert "<script" not in page.text and "http" not in page.text  # nothing from elsewhere
+    assert page.headers["content-type"].startswith("text/html") and "http" not in page.text
+    links = re.findall('(?:href|src)="([^"]+)"', page.text)
+    assert len(links) == 3
+    for link in links:
+        assert server.get(link).status_code == 200
+
+
+@pytest.mark.slow
+def test_the_docs_page_asks_no_other_host(live, chromium):
+    url = live()
+    tab, requested = chromium.new_page(), []
+    tab.on("request", lambda request: requested.append(request.url))
+    tab.goto(f"{url}docs")
+    tab.get_by_text("Answer queries").click()
+    tab.wait_for_load_state("networkidle")
+    assert f"{url}openapi.json" in requested
+    assert [address for address in requested if not address.startswith((url, "data:"))] == []
 
 
 def test_the_access_log_has_neither_features_nor_tokens(teacher, ledger, caplog):
     token = ledger.issue("ada")
     server, x = client(teacher, ledger), directions(3)
-    with caplog.at_level(logging.INFO, "dfzsl.owner.server.app"):
+    with caplog.at_level(logging.INFO, access_log.log.name):
         ask(server, "labels", x, token)
         ask(server, "labels", x, "s3cret-of-another")
         server.get(f"/?token={token}", headers={"Authorization": f"Bearer {token}"})
-    lines = [
-        json.loads(record.getMessage())
-        for record in caplog.records
-        if record.name == "dfzsl.owner.server.app"
-    ]
+    records = [record for record in caplog.records if record.name == access_log.log.name]
+    lines = [json.loads(record.getMessage()) for record in records]
     assert [line["status"] for line in lines] == [200, 401, 200]
     first = lines[0]
     assert (first["client"], first["level"], first["queries"], first["billed"]) == ("ada", "labels", 3, True)
@@ -210,36 +301,42 @@ def test_the_access_log_has_neither_features_nor_tokens(teacher, ledger, caplog)
 
 
 @pytest.mark.parametrize(
-    ("terms", "said"),
+    ("options", "fact"),
     [
-        ({"access": "weights"}, "unknown access level of a server"),
-        ({"decimals": 13}, "--decimals must be 0 to 12"),
-        ({"access": "logits", "top": 2}, "would tell them all"),
-        ({"noise": float("inf")}, "--noise"),
-        ({"budget": -1}, "--budget must be at least 0"),
-        ({"batch": 0}, "--batch must be at least 1"),
-        ({"access": "probabilities", "top": 5}, "more than the teacher's 4 classes"),
+        ({"access": "weights"}, "--access.*weights.*labels"),
+        ({"decimals": 13}, "--decimals.*13"),
+        ({"access": "logits", "top": 2}, "--top.*--access logits"),
+        ({"noise": float("inf")}, "--noise.*inf"),
+        ({"noise": float("nan")}, "--noise.*nan"),
+        ({"budget": -1}, "--budget.*-1"),
+        ({"token_budget": -1}, "--token-budget.*-1"),
+        ({"body": -1}, "--body.*-1"),
+        ({"batch": 0}, "--batch.*0"),
+        ({"access": "probabilities", "top": 5}, "--top 5.*4 classes"),
     ],
 )
-def test_terms_that_cannot_be(teacher, ledger, terms, said):
-    with pytest.raises(UserError, match=said):
-        client(teacher, ledger, **terms)
+def test_options_out_of_range_are_refused(teacher, ledger, options, fact):
+    with pytest.raises(UserError, match=fact):
+        client(teacher, ledger, **options)
 
 
 def test_a_file_that_is_no_ledger(teacher, tmp_path):
     (tmp_path / "ledger").write_text("not a data base, but long enough to be looked at" * 99)
-    with pytest.raises(UserError, match="no ledger"):
+    with pytest.raises(UserError, match="ledger"):
         Ledger(tmp_path / "ledger")
 
 
 @pytest.fixture
 def live(teacher, ledger) -> Iterator:
-    """Start servers on ports of their own; yields a function from terms to an address."""
+    """Start servers on ports of their own; yields a function from options to an address."""
     running = []
 
-    def start(**terms) -> str:
+    def start(**options) -> str:
         config = uvicorn.Config(
-            application(teacher, ledger, Terms(**terms)), port=0, log_level="warning", access_log=False
+            create_app(teacher, ledger, ServerConfig(**options)),
+            port=0,
+            log_level="warning",
+            access_log=False,
         )
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, daemon=True)
@@ -255,24 +352,35 @@ def live(teacher, ledger) -> Iterator:
         thread.join()
 
 
+def test_a_refusal_reaches_a_client_that_is_still_sending(ledger, live):
+    url, body = live(rate=0.01, batch=1), b" " * (32 << 20)
+    ledger.issue("ada")
+    assert httpx.post(url, content=body).status_code == 401
+    headers = {"Authorization": f"Bearer {ledger.issue('bob')}"}
+    assert httpx.post(url, content=body, headers=headers).status_code == 413
+    question = {"level": "labels", "features": directions(1).tolist()}
+    assert httpx.post(url, json=question, headers=headers).status_code == 200
+    assert httpx.post(url, content=body, headers=headers).status_code == 429
+
+
 @pytest.mark.parametrize(
-    "terms",
+    "options",
     [
         {"access": "logits", "decimals": 3},
         {"access": "probabilities", "decimals": 4, "top": 3},
         {"access": "labels"},
         {"access": "logits", "noise": 0.02},
     ],
-    ids=lambda terms: "-".join(map(str, terms.values())),
+    ids=lambda options: "-".join(map(str, options.values())),
 )
-def test_a_client_recovers_the_teacher_within_the_servers_budget(teacher, ledger, live, terms, monkeypatch):
+def test_a_client_recovers_the_teacher_within_the_servers_budget(teacher, ledger, live, options, monkeypatch):
     monkeypatch.setenv(TOKEN, ledger.issue("ada"))
-    url = live(**terms, budget=5000)
-    virtual = recover(open_oracle(url, terms["access"]), directions(4), new_text=directions(2, 3))
+    url = live(**options, budget=5000)
+    virtual = recover(open_oracle(url, options["access"]), directions(4), new_text=directions(2, 3))
     assert 0 < virtual.queries <= 5000 and virtual.error < 0.1
     x = directions(500, 4)
     assert (virtual.logits(x).argmax(1) == teacher.logits(x).argmax(1)).float().mean() > 0.9
-    assert ledger.left("ada", None, Terms(budget=5000)) == 5000 - virtual.queries
+    assert ledger.remaining(Client("ada"), budget=5000) == 5000 - virtual.queries
 
 
 def test_a_run_that_goes_on_plans_with_the_budget_it_began_with(ledger, live, tmp_path):
@@ -316,7 +424,7 @@ def test_what_was_spent_survives_a_kill(teacher, tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     program = (
-        "import sys; from dfzsl.owner.server.app import serve; "
+        "import sys; from dfzsl.owner.server import serve; "
         "serve(sys.argv[1], port=int(sys.argv[2]), budget=500)"
     )
 

@@ -1,9 +1,10 @@
-"""Classifiers of other toolboxes as teachers: every decision is theirs."""
+"""Test that imported classifiers decide like the originals."""
 
 from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,15 +59,13 @@ def test_the_head_of_a_whole_model(head, tmp_path):
     )
     state = {f"a.{key}": value for key, value in state.items()}
     path = kept(tmp_path / "other.pt", state)
-    with pytest.raises(
-        UserError, match=r"which matrix is the head\? name it with --weight; there are: a\.body"
-    ):
+    with pytest.raises(UserError, match=r"--weight.*a\.body\.weight"):
         import_teacher(path, classnames=NAMES)
     named = import_teacher(path, classnames=NAMES, weight="a.fc.weight")
     torch.testing.assert_close(named.logits(features()), head(features()).detach())
     shifted = import_teacher(path, classnames=NAMES, weight="a.fc.weight", bias="a.fc.bias")
     assert torch.equal(shifted.bias, named.bias)
-    with pytest.raises(UserError, match=r"unknown tensor of .*'a\.fc\.wieght'; known: a\.fc\.weight"):
+    with pytest.raises(UserError, match=r"'a\.fc\.wieght'.*a\.fc\.weight"):
         import_teacher(path, classnames=NAMES, weight="a.fc.wieght")
 
 
@@ -111,7 +110,7 @@ def test_a_binary_head_of_any_float_type(tmp_path, dtype):
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
 def test_a_head_that_holds_no_floats(tmp_path, dtype):
     path = kept(tmp_path / "one.safetensors", {"weight": torch.ones(2, 3).to(dtype)})
-    with pytest.raises(UserError, match=f"'weight' holds {dtype}, not floating-point numbers"):
+    with pytest.raises(UserError, match=f"'weight'.*{dtype}"):
         import_teacher(path, classnames=["no", "yes"])
 
 
@@ -133,21 +132,21 @@ def test_names_of_classes_from_files(head, tmp_path, name, content):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "fact"),
     [
-        ("names.txt", "ant\nbee\n", "a classifier of 3 classes, but 2 names were given"),
-        ("names.txt", "ant\nbee\nant\n", "'ant' is the name of two classes"),
-        ("names.json", '{"0": "ant", "2": "bee"}', r"not numbered 0, 1"),
-        ("names.json", '{"ant": 0}', "a JSON list, or an object from 0"),
-        ("names.json", "3", "no list of class names"),
-        ("names.csv", "id,animal\n0,ant\n", "no column is called name"),
-        ("names.csv", "id,name\n0\n", "a row has no column 2"),
-        ("names.csv", "", "it names no class"),
+        ("names.txt", "ant\nbee\n", r"head\.pt.*3 classes.*2 names"),
+        ("names.txt", "ant\nbee\nant\n", r"names\.txt.*'ant'"),
+        ("names.json", '{"0": "ant", "2": "bee"}', r"names\.json.*0, 1"),
+        ("names.json", '{"ant": 0}', r"names\.json.*list"),
+        ("names.json", "3", r"names\.json.*list"),
+        ("names.csv", "id,animal\n0,ant\n", r"names\.csv.*column.*name"),
+        ("names.csv", "id,name\n0\n", r"names\.csv.*column 2"),
+        ("names.csv", "", r"names\.csv"),
     ],
 )
-def test_names_that_do_not_fit(head, tmp_path, name, content, said):
+def test_names_that_do_not_fit(head, tmp_path, name, content, fact):
     (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=fact):
         import_teacher(kept(tmp_path / "head.pt", head.state_dict()), classnames=tmp_path / name)
 
 
@@ -170,24 +169,24 @@ def test_files_that_are_no_classifier(head, tmp_path, monkeypatch):
     kept(Path("nan.pt"), {"weight": torch.full((3, DIM), torch.nan)})
     kept(Path("number.pt"), {"epoch": 3})
     np.savez("empty.npz", x=np.arange(3))
-    for name, said in {
-        "trap.pt": "cannot be read as .pt",
-        "half.safetensors": "cannot be read as .safetensors",
-        "broken.npz": "cannot be read as .npz",
-        "objects.npz": "cannot be read as .npz",
-        "model.joblib": "runs what it likes: save coef_",
-        "deep.pt": "there are: none",
-        "short.pt": "'weight' has 3 rows, but there are 2 intercepts",
-        "zero.pt": "its row is zero",
-        "nan.pt": "not finite",
-        "number.pt": "there are: none",
-        "empty.npz": "there are: none",
-        "missing.pt": "no such file",
+    for name, fact in {
+        "trap.pt": ".pt",
+        "half.safetensors": ".safetensors",
+        "broken.npz": ".npz",
+        "objects.npz": ".npz",
+        "model.joblib": "coef_",
+        "deep.pt": "--weight",
+        "short.pt": "'weight'.*3.*2",
+        "zero.pt": "zero",
+        "nan.pt": "finite",
+        "number.pt": "--weight",
+        "empty.npz": "--weight",
+        "missing.pt": "",
     }.items():
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=f"^{re.escape(name)}: .*{fact}"):
             import_teacher(name, classnames=NAMES)
     assert not Path("trapped").exists()
-    with pytest.raises(UserError, match="does not name its classes; give their names"):
+    with pytest.raises(UserError, match="--classes"):
         import_teacher(kept(Path("head.pt"), state))
 
 
