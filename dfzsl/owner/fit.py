@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from dfzsl.client.build import named
 from dfzsl.datasets.labeled_images import read_labelled
-from dfzsl.trainers.clip.loading import load_backbone
+from dfzsl.trainers.clip.loading import load_backbone, parse_identity
 from dfzsl.trainers.clip.texts import ClassTexts
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.utils.errors import UserError
@@ -74,7 +73,7 @@ def fit_teacher_on(
     is_folder = os.path.isdir(data)
     if text or is_folder:
         texts = ClassTexts.parse(text)
-        encoder = open_backbone() if is_folder else load_backbone(*named(data_set.backbone), device)
+        encoder = open_backbone() if is_folder else load_backbone(*parse_identity(data_set.backbone), device)
         text_features = texts.features(encoder, data_set.classnames).cpu()
         text_description = texts.about
     return fit_teacher(
