@@ -110,7 +110,7 @@ def test_failed_and_unfinished_and_missing_seeds_are_named(tmp_path):
 
 def test_a_folder_where_everything_failed_still_says_why(tmp_path, capsys):
     write_failure(tmp_path, "CoOp", 1, "no such file: images")
-    report.show(report.sections(report.collect(tmp_path)))
+    command.main([str(tmp_path)])
     printed = capsys.readouterr().out
     assert "no finished run yet" in printed
     assert "no such file: images" in printed
