@@ -178,6 +178,12 @@ class TestHelp:
             )
             assert done.returncode == 0 and expected in done.stdout, done.stderr
 
+    def test_a_reader_that_stops_early_gets_no_traceback(self):
+        words = [sys.executable, "-m", "dfzsl.report", "--glossary"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            process.stdout.close()
+            assert process.stderr.read() == b""
+
     def test_choices_are_those_of_the_library(self):
         assert set(experiments.PROTOCOLS) == set(PROTOCOLS)
         (choice,) = [p.type for p in experiments.report.params if p.name == "table_format"]

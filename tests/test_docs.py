@@ -203,7 +203,7 @@ def accept_script(words: list[str], monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("words", commands())
-def test_commands_are_accepted(words, monkeypatch, examples, given):
+def test_commands_are_accepted(words, monkeypatch, examples, given, tmp_path):
     monkeypatch.chdir(ROOT)
     program, *rest = given(words)
     if program == "torchrun":
@@ -213,6 +213,7 @@ def test_commands_are_accepted(words, monkeypatch, examples, given):
         script, *arguments = rest
         subprocess.run(["bash", "-n", script], check=True)
         runs = [line for line in Path(script).read_text().splitlines() if "dfzsl.launch" in line]
+        monkeypatch.chdir(tmp_path)  # the checkout's output/ may hold such runs with other settings
         for line in runs:
             accept_launch([*shlex.split(line.partition("dfzsl.launch ")[2])[:-1], *arguments])
         assert runs or script in ("scripts/test.sh", "scripts/reliability.sh")
@@ -221,6 +222,7 @@ def test_commands_are_accepted(words, monkeypatch, examples, given):
     elif program == "python" and rest[0] == "train.py":
         accept_train(rest[1:])
     elif program == "python" and rest[:2] == ["-m", "dfzsl.launch"]:
+        monkeypatch.chdir(tmp_path)
         accept_launch(rest[2:])
     elif program == "python" and rest[0] == "-m":
         accept_click(MODULES[rest[1]], rest[2:])

@@ -20,6 +20,12 @@ from dfzsl.report.tables import tables
 from dfzsl.utils.errors import UserError
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """The default --output must not be the checkout's."""
+    monkeypatch.chdir(tmp_path)
+
+
 def jobs(*words: str) -> list[Job]:
     return planned_jobs(words)
 

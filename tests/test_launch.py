@@ -22,6 +22,12 @@ from dfzsl.trainers.recovery.recover import RecoverySettings
 from dfzsl.utils.errors import UserError
 
 
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """The default --output must not be the checkout's."""
+    monkeypatch.chdir(tmp_path)
+
+
 def jobs(*words: str):
     return planned_jobs(["base2new", *words])
 
@@ -131,9 +137,9 @@ def test_a_data_set_that_brings_its_backbone_keeps_it():
         (["--methods", "CoOp", "shapes", "OPTIM.LRR", "1"], "OPTIM.LRR"),
     ],
 )
-def test_a_slip_is_told_in_one_line(words, message, tmp_path):
+def test_a_slip_is_told_in_one_line(words, message):
     with pytest.raises(UserError, match=message):
-        jobs("--output", str(tmp_path), *words)
+        jobs(*words)
 
 
 def test_one_output_folder_holds_cross_dataset_runs_from_one_source(tmp_path):

@@ -39,19 +39,27 @@ Example:
 """
 
 
-def parse_shots(
-    context: click.Context, parameter: click.Parameter, value: str | int | None
-) -> tuple[int, ...] | int | None:
-    """Convert N[,N...] of --shots, or N of --teacher-shots; -1 is all images."""
-    if value is None:
-        return None
-    try:
-        numbers = tuple(dict.fromkeys(map(int, str(value).split(","))))
-    except ValueError:
-        numbers = (0,)
-    if any(number < 1 and number != -1 for number in numbers):
-        raise click.BadParameter(f"'{value}' is no number of images; give 1 or more, or -1 for all")
-    return numbers[0] if isinstance(value, int) else numbers
+class Shots(click.ParamType):
+    """Number of images per class: 1 or more, or -1 for all."""
+
+    name = "shots"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            number = int(value)
+        except ValueError:
+            number = 0
+        if number < 1 and number != -1:
+            self.fail(f"'{value}' is no number of images; give 1 or more, or -1 for all", param, ctx)
+        return number
+
+
+class ShotsList(Shots):
+    """Numbers of images per class, separated by commas."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        numbers = [super(ShotsList, self).convert(word, param, ctx) for word in str(value).split(",")]
+        return tuple(dict.fromkeys(numbers))
 
 
 def sweep_options(
@@ -124,14 +132,13 @@ def sweep_command(protocol: str, summary: str) -> click.Command:
     @click.option("--output", type=FILE, default=Path("output"), show_default=True, help="Folder of results.")
     @click.option(
         "--shots",
-        callback=parse_shots,
+        type=ShotsList(),
         metavar="N[,N...]",
         help="Training images per class; -1: all.  [default: 16; fewshot: 1,2,4,8,16]",
     )
     @click.option(
         "--teacher-shots",
-        type=int,
-        callback=parse_shots,
+        type=Shots(),
         metavar="N",
         help="The owner's images per class.  [default: -1, all; fewshot: as --shots]",
     )
