@@ -24,11 +24,11 @@ import fake_data
 from dassl.utils import load_checkpoint
 from scipy import optimize  # noqa: F401 (imported here once, and not by every attempt)
 from scipy.sparse import linalg  # noqa: F401
+from sweeps import planned_jobs
 
 from dfzsl import train
 from dfzsl.datasets import encoding, extract
-from dfzsl.launch import __main__ as launch
-from dfzsl.launch import sweep, workers
+from dfzsl.launch import workers
 from dfzsl.trainers import base, owner
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.dfzsl import CLASSIFIER, DFZSL
@@ -184,4 +184,4 @@ def encode(root: Path, output: Path, cache: Path, log: Path) -> None:
 def work(folder: Path, words: list[str]) -> None:
     """One worker of a sweep."""
     os.chdir(folder)
-    workers.work(sweep.plan(launch.parser().parse_intermixed_args(words)), threads=1)
+    workers.work(planned_jobs(words), threads=1)

@@ -17,14 +17,13 @@ import fake_data
 import pytest
 from conftest import ROOT
 from dassl.data import data_manager
-from sweeps import start_sweep
+from sweeps import planned_jobs, start_sweep
 
 from dfzsl.io.files import digest
 from dfzsl.io.results import CHANGING, read_results
 from dfzsl.launch import host
-from dfzsl.launch.__main__ import parser
 from dfzsl.launch.checkouts import RECIPES, Checkout, Code
-from dfzsl.launch.sweep import choose, plan
+from dfzsl.launch.sweep import choose
 from dfzsl.launch.workers import work
 from dfzsl.trainers.clip.loading import offer_to_coop
 from dfzsl.utils.errors import UserError
@@ -57,7 +56,7 @@ def checkout(kind: str, folder: Path, commit: bool = True) -> Path:
 
 
 def jobs(*words: str, protocol: str = "base2new"):
-    return plan(parser().parse_intermixed_args([protocol, *words]))
+    return planned_jobs([protocol, *words])
 
 
 @pytest.fixture

@@ -23,17 +23,14 @@ from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY
 from made_results import write_world
 from PIL import Image
+from sweeps import planned_jobs
 
 from dfzsl import train
+from dfzsl.cli import experiments
 from dfzsl.cli import main as cli
-from dfzsl.client import measure, predict
-from dfzsl.datasets import extract
-from dfzsl.launch import __main__ as launch
-from dfzsl.launch import sweep
+from dfzsl.client import predict
 from dfzsl.launch.checkouts import RECIPES
 from dfzsl.launch.runs import FREE
-from dfzsl.prepare import __main__ as prepare
-from dfzsl.report import __main__ as report
 from dfzsl.report import collect, sections
 from dfzsl.report.formats import tabulated, terminal
 from dfzsl.trainers.recovery.teacher import Teacher
@@ -51,11 +48,11 @@ FILES = [path.relative_to(ROOT).as_posix() for f in FOLDERS for path in (ROOT / 
 FILES += [path.name for path in ROOT.iterdir()]
 # Named, but not ours: written by the reader or part of CoOp.
 ELSEWHERE = {"trainers/feature_adapter.py", "parse_test_res.py"}
-PARSERS = {
-    "dfzsl.client.measure": measure.parser,
-    "dfzsl.report": report.parser,
-    "dfzsl.datasets.extract": extract.parser,
-    "dfzsl.prepare": prepare.parser,
+MODULES = {
+    "dfzsl.launch": experiments.launch,
+    "dfzsl.report": experiments.report,
+    "dfzsl.datasets.extract": experiments.extract,
+    "dfzsl.prepare": experiments.prepare,
 }
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
@@ -160,7 +157,7 @@ def accept_train(words: list[str]) -> None:
 
 
 def accept_launch(words: list[str]) -> None:
-    jobs = sweep.plan(launch.parser().parse_intermixed_args(words))
+    jobs = planned_jobs(words)
     for job in jobs:
         if job.seed == jobs[0].seed and job.data == jobs[0].data:
             for _, arguments in job.reader.parts():
@@ -194,7 +191,11 @@ def accept_script(words: list[str], monkeypatch) -> None:
         parse(self, *args, **kwargs)
         raise Accepted
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    def stop(*args):
+        raise Accepted
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)  # benchmarks
+    monkeypatch.setattr(click.Command, "invoke", stop)
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(sys, "path", [str((ROOT / words[0]).parent), *sys.path])
     with pytest.raises(Accepted):
@@ -202,7 +203,7 @@ def accept_script(words: list[str], monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("words", commands())
-def test_commands_are_accepted(words, monkeypatch, examples, given):
+def test_commands_are_accepted(words, monkeypatch, examples, given, tmp_path):
     monkeypatch.chdir(ROOT)
     program, *rest = given(words)
     if program == "torchrun":
@@ -212,6 +213,7 @@ def test_commands_are_accepted(words, monkeypatch, examples, given):
         script, *arguments = rest
         subprocess.run(["bash", "-n", script], check=True)
         runs = [line for line in Path(script).read_text().splitlines() if "dfzsl.launch" in line]
+        monkeypatch.chdir(tmp_path)  # the checkout's output/ may hold such runs with other settings
         for line in runs:
             accept_launch([*shlex.split(line.partition("dfzsl.launch ")[2])[:-1], *arguments])
         assert runs or script in ("scripts/test.sh", "scripts/reliability.sh")
@@ -220,9 +222,10 @@ def test_commands_are_accepted(words, monkeypatch, examples, given):
     elif program == "python" and rest[0] == "train.py":
         accept_train(rest[1:])
     elif program == "python" and rest[:2] == ["-m", "dfzsl.launch"]:
+        monkeypatch.chdir(tmp_path)
         accept_launch(rest[2:])
     elif program == "python" and rest[0] == "-m":
-        PARSERS[rest[1]]().parse_args(rest[2:])
+        accept_click(MODULES[rest[1]], rest[2:])
     elif program == "python":
         accept_script(rest, monkeypatch)
     elif program == "pip":
@@ -308,8 +311,7 @@ def test_config_keys_exist_and_take_the_values_shown(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_flags_exist(page):
-    parsers = [train.parser(), launch.parser(), *(make() for make in PARSERS.values())]
-    known = {flag for parser in parsers for flag in parser._option_string_actions} | click_flags(cli.main)
+    known = {*train.parser()._option_string_actions} | click_flags(cli.main)
     assert {span.split()[0] for span in spans(page) if span.startswith("--")} <= known
 
 

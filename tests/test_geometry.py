@@ -5,7 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dfzsl.client.measure import geometry_of, main
+from dfzsl.cli.files import geometry
+from dfzsl.cli.main import invoke
+from dfzsl.client.measure import geometry_of
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.recovery.feature_statistics import Geometry, measure_geometry
 from dfzsl.utils.errors import UserError
@@ -25,7 +27,7 @@ def pictures(tmp_path_factory):
 
 
 def test_folders_of_pictures_are_classes(pictures, tmp_path):
-    main([str(pictures), "--backbone", "shapes", "-o", str(tmp_path / "g.safetensors")])
+    invoke(geometry, [str(pictures), "--backbone", "shapes", "-o", str(tmp_path / "g.safetensors")])
     found = Geometry.load(tmp_path / "g.safetensors")
     encoder = load_backbone("shapes")
     paths = sorted(pictures.glob("*/*.png"))
@@ -38,17 +40,17 @@ def test_folders_of_pictures_are_classes(pictures, tmp_path):
 
 
 def test_unlabelled_pictures_and_mistakes(pictures, tmp_path):
-    with pytest.raises(UserError, match="100 images or more, got 55"):
+    with pytest.raises(UserError, match="got 55"):
         geometry_of([pictures / "one"], "shapes")
     both = geometry_of([pictures / "one", pictures / "two"], "shapes")
     assert (both.images, both.classes) == (110, 0)
-    with pytest.raises(UserError, match="some of the pictures are labelled and some are not"):
+    with pytest.raises(UserError, match="labeled"):
         geometry_of([pictures, pictures / "one"], "shapes")
-    with pytest.raises(UserError, match="pictures need an encoder; give --backbone"):
+    with pytest.raises(UserError, match="--backbone"):
         geometry_of([pictures])
-    with pytest.raises(UserError, match="neither a folder of pictures nor a feature file"):
+    with pytest.raises(UserError, match="nowhere"):
         geometry_of([tmp_path / "nowhere"], "shapes")
-    with pytest.raises(UserError, match="it holds no pictures"):
+    with pytest.raises(UserError, match="no images"):
         geometry_of([tmp_path], "shapes")
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"broken\.png"):

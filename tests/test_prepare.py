@@ -18,6 +18,8 @@ from dassl.data.datasets import DATASET_REGISTRY
 
 from dfzsl.prepare import __main__ as prepare
 from dfzsl.prepare import fetch, recipes
+from dfzsl.prepare.names import dataset_names
+from dfzsl.prepare.verify import check
 from dfzsl.utils.errors import UserError
 
 
@@ -85,14 +87,14 @@ def test_a_download_is_verified(server, tmp_path, kind):
     path = fetch.download(f"{server.url}/a.zip", tmp_path / "a.zip", good)
     assert path.read_bytes() == CONTENT
     assert fetch.download(f"{server.url}/a.zip", path, good) == path and len(server.ranges) == 1
-    with pytest.raises(UserError, match=f"the {kind} of what arrived is"):
+    with pytest.raises(UserError, match=f"{kind} .*0000"):
         fetch.download(f"{server.url}/a.zip", tmp_path / "b.zip", f"{kind}:0000")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.zip"]
 
 
 def test_an_interrupted_download_goes_on(server, tmp_path):
     server.files["/a.zip"], server.cut = CONTENT, 100_000
-    with pytest.raises(UserError, match="give the command again to go on"):
+    with pytest.raises(UserError, match=r"a\.zip"):
         fetch.download(f"{server.url}/a.zip", tmp_path / "a.zip")
     assert not (tmp_path / "a.zip").exists() and (tmp_path / "a.zip.part").stat().st_size == 100_000
     server.cut = None
@@ -119,17 +121,17 @@ def test_without_a_checksum_the_first_download_is_the_measure(server, tmp_path):
     server.files["/a.zip"] = CONTENT
     fetch.download(f"{server.url}/a.zip", tmp_path / "a.zip").unlink()
     server.files["/a.zip"] = CONTENT[1:]
-    with pytest.raises(UserError, match=r"sha256\.json to accept a new version"):
+    with pytest.raises(UserError, match=r"sha256\.json"):
         fetch.download(f"{server.url}/a.zip", tmp_path / "a.zip")
 
 
 def test_addresses_that_do_not_serve_the_file(server, tmp_path):
-    with pytest.raises(UserError, match="answers 404"):
+    with pytest.raises(UserError, match="404"):
         fetch.download(f"{server.url}/a.zip", tmp_path / "a.zip")
     server.files["/a.zip"], server.kind = b"<html>Too many downloads</html>", "text/html"
-    with pytest.raises(UserError, match="sent a web page"):
+    with pytest.raises(UserError, match="web page"):
         fetch.download(f"{server.url}/a.zip", tmp_path / "a.zip")
-    with pytest.raises(UserError, match="give the command again"):
+    with pytest.raises(UserError, match="127"):
         fetch.download("http://127.0.0.1:9/a.zip", tmp_path / "a.zip")
     assert not list(tmp_path.glob("*.zip"))
 
@@ -179,7 +181,7 @@ def test_an_archive_is_unpacked(tmp_path, make):
 )
 def test_a_hostile_archive_writes_nothing(tmp_path, make, arguments):
     archive = make(tmp_path / "archive", *arguments)
-    with pytest.raises(UserError, match="unsafe, not extracted"):
+    with pytest.raises(UserError, match="unsafe"):
         fetch.unpack(archive, tmp_path / "deep/out")
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["archive", "deep"]
 
@@ -190,7 +192,7 @@ def test_half_an_archive(tmp_path, make, share):
     archive = make(tmp_path / "archive", {f"{n}.bin": os.urandom(5000) for n in range(9)})
     whole = archive.read_bytes()
     archive.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(UserError, match="broken or only half there"):
+    with pytest.raises(UserError, match="broken"):
         fetch.unpack(archive, tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["archive"]
 
@@ -198,7 +200,7 @@ def test_half_an_archive(tmp_path, make, share):
 def test_a_full_disk_is_foreseen(tmp_path, monkeypatch):
     archive = make_zip(tmp_path / "archive", {"a": b"12345"})
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: SimpleNamespace(free=3))
-    with pytest.raises(UserError, match="GB left"):
+    with pytest.raises(UserError, match="GB"):
         fetch.unpack(archive, tmp_path / "out")
 
 
@@ -231,14 +233,14 @@ def test_every_data_set_on_the_web_has_a_recipe():
 
 
 def test_names_are_those_of_registry_and_configs():
-    assert prepare.names_of(["dtd", "OxfordPets", "oxford_pets", "awa2"]) == [
+    assert dataset_names(["dtd", "OxfordPets", "oxford_pets", "awa2"]) == [
         "DescribableTextures",
         "OxfordPets",
         "AWA2",
     ]
-    assert prepare.names_of(["all"]) == list(recipes.RECIPES)
-    with pytest.raises(UserError, match="unknown data set 'oxfordpet'"):
-        prepare.names_of(["oxfordpet"])
+    assert dataset_names(["all"]) == list(recipes.RECIPES)
+    with pytest.raises(UserError, match="'oxfordpet'"):
+        dataset_names(["oxfordpet"])
 
 
 def packed(tmp_path: Path, name: str, top: str) -> bytes:
@@ -273,7 +275,7 @@ def test_the_mirrors_archive_may_have_any_top_folder(server, tmp_path, monkeypat
     listed = {"dtd.zip": (f"{server.url}/dtd.zip", f"sha256:{hashlib.sha256(content).hexdigest()}")}
     monkeypatch.setattr(recipes, "listing", lambda repository: listed)
     recipes.prepare("DescribableTextures", tmp_path / "data", "mirror")
-    report = prepare.check("DescribableTextures", tmp_path / "data", 1)
+    report = check("DescribableTextures", tmp_path / "data", 1)
     assert report.counts == (5, 20, 10, 15) and not report.missing and not report.broken
 
 
@@ -317,7 +319,7 @@ def test_check_counts_missing_and_broken_images(pets, capsys):
     images[0].unlink()
     images[1].write_bytes(images[1].read_bytes()[:300])
     images[2].write_text("no image")
-    with pytest.raises(UserError, match="not as published: OxfordPets"):
+    with pytest.raises(UserError, match="OxfordPets"):
         prepare.main(["oxford_pets", "--root", str(pets), "--check", "--workers", "2"])
     said = capsys.readouterr().out
     assert said.splitlines()[2].split()[:7] == ["OxfordPets", "5", "20", "10", "15", "1", "2"]
@@ -326,7 +328,7 @@ def test_check_counts_missing_and_broken_images(pets, capsys):
 
 def test_check_tells_other_counts_and_what_is_not_there(tmp_path, capsys):
     root = fake_data.make("EuroSAT", tmp_path)
-    with pytest.raises(UserError, match="not as published: EuroSAT, UCF101"):
+    with pytest.raises(UserError, match="EuroSAT, UCF101"):
         prepare.main(["eurosat", "ucf101", "--root", str(root), "--check", "--workers", "1"])
     said = capsys.readouterr().out
     assert "EuroSAT: 20 training images; the published data set has 13500" in said
@@ -335,6 +337,6 @@ def test_check_tells_other_counts_and_what_is_not_there(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", sorted(set(fake_data.FAKES) - {"Folder", "Csv", "Features"}))
 def test_every_data_set_can_be_checked(name, tmp_path):
-    report = prepare.check(name, fake_data.make(name, tmp_path), 1)
+    report = check(name, fake_data.make(name, tmp_path), 1)
     assert report.counts[0] >= 4 and not report.missing and not report.broken
     assert all("the published data set has" in said for said in report.problems)

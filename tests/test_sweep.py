@@ -65,11 +65,14 @@ def test_a_finished_sweep_shows_its_table_and_repeats_nothing(world):
     assert "4 finished already" in again
     assert {name: path.stat().st_mtime_ns for name, path in files(world, "results.json").items()} == made
     assert "DFZSL (dfzsl)" in shown and "DFZSL (dfzsl)" not in again  # announced, and not again
-    compared = "Data, encoder and settings, beside those of these runs: the same\n"
-    assert shown[shown.index("base-to-new") :] + compared == again[again.index("base-to-new") :]
+    assert shown[shown.index("base-to-new") :] == again[again.index("base-to-new") :]
     assert {path.read_text() for path in files(world, "settings.txt").values()} == {
         "RECOVERY.NUM_PER_CLASS 20"
     }
+    write_features(world / "animals.npz", seed=1)
+    other = start(world, "1")
+    shown, errors = other.communicate()
+    assert other.returncode == 2 and shown == "" and "test data" in errors  # checked before it prints
 
 
 def test_a_terminated_sweep_takes_its_workers_with_it(world):

@@ -1,20 +1,12 @@
-"""Train the CLIP of the built-in world on captioned pictures that are drawn as they are needed.
+"""Train the CLIP of Shapes on captioned images drawn as needed (scripts/shapes/train_clip.py).
 
-    python scripts/shapes/train_clip.py
-
-writes datasets/shapes/clip.safetensors and clip_training.csv, at every 100 steps. About 12 minutes on one
-idle core; set OMP_NUM_THREADS=1 where others compute too. The same seed, number of threads and machine
-give the same weights.
-
-The text transformer is trained cut off at the longest caption, which is exact because it is causal, and
-with only the token rows that captions use; see `save` for how those are stored.
+The text transformer is trained cut off at the longest caption, which is exact because it is causal, and with
+only the token rows that captions use; `save` says how those are stored.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
-import time
 from pathlib import Path
 from typing import Any
 
@@ -135,35 +127,41 @@ def write_log(path: Path, columns: list[str], log: list[list[float]]) -> None:
         writer.writerows([step, *(f"{value:.4f}" for value in values)] for step, *values in log)
 
 
-def options(about: str | None, steps: int, batch: int, lr: float) -> argparse.Namespace:
-    """The command line of a training, with these defaults."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--batch", type=int, default=batch)
-    parser.add_argument("--lr", type=float, default=lr)
-    parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=FOLDER)
-    return parser.parse_args()
+def train(
+    steps: int = 1000,
+    batch_size: int = 256,
+    lr: float = 2e-3,
+    weight_decay: float = 0.05,
+    seed: int = 1,
+    output: Path = FOLDER,
+) -> None:
+    """Train, and write clip.safetensors and clip_training.csv into `output` at every 100 steps.
 
+    The same seed, number of threads and machine give the same weights.
 
-def main() -> None:
-    args = options(__doc__, steps=1000, batch=256, lr=2e-3)
-
-    torch.manual_seed(args.seed)
+    Args:
+        steps: number of batches.
+        batch_size: images per batch.
+        lr: peak learning rate of AdamW, one cycle.
+        weight_decay: of the matrices.
+        seed: of the weights and of the images.
+        output: folder to write into.
+    """
+    torch.manual_seed(seed)
     config: Any = read_json(FOLDER / "clip.json")
     model = Trainee(config, known_tokens())
-    held_out = CaptionedPictures(args.seed + 1, 0, 500)
+    held_out = CaptionedPictures(seed + 1, 0, 500)
     check = [torch.stack(part) for part in zip(*(held_out[i] for i in range(len(held_out))), strict=True)]
-    examples = CaptionedPictures(args.seed, 0, args.steps * args.batch)
-    batches = DataLoader(examples, args.batch, num_workers=1, prefetch_factor=8)
+    examples = CaptionedPictures(seed, 0, steps * batch_size)
+    batches = DataLoader(examples, batch_size, num_workers=1, prefetch_factor=8)
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": args.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, args.lr, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
 
-    log, losses, began = [], [], time.time()
+    log: list[list[float]] = []
+    losses: list[float] = []
     model.train()
     bar = tqdm(batches, desc="training the CLIP of shapes", unit="step")
     for step, (pictures, tokens) in enumerate(bar, 1):
@@ -176,19 +174,11 @@ def main() -> None:
         with torch.no_grad():
             model.clip.logit_scale.clamp_(max=np.log(100))
         losses.append(loss.item())
-        if step % 100 == 0 or step == args.steps:
+        if step % 100 == 0 or step == steps:
+            mean_loss = float(np.mean(losses))
             held_out_loss, recall = retrieval(model, *check)
-            log.append([step, np.mean(losses), held_out_loss, recall, model.clip.logit_scale.exp().item()])
-            bar.set_postfix(loss=f"{np.mean(losses):.3f}", recall=f"{recall:.3f}")
+            log.append([step, mean_loss, held_out_loss, recall, model.clip.logit_scale.exp().item()])
+            bar.set_postfix(loss=f"{mean_loss:.3f}", recall=f"{recall:.3f}")
             losses = []
-            save(
-                model,
-                args.output / "clip.safetensors",
-                {"step": step, "batch": args.batch, "seed": args.seed},
-            )
-            write_log(args.output / "clip_training.csv", LOGGED, log)
-    print(f"{args.steps} steps of {args.batch} in {(time.time() - began) / 60:.1f} minutes")
-
-
-if __name__ == "__main__":
-    main()
+            save(model, output / "clip.safetensors", {"step": step, "batch": batch_size, "seed": seed})
+            write_log(output / "clip_training.csv", LOGGED, log)

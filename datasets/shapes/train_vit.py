@@ -1,16 +1,12 @@
-"""Distil the image tower of the built-in CLIP into a vision transformer: image prompts need one.
+"""Distill the image tower of the built-in CLIP into a vision transformer (scripts/shapes/train_vit.py).
 
-    python scripts/shapes/train_vit.py
-
-writes datasets/shapes/vit.safetensors and vit_training.csv, at every 100 steps. The text tower stays as it is
-and is stored again beside the new image tower, which learns to give each picture the feature that the first
-one gives it (feature mimicry: Yang et al., CLIP-KD, CVPR 2024), on pictures that one was trained on. A
-quarter of an hour on one idle core. The same seed, number of threads and machine give the same weights.
+Image prompts need a transformer. It learns the features that the first tower has on the images that tower was
+trained on (feature mimicry: Yang et al., CLIP-KD, CVPR 2024). The text tower stays as it is.
 """
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +18,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from dfzsl.datasets.shapes.train_clip import FOLDER, MEAN, STD, CaptionedPictures, options, write_log
 from dfzsl.io.files import read_json
 from dfzsl.io.tensors import save_tensors
-from dfzsl.trainers.clip.backbone import import_open_clip
-from dfzsl.trainers.clip.loading import BUILT_IN, load_backbone
+
+from .train_clip import FOLDER, MEAN, STD, CaptionedPictures, open_clip, write_log
 
 LOGGED = ["step", "squared_distance", "held_out_squared_distance"]
 
@@ -35,7 +30,7 @@ def student(seed: int) -> nn.Module:
     """The image tower of vit.json with random weights."""
     config: Any = read_json(FOLDER / "vit.json")
     torch.manual_seed(seed)
-    return import_open_clip().CLIP(**config).visual
+    return open_clip.CLIP(**config).visual
 
 
 def distance(visual: nn.Module, pictures: Tensor, target: Tensor) -> Tensor:
@@ -50,41 +45,50 @@ def save(visual: nn.Module, path: Path, about: dict) -> None:
     save_tensors(path, tensors, {"kind": "clip", **about})
 
 
-def main() -> None:
-    args = options(__doc__, steps=500, batch=64, lr=1e-3)
+def train(
+    encode_image: Callable[[Tensor], Tensor],
+    steps: int = 500,
+    batch_size: int = 64,
+    lr: float = 1e-3,
+    weight_decay: float = 0.05,
+    seed: int = 1,
+    output: Path = FOLDER,
+) -> None:
+    """Train, and write vit.safetensors and vit_training.csv into `output` at every 100 steps.
 
-    teacher, visual = load_backbone(BUILT_IN), student(args.seed)
-    held_out = CaptionedPictures(args.seed + 1, 0, 500)
+    The same seed, number of threads and machine give the same weights.
+
+    Args:
+        encode_image: the first image tower, from preprocessed images (n, 3, 64, 64) to unit features (n, d).
+        steps: number of batches.
+        batch_size: images per batch.
+        lr: peak learning rate of AdamW, one cycle.
+        weight_decay: of all weights.
+        seed: of the weights and of the images.
+        output: folder to write into.
+    """
+    visual = student(seed)
+    held_out = CaptionedPictures(seed + 1, 0, 500)
     check = (torch.stack([held_out[i][0] for i in range(len(held_out))]) / 255 - MEAN) / STD
-    target = teacher.encode_image(check)
-    examples = CaptionedPictures(args.seed, 0, args.steps * args.batch)
-    optimizer = torch.optim.AdamW(
-        visual.parameters(), args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
-    log, losses, began = [], [], time.time()
-    bar = tqdm(DataLoader(examples, args.batch), desc="training the ViT of shapes", unit="step")
+    target = encode_image(check)
+    examples = CaptionedPictures(seed, 0, steps * batch_size)
+    optimizer = torch.optim.AdamW(visual.parameters(), lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
+    log: list[list[float]] = []
+    losses: list[float] = []
+    bar = tqdm(DataLoader(examples, batch_size), desc="training the ViT of shapes", unit="step")
     for step, (raw, _) in enumerate(bar, 1):
         pictures = (raw / 255 - MEAN) / STD
-        loss = distance(visual, pictures, teacher.encode_image(pictures))
+        loss = distance(visual, pictures, encode_image(pictures))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        if step % 100 == 0 or step == args.steps:
+        if step % 100 == 0 or step == steps:
             with torch.no_grad():
-                log.append([step, np.mean(losses), distance(visual, check, target).item()])
+                log.append([step, float(np.mean(losses)), distance(visual, check, target).item()])
             bar.set_postfix(loss=f"{log[-1][1]:.3f}", held_out=f"{log[-1][2]:.3f}")
             losses = []
-            save(
-                visual,
-                args.output / "vit.safetensors",
-                {"step": step, "batch": args.batch, "seed": args.seed},
-            )
-            write_log(args.output / "vit_training.csv", LOGGED, log)
-    print(f"{args.steps} steps of {args.batch} in {(time.time() - began) / 60:.1f} minutes")
-
-
-if __name__ == "__main__":
-    main()
+            save(visual, output / "vit.safetensors", {"step": step, "batch": batch_size, "seed": seed})
+            write_log(output / "vit_training.csv", LOGGED, log)

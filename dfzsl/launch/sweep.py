@@ -1,134 +1,237 @@
-"""A sweep: the runs that a command line asks for, what is looked at before the first, and all of them."""
+"""Plan a sweep, check it before the first run, and run it.
+
+Runs keep CoOp's folders, `OUTPUT/base2new/train_base/DATASET/shots_16/TRAINER/CONFIG/seed1`. A run with
+results.json is finished and never repeated; an interrupted one resumes. Workers (local processes or slurm
+jobs, both by submitit) take runs from one list under a lock, so that several sweeps may share a folder.
+"""
 
 from __future__ import annotations
 
-import argparse
-import itertools
 import os
 import re
 import shlex
-import signal
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dassl.engine import TRAINER_REGISTRY
 
-from dfzsl import train
+from dfzsl import report, train
+from dfzsl.io.results import RESULTS
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.utils.errors import UserError, one_line
 
-from . import tables
 from .checkouts import Checkout
 from .forecast import forecast
 from .preflight import check, check_locks
 from .runs import DEFAULT_SEEDS, FREE, METHODS, OWNER, PROTOCOLS, TARGETS, Data, Job, Method
 from .workers import gpu_shares, launch
 
+KEY = re.compile(r"[A-Z]\w*(\.\w+)*")  # of a config: RECOVERY.THETA
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What to run, and how.
+
+    Attributes:
+        protocol: name in `PROTOCOLS`.
+        dataset: name, folder:PATH, csv:PATH, features:PATH, or all; "": the protocol's default.
+        seeds: one run per seed; by default 1, 2 and 3.
+        settings: KEY, VALUE, ... for the config of every run.
+        methods: comma-separated `TRAINER[@virtual or @CHECKOUT][:CONFIG][+VARIANT]`, or all; "": DFZSL beside
+            the baselines without training, and CoOp and CoCoOp too where no data set is named.
+        image_prompts: whether all includes the methods that learn inside the image encoder.
+        root: data folder.
+        output: folder of all results and tables.
+        shots: training images per class, -1 for all; by default those of the protocol.
+        teacher_shots: the owner's images per class, -1 for all; by default all, and for fewshot as many as
+            `shots`.
+        launcher: local or slurm.
+        workers: number of runs at a time; 0: as GPUs or cores allow.
+        gpus_per_run: GPUs of a run, by torchrun if several.
+    """
+
+    protocol: str
+    dataset: str = ""
+    seeds: tuple[int, ...] = ()
+    settings: tuple[str, ...] = ()
+    methods: str = ""
+    image_prompts: bool = False
+    root: str = "data"
+    output: Path = Path("output")
+    shots: tuple[int, ...] = ()
+    teacher_shots: int | None = None
+    launcher: str = "local"
+    workers: int = 0
+    gpus_per_run: int = 1
+
 
 def choose(given: str, image_prompts: bool = False) -> list[Method | Checkout]:
-    """The methods that `--methods` names, the owner first: others wait for its teacher. "all" has those that
-    learn inside the image encoder only with `image_prompts`."""
-    found: list[Method | Checkout] = []
+    """Return the methods that `--methods` names, the owner first, because others wait for its teacher.
+
+    Args:
+        given: `SweepOptions.methods`.
+        image_prompts: whether all includes the methods that learn inside the image encoder.
+
+    Raises:
+        UserError: a method or variant is unknown.
+    """
+    methods: list[Method | Checkout] = []
     for word in given.split(","):
         if word == "all":
             registered = map(Method, TRAINER_REGISTRY.registered_names())
             ours = [method for method in registered if issubclass(method.type, CLIPTrainer)]
-            found += [method for method in ours if image_prompts or not method.type.image_prompts]
+            methods += [method for method in ours if image_prompts or not method.type.image_prompts]
         elif checkout := Checkout.parse(word):
-            found.append(checkout)
+            methods.append(checkout)
         else:
             method = Method.parse(word.removesuffix("+all"))
             variants = method.variants if word.endswith("+all") else [method.variant]
-            found += [replace(method, variant=variant) for variant in variants]
-    return sorted(dict.fromkeys(found), key=lambda method: method.trainer != OWNER)
+            methods += [replace(method, variant=variant) for variant in variants]
+    return sorted(dict.fromkeys(methods), key=lambda method: method.trainer != OWNER)
 
 
-def plan(args: argparse.Namespace) -> list[Job]:
-    """The jobs a command line asks for. Raises UserError for what is unknown."""
-    given, *rest = args.words or [PROTOCOLS[args.protocol].default]
-    seeds = list(itertools.takewhile(str.isdecimal, rest))
-    opts = rest[len(seeds) :]
-    if len(opts) % 2 or not all(map(re.compile(r"[A-Z]\w*(\.\w+)*").fullmatch, opts[::2])):
-        raise UserError(f"after DATASET and seeds (numbers) come KEY VALUE pairs, not {' '.join(opts)}")
-    chosen = args.methods or ",".join([*FREE, "DFZSL"] if args.words else METHODS)
-    methods = choose(chosen, args.image_prompts)
-    names = ["imagenet", *TARGETS] if given == "all" else [given]
-    protocol = PROTOCOLS[args.protocol]
+def plan(options: SweepOptions) -> list[Job]:
+    """Return the jobs of a sweep.
+
+    Raises:
+        UserError: a method, data set or setting is unknown, or the output folder holds other runs.
+    """
+    settings, protocol = options.settings, PROTOCOLS[options.protocol]
+    if len(settings) % 2 or not all(map(KEY.fullmatch, settings[::2])):
+        raise UserError(f"after DATASET and seeds (numbers) come KEY VALUE pairs, not {' '.join(settings)}")
+    chosen = options.methods or ",".join([*FREE, "DFZSL"] if options.dataset else METHODS)
+    methods = choose(chosen, options.image_prompts)
+    dataset = options.dataset or protocol.default
+    names = ["imagenet", *TARGETS] if dataset == "all" else [dataset]
     if protocol.targets:
         # A test's folder names the data set it tests on, and cannot tell two training sets apart.
-        folders = Path(args.output, args.protocol).glob("train_*/*")
-        trained = {*(path.name for path in folders), *(Data(name, args.root).name for name in names)}
-        if len(trained) > 1:
+        folders = Path(options.output, options.protocol).glob("train_*/*")
+        sources = {*(path.name for path in folders), *(Data(name, options.root).name for name in names)}
+        if len(sources) > 1:
             raise UserError(
-                f"one --output holds {args.protocol} runs from one data set, not from "
-                f"{', '.join(sorted(trained))}; choose another --output"
+                f"one --output holds {options.protocol} runs from one data set, not from "
+                f"{', '.join(sorted(sources))}; choose another --output"
             )
-    if (few := args.protocol == "fewshot") and args.teacher_shots:
+    few = options.protocol == "fewshot"
+    if few and options.teacher_shots:
         raise UserError("fewshot gives the owner as many images as all others: leave --teacher-shots out")
-    asked = [
+    requested = [
         Job(
-            protocol=args.protocol,
+            protocol=options.protocol,
             method=method,
-            data=Data(name, args.root),
+            data=Data(name, options.root),
             seed=seed,
             shots=shots,
-            teacher_shots=shots if few else args.teacher_shots or -1,
-            output=Path(args.output),
-            opts=tuple(opts),
+            teacher_shots=shots if few else options.teacher_shots or -1,
+            output=options.output,
+            opts=settings,
         )
         for name in names
-        for shots in args.shots or protocol.shots
-        for seed in dict.fromkeys(map(int, seeds or DEFAULT_SEEDS))
+        for shots in options.shots or protocol.shots
+        for seed in dict.fromkeys(options.seeds or map(int, DEFAULT_SEEDS))
         for method in methods
     ]
-    # What sees no image is the same run whatever the number of images.
-    jobs = list({job.parts()[0][0]: job for job in asked}.values())
+    # A method that sees no image is the same run for every number of images.
+    jobs = list({job.parts()[0][0]: job for job in requested}.values())
     for job in jobs:
         job.check()
-        first = (job.data, job.seed) == (jobs[0].data, jobs[0].seed)  # KEY VALUE are the same for all others
-        if first and isinstance(job.method, Method):  # what a checkout knows only it can say
+        first = (job.data, job.seed) == (
+            jobs[0].data,
+            jobs[0].seed,
+        )  # the settings of the others are the same
+        if first and isinstance(job.method, Method):  # only a checkout itself knows its keys
             train.setup_cfg(train.parser().parse_args(job.parts()[0][1]))
     return jobs
 
 
-def sweep(args: argparse.Namespace, shown: bool) -> None:
-    """Do the runs that are not finished and show the tables, unless they have been `shown` and all are."""
-    output, gpus = Path(args.output), args.gpus_per_run
-    jobs = plan(args)
-    check(jobs)
-    todo = [job for job in jobs if not job.finished]
-    if shown:
-        print("others" if todo else "the same")
-        if not todo:
-            return
-    workers = args.workers or len(gpu_shares(gpus)) or (1 if gpus > 1 else os.cpu_count() or 1)
-    if workers > 1 and len(todo) > 1:
-        check_locks(output)
-    print(tables.count(len(jobs), len(jobs) - len(todo), output / args.protocol))
-    if todo:
-        print(forecast(todo, min(workers, len(todo))))
-    if args.dry_run:
-        for job in todo:
+@dataclass(frozen=True)
+class Sweep:
+    """Jobs that passed the checks before the first run.
+
+    Attributes:
+        options: what was asked for.
+        jobs: all of it, finished or not.
+    """
+
+    options: SweepOptions
+    jobs: list[Job]
+
+    @classmethod
+    def checked(cls, options: SweepOptions) -> Sweep:
+        """Plan a sweep and check its data, weights and output folder.
+
+        Raises:
+            UserError: something would end a run, or the output folder holds runs on other data.
+        """
+        sweep = cls(options, plan(options))
+        check(sweep.jobs)
+        if sweep.workers > 1 and len(sweep.unfinished) > 1:
+            check_locks(options.output)
+        return sweep
+
+    @property
+    def folder(self) -> Path:
+        return self.options.output / self.options.protocol
+
+    @property
+    def unfinished(self) -> list[Job]:
+        return [job for job in self.jobs if not job.finished]
+
+    @property
+    def workers(self) -> int:
+        """Number of runs at a time."""
+        gpus = self.options.gpus_per_run
+        return self.options.workers or len(gpu_shares(gpus)) or (1 if gpus > 1 else os.cpu_count() or 1)
+
+    def summary(self) -> str:
+        """Return the number of runs, and for those that are not finished a forecast of their time."""
+        total, todo = len(self.jobs), self.unfinished
+        lines = [f"{total} runs ({total - len(todo)} finished already) into {self.folder}"]
+        if todo:
+            lines.append(forecast(todo, min(self.workers, len(todo))))
+        return "\n".join(lines)
+
+    def command_lines(self) -> Iterator[str]:
+        """Yield the command line of every part of the runs that are not finished."""
+        for job in self.unfinished:
+            folder = (
+                f"cd {shlex.quote(str(job.method.folder))} && " if isinstance(job.method, Checkout) else ""
+            )
             for _, arguments in job.parts():
-                there = (
-                    f"cd {shlex.quote(str(job.method.folder))} && "
-                    if isinstance(job.method, Checkout)
-                    else ""
-                )
-                print(one_line(f"{there}python train.py {shlex.join(arguments)}"))
-        return
-    # Either signal ends the workers too; a sweep in the background of a script would ignore the first.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
-    if todo:
-        launch(jobs, args.launcher, workers, gpus, output)
-    if any(job.finished for job in jobs):
-        tables.show(output / args.protocol)
-    failed = [job for job in jobs if not job.finished]
-    if failed:
-        note = failed[0].failure
-        first = note.read_text(encoding="utf-8").strip() if note.exists() else "interrupted"
-        raise UserError(
-            f"{len(failed)} of {len(jobs)} runs failed; the first, {failed[0].method.name}: {first}"
-        )
-    tables.note_ended(args, [[folder for folder, _ in job.parts()] for job in jobs])
+                yield one_line(f"{folder}python train.py {shlex.join(arguments)}")
+
+    def run(self) -> None:
+        """Run what is not finished; `raise_failures` says what failed."""
+        if self.unfinished:
+            options = self.options
+            launch(self.jobs, options.launcher, self.workers, options.gpus_per_run, options.output)
+
+    def has_results(self) -> bool:
+        return any(job.finished for job in self.jobs)
+
+    def sections(self) -> list[report.Section]:
+        """Return the tables of all results in the protocol's folder."""
+        return report.sections(report.collect(self.folder))
+
+    def write_page(self, sections: Sequence[report.Section]) -> Path:
+        """Write the tables as an HTML page, unless the page is newer than all results; return its path."""
+        page = self.folder / "report.html"
+        written = page.stat().st_mtime_ns if page.exists() else 0
+        if any(path.stat().st_mtime_ns >= written for path in self.folder.rglob(RESULTS)):
+            # matplotlib takes long to import.
+            from dfzsl.report.page import write_page
+
+            write_page(page, sections)
+        return page
+
+    def raise_failures(self) -> None:
+        """Raise UserError if a run is not finished, with the message of the first."""
+        if failed := self.unfinished:
+            note = failed[0].failure
+            message = note.read_text(encoding="utf-8").strip() if note.exists() else "interrupted"
+            raise UserError(
+                f"{len(failed)} of {len(self.jobs)} runs failed; "
+                f"the first, {failed[0].method.name}: {message}"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import os
 import re
 import secrets
@@ -29,6 +30,8 @@ from dfzsl.utils.errors import LESS_MEMORY, UserError, explain, one_line
 from .checkouts import Checkout
 from .forecast import longest_first
 from .runs import Job
+
+logger = logging.getLogger(__name__)
 
 KILLED = (
     "its process was killed, as the system does when memory runs out (dmesg tells); use fewer --workers, "
@@ -282,7 +285,7 @@ def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path
                     task.cancel()
             raise
     for task in early:
-        print(f"a worker ended early; its log: {task.paths.stderr}", file=sys.stderr)
+        logger.warning("a worker ended early; its log: %s", task.paths.stderr)
     if not early:
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,32 +1,20 @@
-"""Real beside virtual features of a finished run, in one picture.
-
-    python -m dfzsl.report.diagnostics output/.../seed1 dtd.safetensors
-    python -m dfzsl.report.diagnostics output/.../seed1 dtd.npz --classes 6 --output dtd.png
-
-The run's folder holds virtual.safetensors (stage 1); the feature file holds real test features of the same
-classes (python -m dfzsl.datasets.extract). Left: the plane in which the real class means differ most.
-Middle: angles to the class's own mean direction. Right: the recovered teacher's margin for the own class.
-"""
+"""Plot real beside virtual features of a finished run, and confusion matrices."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from dfzsl.datasets.features import open_features, unit_rows
-from dfzsl.train import cli
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.utils.errors import UserError
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 REAL, VIRTUAL = "#1b6ca8", "#e07b39"
 
@@ -63,40 +51,67 @@ def margin(virtual: VirtualClasses, features: Tensor, labels: Tensor) -> np.ndar
     return (own - scores.scatter(1, labels[:, None], -torch.inf).max(1).values).numpy()
 
 
-def draw(virtual: VirtualClasses, real: tuple[Tensor, Tensor], shown: int, title: str) -> plt.Figure:
+def plot_run(run: Path, features: Path, classes: int = 6) -> Figure:
+    """Plot the virtual features of a run beside real test features of the same classes.
+
+    Left: the plane in which the real class means differ most. Middle: angles to the class's own mean
+        direction.
+    Right: the recovered teacher's margin of the true class.
+
+    Args:
+        run: folder of a finished run, with virtual.safetensors.
+        features: feature file with x_test and y_test.
+        classes: number of classes in the left panel.
+
+    Raises:
+        UserError: a file is missing, or the two do not fit together.
+    """
+    virtual = VirtualClasses.load(run / "virtual.safetensors")
+    real = read_real(str(features), virtual.classnames)
+    if real[0].shape[1] != virtual.mu.shape[1]:
+        theirs, ours = real[0].shape[1], virtual.mu.shape[1]
+        raise UserError(f"{features}: features of {theirs} dimensions, the run's have {ours}")
+    if len(torch.unique(real[1])) < len(virtual.classnames):
+        raise UserError(f"{features}: a class of the run has no test feature")
+    title = f"{virtual.method}, {virtual.queries:,} queries"
+    return draw(virtual, real, min(classes, len(virtual.classnames)), title)
+
+
+def draw(virtual: VirtualClasses, real: tuple[Tensor, Tensor], shown: int, title: str) -> Figure:
     """The three panels."""
     x, y = real
     classes = len(virtual.classnames)
     v, u = virtual.sample(max(20, len(x) // classes), torch.Generator().manual_seed(0))
     means = mean_directions(x, y, classes)
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
 
-    # Each side is centred on its own class means: what all real features share is not known to the run.
+    # Each side is centered on its own class means: what all real features share is not known to the run.
     basis = torch.linalg.svd((means - means.mean(0))[:shown], full_matrices=False).Vh[:2].T
-    colours = plt.get_cmap("tab10" if shown <= 10 else "tab20")
+    colors = colormaps["tab10" if shown <= 10 else "tab20"]
     for c in range(shown):
         for features, labels, centre, marker in ((x, y, means, "o"), (v, u, virtual.mu, "x")):
             flat = ((features[labels == c] - centre.mean(0)) @ basis).numpy()[:60]
             name = virtual.classnames[c] if marker == "o" else None
-            left.scatter(flat[:, 0], flat[:, 1], s=12, marker=marker, color=colours(c), alpha=0.6, label=name)
+            left.scatter(flat[:, 0], flat[:, 1], s=12, marker=marker, color=colors(c), alpha=0.6, label=name)
     left.legend(fontsize=7)
     left.set(title="class plane (o real, x virtual)", xlabel="", ylabel="")
 
-    for values, colour, label in (
+    for values, color, label in (
         (angles(x, means[y]), REAL, "real, to their own mean"),
         (angles(v, virtual.mu[u]), VIRTUAL, "virtual, to their own mean"),
         (angles(x, virtual.mu[y]), "#7a7a7a", "real, to the virtual mean"),
     ):
-        middle.hist(values, bins=60, density=True, alpha=0.6, color=colour, label=label)
+        middle.hist(values, bins=60, density=True, alpha=0.6, color=color, label=label)
     middle.legend(fontsize=7)
     middle.set(title="angle to the mean direction", xlabel="degrees", yticks=[])
 
-    for values, colour, label in (
+    for values, color, label in (
         (margin(virtual, x, y), REAL, "real"),
         (margin(virtual, v, u), VIRTUAL, "virtual"),
     ):
         share = f"{label}: {(values > 0).mean():.1%} right"
-        right.hist(values, bins=60, density=True, alpha=0.6, color=colour, label=share)
+        right.hist(values, bins=60, density=True, alpha=0.6, color=color, label=share)
     right.axvline(0, color="black", linewidth=0.8)
     right.legend(fontsize=7)
     right.set(title="teacher's margin for the own class", yticks=[])
@@ -104,12 +119,13 @@ def draw(virtual: VirtualClasses, real: tuple[Tensor, Tensor], shown: int, title
     return figure
 
 
-def draw_confusion(counts: Tensor, classnames: Sequence[str], is_new: Sequence[bool]) -> plt.Figure:
+def draw_confusion(counts: Tensor, classnames: Sequence[str], is_new: Sequence[bool]) -> Figure:
     """Shares of predicted classes (columns) in each true class (rows) of counts (C, C), base first."""
     order = sorted(range(len(classnames)), key=lambda c: is_new[c])
     shares = counts[order][:, order] / counts[order].sum(1, keepdim=True).clamp(min=1)
     size = min(4 + 0.16 * len(classnames), 24)
-    figure, axes = plt.subplots(figsize=(size, size), layout="constrained")
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=1)
     border = len(is_new) - sum(is_new) - 0.5
     if 0 < border < len(is_new) - 1:
@@ -122,28 +138,3 @@ def draw_confusion(counts: Tensor, classnames: Sequence[str], is_new: Sequence[b
     axes.set(xlabel="predicted", ylabel="true", title="base classes, then new ones")
     figure.colorbar(image, shrink=0.6, label="share of the true class")
     return figure
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command. Raises UserError for files that are missing or do not fit together."""
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument("run", type=Path, help="folder of a finished run, with virtual.safetensors")
-    flags.add_argument("features", help="feature file (.npz or .safetensors) with the real test features")
-    flags.add_argument("--classes", type=int, default=6, help="classes in the left panel")
-    flags.add_argument("--output", type=Path, help="picture to write (RUN/virtual.png)")
-    args = flags.parse_args(argv)
-    virtual = VirtualClasses.load(args.run / "virtual.safetensors")
-    real = read_real(args.features, virtual.classnames)
-    if real[0].shape[1] != virtual.mu.shape[1]:
-        theirs, ours = real[0].shape[1], virtual.mu.shape[1]
-        raise UserError(f"{args.features}: features of {theirs} dimensions, the run's have {ours}")
-    if len(torch.unique(real[1])) < len(virtual.classnames):
-        raise UserError(f"{args.features}: a class of the run has no test feature")
-    shown = max(2, min(args.classes, len(virtual.classnames), 20))
-    output = args.output or args.run / "virtual.png"
-    draw(virtual, real, shown, f"{virtual.method}, {virtual.queries:,} queries").savefig(output, dpi=130)
-    print(f"Saved to {output}")
-
-
-if __name__ == "__main__":
-    cli(main)

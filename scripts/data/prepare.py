@@ -1,7 +1,7 @@
-"""Download data sets into CoOp's layout, or check what is there: python -m dfzsl.prepare"""
+"""Download data sets into CoOp's layout, or check them: dfzsl prepare"""
 
-from dfzsl.prepare.__main__ import main
-from dfzsl.train import cli
+from dfzsl.cli.experiments import prepare
+from dfzsl.cli.main import run
 
 if __name__ == "__main__":
-    cli(main)
+    run(prepare)

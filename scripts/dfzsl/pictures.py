@@ -1,7 +1,7 @@
-"""Real beside virtual features of a finished run, in one picture: python -m dfzsl.report.diagnostics"""
+"""Plot real beside virtual features of a finished run: dfzsl plot"""
 
-from dfzsl.report.diagnostics import main
-from dfzsl.train import cli
+from dfzsl.cli.experiments import plot
+from dfzsl.cli.main import run
 
 if __name__ == "__main__":
-    cli(main)
+    run(plot)

@@ -1,9 +1,7 @@
 """Classify images with the classifier of a run: dfzsl predict"""
 
-import sys
-
-from dfzsl.cli.main import entry
+from dfzsl.cli.client import predict
+from dfzsl.cli.main import run
 
 if __name__ == "__main__":
-    sys.argv.insert(1, "predict")
-    entry()
+    run(predict)

@@ -15,6 +15,8 @@ from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from fake_data import Backbone, pixels
 
+from dfzsl.cli.experiments import extract as extract_command
+from dfzsl.cli.main import invoke
 from dfzsl.datasets import extract, features
 from dfzsl.datasets.encoding import encode_datums
 from dfzsl.io.tensors import load_tensors
@@ -97,7 +99,7 @@ def test_two_classes_of_one_name(tmp_path):
 
 def test_the_output_must_be_safetensors():
     with pytest.raises(UserError, match=r"ends in \.safetensors"):
-        extract.main(["dtd", "--output", "dtd.npz"])
+        invoke(extract_command, ["dtd", "--output", "dtd.npz"])
 
 
 RANK = """
@@ -188,6 +190,6 @@ def test_torchrun(tmp_path):
 def test_a_mistake_at_the_command_is_one_line(tmp_path, capfd):
     words = ["folder:nowhere", "--backbone", "shapes", "--output", str(tmp_path / "f.safetensors")]
     with pytest.raises(SystemExit) as left:
-        cli(lambda: extract.main(words))
+        cli(lambda: invoke(extract_command, words))
     said = capfd.readouterr().err
     assert left.value.code == 2 and said.count("\n") == 1 and "nowhere: no such" in said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -248,9 +247,8 @@ def test_the_training_script_writes_what_the_backbone_reads(train_clip, tmp_path
     trained = []
     save = train_clip.save
     monkeypatch.setattr(train_clip, "save", lambda model, *rest: (trained.append(model), save(model, *rest)))
-    monkeypatch.setattr(sys, "argv", ["train_clip.py", "--steps=2", "--batch=16", f"--output={tmp_path}"])
     with torch.enable_grad():
-        train_clip.main()
+        train_clip.train(steps=2, batch_size=16, output=tmp_path)
     (model,) = trained
     model.eval()
     loaded = load_backbone("shapes", str(tmp_path / "clip.safetensors"), "cpu")

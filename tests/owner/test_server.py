@@ -26,10 +26,9 @@ import torch.nn.functional as F
 import uvicorn
 from conftest import write_features
 from starlette.testclient import TestClient
+from sweeps import planned_jobs
 
 from dfzsl.io.files import read_json
-from dfzsl.launch.__main__ import parser
-from dfzsl.launch.sweep import plan
 from dfzsl.launch.workers import run
 from dfzsl.owner.server import Ledger, access_log, create_app, serve
 from dfzsl.owner.server.config import ServerConfig
@@ -400,14 +399,14 @@ def test_a_sweep_asks_the_owners_server_and_the_owner_is_left_alone(tmp_path, te
     features = write_features(tmp_path / "animals.npz")
     words = ["base2new", "--methods", "TeacherZeroshot,DFZSL", "--output", str(tmp_path / "output")]
     words += [f"features:{features}", "1", "RECOVERY.NUM_PER_CLASS", "20"]
-    jobs = plan(parser().parse_intermixed_args(words))
+    jobs = planned_jobs(words)
     run(jobs[1])
     own = Teacher.load(next((tmp_path / "output").rglob("teacher.safetensors")))
     for key in ("weight", "classnames", "backbone", "bias"):
         setattr(teacher, key, getattr(own, key))
     url = live(access="logits")
     words[4] = str(tmp_path / "other")
-    jobs = plan(parser().parse_intermixed_args([*words, "TEACHER.FILE", url, "TEACHER.ACCESS", "logits"]))
+    jobs = planned_jobs([*words, "TEACHER.FILE", url, "TEACHER.ACCESS", "logits"])
     for job in jobs:
         run(job)
         assert job.finished

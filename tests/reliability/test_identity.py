@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, write_features
+from sweeps import planned_jobs
 
 from dfzsl import train
 from dfzsl.datasets.encoding import checksum
@@ -22,10 +23,9 @@ from dfzsl.datasets.extract import open_dataset
 from dfzsl.io.files import lock
 from dfzsl.io.run_directory import HELD, Folder
 from dfzsl.launch import workers
-from dfzsl.launch.__main__ import main, parser
+from dfzsl.launch.__main__ import main
 from dfzsl.launch.preflight import check
 from dfzsl.launch.runs import Data, Job
-from dfzsl.launch.sweep import plan
 from dfzsl.launch.workers import launch, work
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.utils.errors import UserError, cli
@@ -161,10 +161,8 @@ def test_the_owner_has_no_teacher_yet(tmp_path):
 
 def sweep(folder: Path, data: str, *more: str) -> None:
     """`python -m dfzsl.launch` for two free methods; raises what it ends with."""
-    jobs = plan(
-        parser().parse_intermixed_args(
-            ["base2new", "--methods", "ZeroshotCLIP,TeacherZeroshot", "--output", str(folder), data, *more]
-        )
+    jobs = planned_jobs(
+        ["base2new", "--methods", "ZeroshotCLIP,TeacherZeroshot", "--output", str(folder), data, *more]
     )
     check(jobs)
     work(jobs, 1)
@@ -195,47 +193,6 @@ def test_a_folder_of_the_same_name_is_refused_and_the_same_one_elsewhere_is_not(
     with pytest.raises(UserError, match="made of other"):
         sweep(out, f"folder:{images / 'c/images'}", *keys)
     tried("identity", "data overwritten or another of the same name", 3, "refused, both named")
-
-
-SHOWN = """
-import sys
-from dfzsl.launch import tables
-from dfzsl.launch.__main__ import parser
-if tables.show_ended(parser().parse_intermixed_args(sys.argv[1:])):
-    print("shown without torch" if "torch" not in sys.modules else "torch")
-"""
-
-
-def test_a_sweep_that_ended_shows_its_tables_at_once_and_is_checked_then(tmp_path, tried):
-    path = write_features(tmp_path / "x.npz", per_class=8)
-    words = ["base2new", "--methods", "ZeroshotCLIP,TeacherZeroshot", "--output", str(tmp_path / "out")]
-    words += ["--workers", "1", f"features:{path}", "1"]
-
-    def run(program: str, *words: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
-
-    launch = "from dfzsl.launch.__main__ import *; cli(main)"
-    assert not run(SHOWN, *words).stdout
-    first = run(launch, *words)
-    table = first.stdout[first.stdout.index(": base-to-new") :]
-    assert run(SHOWN, *words).stdout.splitlines()[-1].endswith("shown without torch")
-    assert not run(SHOWN, *words, "SEED", "1").stdout  # another command
-    again = run(launch, *words)
-    assert again.stdout.startswith("2 runs (2 finished already)")
-    assert again.stdout.count("Linear probe + CLIP") == table.count("Linear probe + CLIP")
-    assert again.stdout.endswith("the same\n") and table in again.stdout
-    lost = next((tmp_path / "out").rglob("test_new/**/TeacherZeroshot/**/results.json"))
-    lost.unlink()
-    assert "2 runs (1 finished already)" in run(launch, *words).stdout and lost.exists()
-    (note,) = (tmp_path / "out/base2new/.ended").iterdir()
-    for broken in ("7", "[[3]]", "[", "null"):
-        note.write_text(broken, encoding="utf-8")
-        assert "the same" not in run(launch, *words).stdout
-    write_features(path, seed=1, per_class=8)
-    last = run(launch, *words)
-    assert last.returncode == 2 and "made of other test data" in last.stderr
-    assert table in last.stdout and "the same" not in last.stdout
-    tried("identity", "data overwritten or another of the same name", 1, "refused, both named")
 
 
 # What runs need and a table does not, and takes long to import.
@@ -304,7 +261,7 @@ def test_versions_in_a_folders_name_are_part_of_it(tmp_path):
 
 def test_seeds_given_twice_are_run_once(tmp_path):
     words = ["base2new", "--methods", "ZeroshotCLIP", "--output", str(tmp_path), "shapes", "1", "01", "1"]
-    assert [job.seed for job in plan(parser().parse_intermixed_args(words))] == [1]
+    assert [job.seed for job in planned_jobs(words)] == [1]
 
 
 @pytest.mark.parametrize(
@@ -367,7 +324,7 @@ def test_two_runs_in_one_folder_at_once_are_refused(tmp_path, tried):
 def one_run(path: Path, output: Path) -> list[Job]:
     """The sweep of one method and one seed over a feature file."""
     given = ["base2new", "--methods", "ZeroshotCLIP", "--output", str(output), f"features:{path}", "1"]
-    return plan(parser().parse_intermixed_args(given))
+    return planned_jobs(given)
 
 
 def test_folders_of_workers_that_are_gone_are_removed(tmp_path, monkeypatch):
@@ -417,7 +374,7 @@ def test_ctrl_c_twice_leaves_no_worker_behind(tmp_path, monkeypatch, tried):
 
     monkeypatch.setattr("submitit.AutoExecutor.submit", lambda *_: Task())
     monkeypatch.chdir(tmp_path)
-    jobs = plan(parser().parse_intermixed_args(["base2new", "--methods", "ZeroshotCLIP", "shapes", "1", "2"]))
+    jobs = planned_jobs(["base2new", "--methods", "ZeroshotCLIP", "shapes", "1", "2"])
     was = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:
         with pytest.raises(KeyboardInterrupt):

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, unit, write_features
+from sweeps import planned_jobs
 from test_sweep import METHODS, files, finish, outcome, start
 
 from dfzsl import train
 from dfzsl.io.results import CHANGING
-from dfzsl.launch import __main__ as launch
-from dfzsl.launch import sweep, workers
+from dfzsl.launch import workers
 from dfzsl.launch.runs import Job
 from dfzsl.trainers import owner
 from dfzsl.trainers.clip.loading import load_backbone
@@ -204,7 +204,7 @@ def test_a_killed_sweep_knows_its_settings(tmp_path, monkeypatch):
     given += ["--output", str(tmp_path / "output")]
 
     def jobs(*opts: str) -> list[Job]:
-        return sweep.plan(launch.parser().parse_intermixed_args([*given, *opts]))
+        return planned_jobs([*given, *opts])
 
     def killed(words: list[str]) -> None:
         main(words)

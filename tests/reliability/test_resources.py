@@ -23,6 +23,7 @@ from dassl.config import get_cfg_default
 from dassl.data.transforms import build_transform
 from dassl.engine import TRAINER_REGISTRY
 from dassl.utils import save_checkpoint
+from sweeps import planned_jobs
 
 from dfzsl import train
 from dfzsl.datasets import encoding, extract
@@ -31,8 +32,7 @@ from dfzsl.io import files
 from dfzsl.io.files import atomic, write_json
 from dfzsl.io.results import CHANGING, peak_memory
 from dfzsl.io.tensors import load_tensors, save_tensors
-from dfzsl.launch import __main__ as launch
-from dfzsl.launch import sweep, workers
+from dfzsl.launch import workers
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.utils import errors
 from dfzsl.utils.errors import UserError
@@ -281,7 +281,7 @@ def test_a_sweep_without_submitit(world, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     monkeypatch.setattr(sys, "platform", "win32")
     given = ["base2new", "--methods", "ZeroshotCLIP", f"features:{world / 'animals.npz'}", "1"]
-    jobs = sweep.plan(launch.parser().parse_intermixed_args([*given, "--output", str(world / "out")]))
+    jobs = planned_jobs([*given, "--output", str(world / "out")])
     workers.launch(jobs, "local", 2, 0, world / "out")
     assert jobs[0].finished
     windows = [str(path.relative_to(world)) for path in (world / "out").rglob("*")]

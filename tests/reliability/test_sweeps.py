@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import needs_proc, write_features
+from sweeps import planned_jobs
 from test_sweep import files, finish, start
 
 from dfzsl import report
@@ -26,7 +27,6 @@ from dfzsl.launch import workers
 from dfzsl.launch.forecast import forecast
 from dfzsl.launch.preflight import check
 from dfzsl.launch.runs import Job
-from dfzsl.launch.sweep import plan
 from dfzsl.trainers.recovery.oracle import _retry_after
 from dfzsl.utils import errors
 from dfzsl.utils.errors import UserError
@@ -46,7 +46,7 @@ def given(world: Path, *more: str) -> list[str]:
 
 
 def jobs(world: Path) -> list[Job]:
-    return plan(launch.parser().parse_intermixed_args(given(world)))
+    return planned_jobs(given(world))
 
 
 # ---------------------------------------------------------------- killed by another process
@@ -180,9 +180,7 @@ def test_a_thousand_runs_read_their_data_once(world, monkeypatch, tried):
     """Plan, check and forecast; what they read does not grow with the seeds, where these draw no example."""
     seeds = [str(seed) for seed in range(1, 501)]
     words = ["base2new", "--methods", "ZeroshotCLIP,TextTeacherMix", "--output", str(world / "output")]
-    planned = plan(
-        launch.parser().parse_intermixed_args([*words, f"features:{world / 'animals.npz'}", *seeds])
-    )
+    planned = planned_jobs([*words, f"features:{world / 'animals.npz'}", *seeds])
     read: list[str] = []
     real = Features.read
     monkeypatch.setattr(Features, "read", lambda self: read.append(self.dataset_dir) or real(self))

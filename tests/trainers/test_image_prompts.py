@@ -10,14 +10,13 @@ import torch
 from conftest import ROOT, write_features
 from dassl.engine import TRAINER_REGISTRY
 from fake_data import picture
+from sweeps import planned_jobs
 from torch import Tensor
 from torch.nn import functional as F
 from towers import tiny
 
 from dfzsl import train
 from dfzsl.io.results import CHANGING, read_results
-from dfzsl.launch.__main__ import parser
-from dfzsl.launch.sweep import plan
 from dfzsl.trainers.clip.deep import require_vision_transformer
 from dfzsl.trainers.clip.loading import BUILT_IN_FOLDER, load_backbone
 from dfzsl.trainers.maple import CoupledPromptLearner
@@ -343,7 +342,7 @@ def test_what_has_no_pictures_or_no_vision_transformer_is_refused(trainer, folde
     with pytest.raises(UserError, match="it needs pictures, not features"):
         built(features)
     with pytest.raises(UserError, match=f"{trainer} learns inside the image encoder, from pictures alone"):
-        plan(parser().parse_intermixed_args(["base2new", "--methods", f"{trainer}@virtual", "shapes"]))
+        planned_jobs(["base2new", "--methods", f"{trainer}@virtual", "shapes"])
 
 
 @pytest.mark.parametrize(
@@ -371,14 +370,14 @@ def test_a_text_tower_that_is_read_elsewhere_is_refused():
 def test_a_comparison_has_them_where_it_is_asked_for_them():
     def methods(*words: str) -> set[str]:
         given = ["base2new", "--methods", "all", *words, "dtd", "1"]
-        return {job.method.name for job in plan(parser().parse_intermixed_args(given))}
+        return {job.method.name for job in planned_jobs(given)}
 
     assert methods("--image-prompts") - methods() == set(LEARNERS)
 
 
 @pytest.mark.parametrize("trainer", LEARNERS)
 def test_their_recipe_for_the_built_in_world_brings_a_vision_transformer(trainer):
-    (job,) = plan(parser().parse_intermixed_args(["base2new", "--methods", trainer, "shapes", "1"]))
+    (job,) = planned_jobs(["base2new", "--methods", trainer, "shapes", "1"])
     for _, arguments in job.parts():
         cfg = train.setup_cfg(train.parser().parse_args(arguments))
         assert cfg.MODEL.BACKBONE.NAME == "shapes-vit"

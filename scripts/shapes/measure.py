@@ -1,26 +1,33 @@
-"""Measure the geometry of the built-in world's CLIP: python -m dfzsl.datasets.shapes.measure
-
-writes datasets/shapes/geometry.safetensors, from two pictures of each of 1,000 compositions that this CLIP
-was trained on; none of the data set's classes is among them.
-"""
+"""Measure the feature statistics of the built-in CLIP: python scripts/shapes/measure.py"""
 
 from __future__ import annotations
 
+import click
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import trange
 
+from dfzsl.cli.main import run
+from dfzsl.datasets.shapes.captions import training_compositions
+from dfzsl.datasets.shapes.world import STYLES, render
 from dfzsl.trainers.clip.loading import BUILT_IN, BUILT_IN_FOLDER, load_backbone
 from dfzsl.trainers.recovery.feature_statistics import measure_geometry
-
-from .captions import training_compositions
-from .world import STYLES, render
 
 COMPOSITIONS, SEED = 1_000, 1
 
 
+@click.command()
 def main() -> None:
+    """Measure the feature statistics of the built-in CLIP.
+
+    Writes datasets/shapes/geometry.safetensors, from two images of each of 1,000 compositions that this CLIP
+    was trained on. None of the classes of Shapes is among them.
+
+    \b
+    Example:
+      python scripts/shapes/measure.py
+    """
     rng = np.random.default_rng(SEED)
     backbone = load_backbone(BUILT_IN)
     pool, styles = training_compositions(), list(STYLES.values())
@@ -40,8 +47,8 @@ def main() -> None:
         source="training pictures of the built-in world's CLIP (datasets/shapes/captions.py)",
     )
     geometry.save(BUILT_IN_FOLDER / "geometry.safetensors")
-    print(geometry)
+    click.echo(geometry)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

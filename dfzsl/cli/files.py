@@ -1,0 +1,48 @@
+"""Provide the commands about files: show and geometry."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .options import FILE
+
+
+@click.command()
+@click.argument("file", type=FILE)
+def show(file: Path) -> None:
+    """Describe a file.
+
+    FILE is a teacher, a classifier, virtual classes, a geometry or features.
+
+    \b
+    Example:
+      dfzsl show teacher.safetensors
+    """
+    from dfzsl.io.file_summary import card
+
+    click.echo(card(file))
+
+
+@click.command()
+@click.argument("images", nargs=-1, required=True, type=FILE, metavar="IMAGES...")
+@click.option("--backbone", default="", help="open_clip's name of the model; not for feature files.")
+@click.option("--weights", default="openai", show_default=True, help="Pretrained tag or weights file.")
+@click.option("-o", "--output", type=FILE, required=True, metavar="FILE")
+def geometry(images: tuple[Path, ...], backbone: str, weights: str, output: Path) -> None:
+    """Measure the feature statistics of an encoder.
+
+    IMAGES are folders of images, or feature files (.npz or .safetensors with x, and y if labeled). Each
+    folder inside a folder is a class; without any, the images are unlabeled, which works nearly as well. A
+    few hundred images of anything are enough. For an honest comparison they must not be those of the task.
+
+    \b
+    Example:
+      dfzsl geometry images/ --backbone ViT-B/16 -o geometry.safetensors
+    """
+    from dfzsl.client.measure import geometry_of
+
+    measured = geometry_of(images, backbone, weights)
+    measured.save(output)
+    click.echo(f"{output}: {measured}")

@@ -1,0 +1,35 @@
+"""Resolve the names of data sets that can be prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from dassl.config import get_cfg_default
+
+from dfzsl.configs import CONFIGS
+from dfzsl.utils.errors import unknown
+
+from .recipes import RECIPES
+
+
+def dataset_names(given: Sequence[str]) -> list[str]:
+    """Return the registry names of data sets.
+
+    Args:
+        given: registry names or config names, in any case; "all" is all.
+
+    Raises:
+        UserError: a name is unknown.
+    """
+    known = {name.lower(): name for name in RECIPES}
+    for config in (CONFIGS / "datasets").glob("*.yaml"):
+        cfg = get_cfg_default()
+        cfg.merge_from_file(str(config))
+        if cfg.DATASET.NAME in RECIPES:
+            known[config.stem] = cfg.DATASET.NAME
+    names: list[str] = []
+    for word in given:
+        if word.lower() != "all" and word.lower() not in known:
+            raise unknown("data set", word, [*known, "all"])
+        names += list(RECIPES) if word.lower() == "all" else [known[word.lower()]]
+    return list(dict.fromkeys(names))
