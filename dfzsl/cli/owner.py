@@ -103,14 +103,14 @@ def import_(
     Example:
       dfzsl teacher import probe.pt --classes names.txt --backbone ViT-B-16
     """
-    from dfzsl.client.build import identity_of
     from dfzsl.owner.import_head import import_teacher
+    from dfzsl.trainers.clip.loading import identity
 
     listed = [name.strip() for name in classes.split(",") if name.strip()]
     made = import_teacher(
         file,
         classnames=classes if os.path.exists(classes) else listed,
-        backbone=identity_of(backbone, weights) if backbone else "",
+        backbone=identity(backbone, weights or "openai", fetch=False) if backbone else "",
         normalized=cosine,
         weight=weight,
         bias=bias,
@@ -149,7 +149,7 @@ def serve(file: Path, **terms: Any) -> None:
     Example:
       dfzsl teacher serve teacher.safetensors --access labels --budget 20000
     """
-    from dfzsl.owner.server.app import serve as serve_teacher
+    from dfzsl.owner.server import serve as serve_teacher
 
     serve_teacher(file, **terms)
 
@@ -172,7 +172,7 @@ def token(file: Path, name: str, budget: int | None, revoke: bool, ledger: str) 
     Example:
       dfzsl teacher token teacher.safetensors ada --budget 5000
     """
-    from dfzsl.owner.server.app import Ledger, default_ledger
+    from dfzsl.owner.server import Ledger, default_ledger
 
     if not ledger and not file.is_file():
         raise UserError(f"{file}: no such teacher file")
