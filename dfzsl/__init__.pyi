@@ -1,8 +1,8 @@
-from .building import build as build
-from .evaluation import evaluate as evaluate
+from .client.build import build as build
+from .client.evaluate import evaluate as evaluate
 from .trainers.generation.classifier import Classifier as Classifier
-from .trainers.recovery.geometry import measure_geometry as measure_geometry
-from .trainers.recovery.oracles import open_oracle as open_oracle
+from .trainers.recovery.feature_statistics import measure_geometry as measure_geometry
+from .trainers.recovery.oracle import open_oracle as open_oracle
 from .trainers.recovery.recover import recover as recover
 from .trainers.recovery.teacher import Teacher
 from .trainers.recovery.teacher import fit_teacher as fit_teacher

@@ -15,7 +15,6 @@ from typing import Any
 import click
 
 from dfzsl.utils.errors import UserError, cli
-from dfzsl.utils.torchvision_import import importing
 
 FILE = click.Path(path_type=Path)
 RAW = {"ignore_unknown_options": True, "help_option_names": []}  # for programs with a parser of their own
@@ -163,16 +162,13 @@ def predict(
     PICTURE is a file, a folder (with all below it) or a glob. A file that is no picture is named and left
     out; the exit code is then 1.
     """
-    with importing():
-        from tqdm import tqdm
+    from tqdm import tqdm
 
-        from dfzsl.client.build import backbone_of
-        from dfzsl.client.predict import FORMATS, find_pictures
-        from dfzsl.client.predict import predict as predicted
-        from dfzsl.trainers.clip.backbone import import_open_clip
-        from dfzsl.trainers.generation.classifier import Classifier
+    from dfzsl.client.build import backbone_of
+    from dfzsl.client.predict import FORMATS, find_pictures
+    from dfzsl.client.predict import predict as predicted
+    from dfzsl.trainers.generation.classifier import Classifier
 
-        import_open_clip()
     known = Classifier.load(classifier)
     files = find_pictures(pictures)
     backbone = backbone_of(known, weights, _device(device), classifier)
@@ -338,7 +334,7 @@ def fit(
         raise UserError(known.wrong[0])
     if classes:
         known = known.only(read_classnames(classes))
-    rows, said = known.text, known.said
+    rows, said = known.text, ClassTexts((known.template,)).about if known.template else ""
     if text or data.is_dir():
         texts = ClassTexts.parse(text)
         encoder = opened() if data.is_dir() else load_backbone(*named(known.backbone), _device(device))

@@ -22,7 +22,8 @@ from dassl.utils import set_random_seed
 
 from dfzsl.configs import CONFIGS
 from dfzsl.datasets.base import ClassDataset
-from dfzsl.io.files import checked_names, read_json, read_text
+from dfzsl.io.class_names import checked_names
+from dfzsl.io.class_names import read_classnames as read_classnames
 from dfzsl.train import merge, read_config
 from dfzsl.trainers.clip.backbone import Backbone
 from dfzsl.trainers.clip.loading import BUILT_IN, BUILT_INS, load_backbone
@@ -32,8 +33,6 @@ from dfzsl.trainers.recovery.oracle import Oracle, open_oracle
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.progress import bar, hidden
-
-NAMES = (".txt", ".json")
 
 
 class Builder(DFZSL):
@@ -250,23 +249,6 @@ def _summary(builder: Builder, classifier: Classifier) -> dict[str, str]:
         "new classes": f"{new}, bias {classifier.new_bias:+.3f} of the cosine",
         "classifier": repr(classifier),
     }
-
-
-def read_classnames(source: str) -> list[str]:
-    """Class names from a file (.txt: one a line; .json: a list), or from "one, another"."""
-    if not source.endswith(NAMES) and not os.path.exists(source):
-        names = [name.strip() for name in source.split(",")]
-    elif source.endswith(".json"):
-        content = read_json(source)
-        if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-            raise UserError(f"{source}: class names are a JSON list of texts")
-        names = content
-    else:
-        names = [line.strip() for line in read_text(source).splitlines()]
-    names = [name for name in names if name]
-    if not names:
-        raise UserError(f"{source}: it names no class")
-    return checked_names(names, source)
 
 
 def backbone_of(

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 from dfzsl.report.read_runs import PROTOCOLS
 from dfzsl.utils.errors import cli
-from dfzsl.utils.torchvision_import import importing
 
 from .tables import show_ended
 
@@ -78,8 +77,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_intermixed_args(argv)
     shown = show_ended(args)
-    with importing():
-        from .sweep import sweep
+    from .sweep import sweep
+
     sweep(args, shown)
 
 

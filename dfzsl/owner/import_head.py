@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dfzsl.io.files import bounded, checked_names, read_json, read_text
+from dfzsl.io.class_names import checked_names
+from dfzsl.io.files import read_json, read_text
+from dfzsl.io.untrusted.archives import npz_names, read_npz_array
+from dfzsl.io.untrusted.memory_limited import read_arrays
 from dfzsl.safe_pickle import load as load_checkpoint
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.utils.errors import UserError, unknown
@@ -88,20 +92,22 @@ def _tensors(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with bounded(path):
-            if kind == ".npz":
-                found = _from_npz(path)
-            elif kind == ".skops":
-                found = _from_skops(path)
-            elif kind == ".safetensors":
-                found = load_file(path)
-            elif kind in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
-                found = load_checkpoint(path)
-            else:
-                raise UserError(
-                    f"{path}: a teacher is imported from .pt, .pth, .bin, .safetensors, .npz or .skops; a "
-                    "pickle or joblib file runs what it likes: save coef_ and intercept_ with numpy.savez"
-                )
+        if kind == ".npz":
+            found = _from_scikit_learn({name: read_npz_array(path, name) for name in npz_names(path)})
+        elif kind == ".skops":
+            if importlib.util.find_spec("skops") is None:
+                raise UserError(f"{path}: reading it takes skops (pip install skops), or save coef_ as .npz")
+            reader = "dfzsl.io.untrusted.skops_reader:read_linear_classifier"
+            found = _from_scikit_learn(read_arrays(reader, path))
+        elif kind == ".safetensors":
+            found = load_file(path)
+        elif kind in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
+            found = load_checkpoint(path)
+        else:
+            raise UserError(
+                f"{path}: a teacher is imported from .pt, .pth, .bin, .safetensors, .npz or .skops; a "
+                "pickle or joblib file runs what it likes: save coef_ and intercept_ with numpy.savez"
+            )
     except UserError:
         raise
     except Exception as error:  # of a broken archive, numpy, zipfile, zlib and skops raise many kinds
@@ -121,34 +127,16 @@ def _tensors(path: Path) -> dict[str, Any]:
     return kept
 
 
-def _from_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    classes = arrays.pop("classes_", None)
-    found: dict[str, Any] = {
-        name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind == "f"
+def _from_scikit_learn(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Tensors of the floating-point arrays, and "classes_" as a list of texts."""
+    tensors: dict[str, Any] = {
+        name: torch.from_numpy(array)
+        for name, array in arrays.items()
+        if array.dtype.kind == "f" and name != "classes_"
     }
-    return found if classes is None else found | {"classes_": [str(name) for name in classes.tolist()]}
-
-
-def _from_skops(path: Path) -> dict[str, Any]:
-    try:
-        from skops.io import load
-        from skops.io.exceptions import UntrustedTypesFoundException
-    except ImportError:
-        raise UserError(
-            f"{path}: reading it takes skops (pip install skops), or save coef_ as .npz"
-        ) from None
-    try:
-        model = load(path, trusted=[])
-    except UntrustedTypesFoundException as error:
-        raise UserError(f"{path}: it holds types that are not scikit-learn's own ({error})") from None
-    if not hasattr(model, "coef_"):
-        raise UserError(f"{path}: a {type(model).__name__} is no linear classifier with a coef_")
-    found: dict[str, Any] = {"coef_": torch.from_numpy(np.asarray(model.coef_, dtype=np.float64))}
-    if np.any(getattr(model, "intercept_", 0.0)):
-        found["intercept_"] = torch.from_numpy(np.asarray(model.intercept_, dtype=np.float64))
-    return found | {"classes_": [str(name) for name in np.asarray(model.classes_).tolist()]}
+    if "classes_" in arrays:
+        tensors["classes_"] = [str(name) for name in arrays["classes_"].tolist()]
+    return tensors
 
 
 def _head(tensors: Mapping[str, Any], path: object) -> str:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from dfzsl import train
 from dfzsl.datasets.base import read_fewshot, read_split
-from dfzsl.io.files import read_yaml
+from dfzsl.io.untrusted.yaml_reader import read_yaml
 from dfzsl.trainers.clip.loading import _read_state
 from dfzsl.utils.errors import UserError, explain
 

@@ -47,7 +47,8 @@ from scipy.io import loadmat, savemat
 from dfzsl import report, train
 from dfzsl.datasets import encoding
 from dfzsl.datasets.base import read_fewshot, read_split, relocate
-from dfzsl.io.files import checked_names, read_json
+from dfzsl.io.class_names import checked_names
+from dfzsl.io.files import read_json
 from dfzsl.io.tensors import save_tensors
 from dfzsl.prepare import fetch
 from dfzsl.trainers.clip.loading import _read_state

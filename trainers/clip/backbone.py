@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfzsl.utils.errors import UserError
-from dfzsl.utils.torchvision_import import import_lean, import_torchvision
+from dfzsl.utils.torchvision_import import import_torchvision
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "amp": torch.float16, "bf16": torch.bfloat16}
 TEXTS_AT_ONCE = 256
@@ -20,9 +20,11 @@ ROWS_AT_ONCE = 8192
 
 
 def import_open_clip() -> Any:
-    """open_clip, imported at first use."""
+    """Import open_clip, which takes seconds, at its first use."""
     import_torchvision()
-    return import_lean("open_clip")
+    import open_clip
+
+    return open_clip
 
 
 def cpu_has_bf16() -> bool:
