@@ -258,7 +258,7 @@ def test_a_bomb_by_its_ratio(kind, tmp_path, monkeypatch, tried):
             file.writestr("a", content)
     else:
         tar_of(tmp_path / "a", [(member("a"), content)])
-    with pytest.raises(UserError, match=r"unsafe, not extracted \(it grows to"):
+    with pytest.raises(UserError, match=r"unsafe.*it grows to"):
         fetch.unpack(tmp_path / "a", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     tried("fetched", "archives: bombs in content, in headers", 1, "below 2 GB, one line")
