@@ -26,7 +26,7 @@ from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.generation.classifier import Classifier
 
 # As always, but for the guard: beside a CPU-only torch the registry's torchvision cannot be imported without.
-BOTH = "import dfzsl.utils.torchvision_import as i; i.LATER = (); i.import_torchvision(); import open_clip"
+BOTH = "import dfzsl.utils.torchvision_import as i; i.import_torchvision(); import open_clip"
 FLOOR = "import torch, open_clip"
 SWEEP = (
     "dfzsl.launch base2new --methods ZeroshotCLIP,TeacherZeroshot folder:kinds 1 MODEL.BACKBONE.NAME shapes"

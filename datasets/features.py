@@ -14,8 +14,9 @@ import torch
 from dassl.data.datasets import DATASET_REGISTRY, Datum
 from safetensors import SafetensorError, safe_open
 
-from dfzsl.io.files import bounded, checked_names
+from dfzsl.io.class_names import checked_names
 from dfzsl.io.tensors import NUMBERS
+from dfzsl.io.untrusted.archives import npz_names, read_npz_array
 from dfzsl.utils.dassl_plugin import register
 from dfzsl.utils.errors import UserError
 
@@ -109,11 +110,20 @@ class Features(ClassDataset):
 
 
 def open_features(path: str) -> tuple[dict[str, Callable[[], torch.Tensor]], dict[str, Any]]:
-    """(name -> call that reads the array, description) of a feature file; no call, no reading."""
+    """Open a feature file, .npz or .safetensors, without reading its features.
+
+    Args:
+        path: the file.
+
+    Returns:
+        A function for each array, which reads it, and the texts of the file (classnames, backbone, ...).
+
+    Raises:
+        UserError: the file is of another kind or broken.
+    """
     try:
         if path.endswith(".npz"):
-            with zipfile.ZipFile(path) as archive:
-                members = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+            members = npz_names(path)
             names = [name for name in members if name not in TEXTS]
             about = {name: read_member(path, name).tolist() for name in TEXTS if name in members}
             return {name: partial(_array, path, name) for name in names}, about
@@ -130,11 +140,9 @@ def open_features(path: str) -> tuple[dict[str, Callable[[], torch.Tensor]], dic
 
 
 def read_member(path: str, name: str) -> np.ndarray:
-    """The array `name` of an npz file in this machine's byte order. Objects are refused: they are pickled."""
+    """Read the array `name` of an npz file. Raises UserError where it cannot be read."""
     try:
-        with bounded(path), np.load(path, allow_pickle=False) as file:
-            array = file[name]
-            return array.astype(array.dtype.newbyteorder("="), copy=False)
+        return read_npz_array(path, name)
     except UserError:
         raise
     except Exception as error:  # a broken archive within an archive: numpy, zipfile and zlib raise many kinds

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from dassl.data.datasets import DATASET_REGISTRY, Datum
 
-from dfzsl.io.files import bounded
 from dfzsl.utils.dassl_plugin import add_keys, register
 from dfzsl.utils.errors import UserError
 
@@ -144,10 +143,7 @@ def load_mat(path: str, how: str, names: list[str] | None = None) -> dict[str, n
     """The arrays of a MATLAB file (v5 to v7), only `names` if given. Raises UserError if it is broken."""
     require(path, how)
     try:
-        with bounded(path):
-            arrays = read_mat(path, names)
-    except UserError:
-        raise
+        arrays = read_mat(path, names)
     except (ValueError, OSError, RecursionError, zlib.error) as error:
         raise UserError(f"{path}: not a readable MATLAB file ({error}); {how}") from None
     for name in names or []:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfzsl.io.files import checked_names
-from dfzsl.trainers.clip.texts import ClassTexts
+from dfzsl.io.class_names import checked_names
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.progress import bar, hidden
 
@@ -28,8 +27,8 @@ class Labelled:
     """Unit features (n, d) with labels (n,) into `classnames`.
 
     `backbone` is whose features they are, where that is known; `wrong` says what is wrong with the pictures
-    that could not be read. `text` (C, d) are the classes' text features and `said` what they say, where a
-    feature file has them.
+    that could not be read. `text` (C, d) are the classes' text features and `template` their prompt template,
+    where a feature file has them.
     """
 
     features: Tensor
@@ -38,7 +37,7 @@ class Labelled:
     backbone: str
     wrong: list[str]
     text: Tensor | None = None
-    said: str = ""
+    template: str = ""
 
     def __repr__(self) -> str:
         n, d = self.features.shape
@@ -126,10 +125,10 @@ def _features(path: str, parts: Sequence[str]) -> Labelled:
         raise UserError(f"{path}: its features are none, or of different dimensions")
     known = about.get("backbone") and about.get("weights")
     identity = f"{about['backbone']} ({about['weights']})" if known else ""
-    text, said = None, ""
+    text, template = None, ""
     if "text" in arrays:
         text = unit_rows(arrays["text"](), f"{path}: text")
         if text.shape != (len(names), rows[0].shape[1]):
             raise UserError(f"{path}: its text must be a row of {rows[0].shape[1]} numbers for each class")
-        said = ClassTexts((str(about.get("template") or ClassDataset.template),)).about
-    return Labelled(torch.cat(rows), torch.cat(labels), names, identity, [], text, said)
+        template = str(about.get("template") or ClassDataset.template)
+    return Labelled(torch.cat(rows), torch.cat(labels), names, identity, [], text, template)

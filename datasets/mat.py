@@ -1,7 +1,7 @@
-"""MATLAB files (v5 to v7) from strangers: numbers, text and cells of these, in plain Python.
+"""Read MATLAB files (v5 to v7) from untrusted sources: numbers, text and cells of these, in plain Python.
 
 scipy.io.loadmat reads more kinds of arrays, but a damaged file can make its compiled reader crash the process
-or take memory without bound. Here every size is held against the bytes that are there.
+or take memory without bound. Here every size is compared with the bytes that are there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from dfzsl.io.files import EXPANSION, ROOM
+from dfzsl.io.untrusted.archives import MAX_EXPANSION, MIN_CONTENT
 
 Element = tuple[int, memoryview]  # type and content
 
@@ -26,11 +26,21 @@ COMPLEX = 0x800
 
 
 def read_mat(path: str, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
-    """The numeric, text and cell arrays of a file by name, only `names` if given.
+    """Read the numeric, text and cell arrays of a MATLAB file, as scipy.io.loadmat returns them.
 
-    As scipy's: numbers in their shape, a row of text as an array of one string, a cell array as an object
-    array of such arrays. Structures, sparse and complex arrays are left out. Raises ValueError, OSError,
-    RecursionError or zlib.error for any other file.
+    Structures, sparse and complex arrays are skipped.
+
+    Args:
+        path: the file.
+        names: read only these arrays.
+
+    Returns:
+        Arrays by name: numbers in their shape, a row of text as an array of one string, a cell array as an
+        object array of such arrays.
+
+    Raises:
+        ValueError, OSError, RecursionError, zlib.error: the file is of another kind or broken, or it expands
+            to far more than its size.
     """
     with open(path, "rb") as file:
         data = memoryview(file.read())
@@ -38,12 +48,15 @@ def read_mat(path: str, names: Collection[str] | None = None) -> dict[str, np.nd
     if order is None:
         raise ValueError("it is not of MATLAB's versions 5 to 7")
     arrays = {}
+    room = MIN_CONTENT + MAX_EXPANSION * len(data)
     for kind, content in _elements(data[128:], order):
-        matrix = _inflated(content, order, names) if kind == COMPRESSED else content
-        if matrix is not None and kind in (MATRIX, COMPRESSED):
-            name, array = _matrix(matrix, order, names)
+        if kind == COMPRESSED:
+            content = _inflated(content, order, names, room)
+        if kind in (MATRIX, COMPRESSED) and content:
+            name, array = _matrix(content, order, names)
             if array is not None:
                 arrays[name] = array
+                room -= array.nbytes
     return arrays
 
 
@@ -66,19 +79,32 @@ def _elements(data: memoryview, order: str) -> Iterator[Element]:
         at = end if kind == COMPRESSED else at + -(-(end - at) // 8) * 8
 
 
-def _inflated(content: memoryview, order: str, names: Collection[str] | None) -> memoryview | None:
-    """The matrix in a compressed element; None if its name is not among `names`."""
-    most = ROOM + EXPANSION * len(content)
+def _inflated(content: memoryview, order: str, names: Collection[str] | None, room: int) -> memoryview:
+    """The matrix in a compressed element; empty if its name is not in `names`.
+
+    Raises ValueError where the matrix would take more than `room` bytes of memory.
+    """
+    head = memoryview(zlib.decompressobj().decompress(content, 4096))
+    if len(head) < 8:
+        raise ValueError("a variable breaks off")
+    kind, size = struct.unpack_from(f"{order}II", head)
+    if kind != MATRIX or not size:
+        return head[:0]
+    flags, shape, name, _ = _header(head[8:], order)
+    if names is not None and name not in names:
+        return head[:0]
+    numeric = NUMERIC.get(flags & 0xFF)
+    # Numbers may be stored in fewer bytes than they take. A cell of 8 bytes becomes an object of 128.
+    memory = math.prod(shape) * np.dtype(numeric).itemsize if numeric else 16 * size
+    if max(size, memory) > room:
+        raise ValueError(f"'{name}' expands more than data do")
+    # All at once, because joining parts would take the memory twice.
     stream = zlib.decompressobj()
-    head = stream.decompress(content, 4096)
-    if names is not None and len(head) == 4096:
-        _, _, name, _ = _header(memoryview(head)[8:], order)
-        if name not in names:
-            return None
-    whole = head + stream.decompress(stream.unconsumed_tail, most)
-    if not stream.eof:
-        raise ValueError("a variable breaks off, or expands more than data do")
-    return next((matrix for kind, matrix in _elements(memoryview(whole), order) if kind == MATRIX), None)
+    matrix = stream.decompress(content, 8 + size)
+    stream.decompress(stream.unconsumed_tail, 4096)  # its end has the checksum
+    if len(matrix) < 8 + size or not stream.eof:
+        raise ValueError(f"'{name}' breaks off, or more follows it")
+    return memoryview(matrix)[8:]
 
 
 def _header(data: memoryview, order: str) -> tuple[int, tuple[int, ...], str, Iterator[Element]]:
@@ -118,8 +144,8 @@ def _matrix(
     stored, content = next(parts, (2, memoryview(b"")))
     if stored not in STORED:
         raise ValueError(f"'{name}' consists of no numbers")
-    numbers = np.frombuffer(content, order + STORED[stored]).astype(NUMERIC[kind])
-    return name, numbers.reshape(shape, order="F")
+    numbers = np.frombuffer(content, order + STORED[stored])
+    return name, numbers.reshape(shape, order="F").astype(NUMERIC[kind])
 
 
 def _text(stored: int, content: memoryview, shape: tuple[int, ...], order: str) -> np.ndarray:

@@ -1,14 +1,17 @@
 """Data-free generalized zero-shot learning (Tang et al., AAAI 2024) for the CoOp/Dassl toolbox.
 
-What a client or owner needs stands here, imported when it is first used:
+The public API, imported on first use:
 
     load_teacher, fit_teacher, open_oracle, recover, build, Classifier, load_classifier,
     measure_geometry, evaluate
 
 `import dfzsl.trainers` registers every trainer and adds its config keys; `import dfzsl.datasets` does
 the same for the data sets.
+
+Where no `dassl` is installed, importing this package appends its own drop-in for Dassl to `sys.path`.
 """
 
+import importlib.util
 import sys
 from pathlib import Path
 from pkgutil import resolve_name
@@ -16,11 +19,12 @@ from typing import Any
 
 __version__ = "0.2.0"
 
-# The drop-in for Dassl, installed with this package or in its checkout. Last, so that a real Dassl wins.
-for _place in (Path(__file__).parent / "drop_in", Path(__file__).parents[1] / "compat" / "dassl"):
-    if (_place / "dassl").is_dir() and str(_place) not in sys.path:
-        sys.path.append(str(_place))
-        break
+if importlib.util.find_spec("dassl") is None:
+    # The drop-in is installed with this package, or stands in its checkout.
+    for _folder in (Path(__file__).parent / "drop_in", Path(__file__).parents[1] / "compat" / "dassl"):
+        if (_folder / "dassl").is_dir():
+            sys.path.append(str(_folder))
+            break
 
 _PUBLIC = {
     "Classifier": "trainers.generation.classifier:Classifier",

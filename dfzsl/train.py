@@ -15,8 +15,8 @@ from dassl.utils import set_random_seed, setup_logger
 from yacs.config import CfgNode
 
 import dfzsl.datasets  # noqa: F401
-from dfzsl.io.files import read_yaml
 from dfzsl.io.run_directory import Folder
+from dfzsl.io.untrusted.yaml_reader import read_yaml
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.recovery.oracle import check_address, is_address
 from dfzsl.utils import distributed

@@ -7,7 +7,7 @@ complete() {
 import importlib.util as util
 import os
 needed = "torch torchvision open_clip dassl yacs tabulate matplotlib click onnx onnxruntime onnxscript"
-tools = "pytest xdist hypothesis ruff mypy nbclient ipykernel"
+tools = "pytest xdist hypothesis ruff mypy importlinter nbclient ipykernel"
 for name in f"{needed} {tools}".split():
     assert util.find_spec(name), name
 # Another checkout's installation would run another checkout's code.

@@ -56,11 +56,11 @@ def test_the_same_content_is_the_same_bytes(tmp_path):
 
 def test_tensors_of_another_kind_or_not_finite_are_refused(tmp_path):
     save_tensors(tmp_path / "t", {"a": torch.tensor([1.0, float("inf")])}, {"kind": "thing"})
-    with pytest.raises(UserError, match="expected a teacher file, found thing"):
+    with pytest.raises(UserError, match=r"teacher.*thing"):
         load_tensors(tmp_path / "t", "teacher")
-    with pytest.raises(UserError, match="'a' has values that are not finite"):
+    with pytest.raises(UserError, match=r"'a'.*not finite"):
         load_tensors(tmp_path / "t", "thing")
-    with pytest.raises(UserError, match="no such thing file"):
+    with pytest.raises(UserError, match=r"none.*no such"):
         load_tensors(tmp_path / "none", "thing")
 
 
@@ -75,7 +75,7 @@ def test_no_bytes_get_past_the_loader(tmp_path_factory, junk):
 def test_a_header_that_lies_about_its_size_is_refused(tmp_path):
     header = json.dumps({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}).encode()
     (tmp_path / "f").write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(UserError, match="not a thing file"):
+    with pytest.raises(UserError, match="/f: "):
         load_tensors(tmp_path / "f", "thing")
 
 

@@ -1,15 +1,20 @@
-"""Importing this package registers every trainer in the folder and adds its config keys to Dassl's.
+"""Register every trainer of this folder and add its config keys to Dassl's, on import.
 
-That one line plugs the project into a CoOp checkout. A new trainer is a new file here, nothing else;
-the packages beside them are what trainers are made of.
+In a CoOp checkout, one line in `train.py` makes the trainers available:
+
+    import dfzsl.trainers
+
+A second line is optional. It prints a user's mistake as one line, without a traceback, and ends with exit
+code 2:
+
+    from dfzsl.utils.errors import install_excepthook; install_excepthook()
+
+A new trainer is a new file in this folder. The packages beside the files hold what trainers are built of.
 """
 
 import importlib
 import pkgutil
 
-from dfzsl.utils.errors import tell_mistakes
-
 for _module in pkgutil.iter_modules(__path__):
     if not _module.ispkg:
         importlib.import_module(f"{__name__}.{_module.name}")
-tell_mistakes()

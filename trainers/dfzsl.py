@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from dassl.engine import TRAINER_REGISTRY
 
-from dfzsl.io.files import checked_names
+from dfzsl.io.class_names import checked_names
 from dfzsl.utils.dassl_plugin import add_keys, keys_of, register
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.log import logger

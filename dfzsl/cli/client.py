@@ -47,11 +47,11 @@ def build(
     from tabulate import tabulate
 
     from dfzsl.client.build import build as build_classifier
-    from dfzsl.client.build import kept_until_done
+    from dfzsl.client.build import temporary_folder
     from dfzsl.io.class_names import read_classnames
 
     names = read_classnames(new)
-    with kept_until_done(output, keep) as folder:
+    with temporary_folder(output, keep) as folder:
         classifier = build_classifier(
             teacher, names, folder=folder, settings=settings, quiet=not sys.stderr.isatty(), **named
         )
@@ -77,13 +77,13 @@ def add(classifier: Path, new: str, text: str, weights: str, output: Path | None
     Example:
       dfzsl add classifier.safetensors --new "red panda, okapi"
     """
-    from dfzsl.client.build import backbone_of
+    from dfzsl.client.encoder import load_encoder
     from dfzsl.io.class_names import read_classnames
     from dfzsl.trainers.clip.texts import ClassTexts
     from dfzsl.trainers.generation.classifier import Classifier
 
     names, old = read_classnames(new), Classifier.load(classifier)
-    backbone = backbone_of(old, weights, where=classifier)
+    backbone = load_encoder(old, weights, source=classifier)
     extended = old.add(names, backbone, ClassTexts.parse(text) if text else None)
     extended.save(output or classifier)
     click.echo(f"{output or classifier}: {extended!r}")
@@ -132,7 +132,7 @@ def predict(
     """
     from tqdm import tqdm
 
-    from dfzsl.client.build import backbone_of
+    from dfzsl.client.encoder import load_encoder
     from dfzsl.client.predict import FORMATS, find_pictures
     from dfzsl.client.predict import predict as predict_files
     from dfzsl.trainers.generation.classifier import Classifier
@@ -140,7 +140,7 @@ def predict(
     device = resolve_device(device)
     model = Classifier.load(classifier)
     files = find_pictures(images)
-    backbone = backbone_of(model, weights, device, classifier)
+    backbone = load_encoder(model, weights, device, classifier)
     writer = FORMATS[output_format](sys.stdout)
     unreadable = 0
     # A progress bar would disturb predictions that appear on the same terminal.
@@ -187,7 +187,7 @@ def evaluate(
     Example:
       dfzsl evaluate labeled/ --confusion confusion.png
     """
-    from dfzsl.client.build import backbone_of
+    from dfzsl.client.encoder import load_encoder
     from dfzsl.client.evaluate import evaluate as evaluate_classifier
     from dfzsl.trainers.generation.classifier import Classifier
 
@@ -196,7 +196,7 @@ def evaluate(
     result = evaluate_classifier(
         model,
         data,
-        backbone_of(model, weights, device, classifier) if data.is_dir() else None,
+        load_encoder(model, weights, device, classifier) if data.is_dir() else None,
         batch_size=batch_size,
         num_workers=workers,
         device=device,
@@ -231,7 +231,7 @@ def export(classifier: Path, with_encoder: bool, weights: str, output: Path) -> 
     """
     if output.suffix not in (".onnx", ".pt") or (with_encoder and output.suffix == ".pt"):
         raise UserError(f"{output}: give a file that ends in .onnx, or without --with-encoder in .pt")
-    from dfzsl.client.build import backbone_of
+    from dfzsl.client.encoder import load_encoder
     from dfzsl.client.export import export_matrix, export_onnx
     from dfzsl.trainers.generation.classifier import Classifier
 
@@ -240,6 +240,6 @@ def export(classifier: Path, with_encoder: bool, weights: str, output: Path) -> 
         omitted = export_matrix(model, output)
         click.echo(f"Saved to {output}" + (f"; left out: {', '.join(omitted)}" if omitted else ""))
         return
-    backbone = backbone_of(model, weights, where=classifier) if with_encoder else None
+    backbone = load_encoder(model, weights, source=classifier) if with_encoder else None
     difference = export_onnx(model, output, backbone)
     click.echo(f"Saved to {output}; onnxruntime differs by at most {difference:.1e} in a logit")

@@ -10,27 +10,23 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from dassl.config import get_cfg_default
 from dassl.utils import set_random_seed
 from yacs.config import CfgNode
 
 from dfzsl.configs import CONFIGS
-from dfzsl.io.files import checked_names, read_json, read_text
+from dfzsl.io.class_names import checked_names
 from dfzsl.train import merge, read_config
 from dfzsl.trainers.clip.aligned_text import AlignedText
-from dfzsl.trainers.clip.backbone import Backbone
-from dfzsl.trainers.clip.loading import BUILT_IN, BUILT_INS, load_backbone, parse_identity
+from dfzsl.trainers.clip.loading import BUILT_IN, parse_identity
 from dfzsl.trainers.dfzsl import DFZSL
 from dfzsl.trainers.flpt import FLPT
 from dfzsl.trainers.generation.classifier import Classifier
 from dfzsl.trainers.recovery.oracle import open_oracle
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
-from dfzsl.utils.errors import UserError
 from dfzsl.utils.progress import bar, hidden
 
-NAMES = (".txt", ".json")
 AnyFLPT = TypeVar("AnyFLPT", bound=FLPT)
 
 
@@ -173,45 +169,8 @@ def _train(kind: type[AnyFLPT], cfg: CfgNode, *given: Any) -> AnyFLPT:
     return trainer
 
 
-def read_classnames(source: str) -> list[str]:
-    """Class names from a file (.txt: one a line; .json: a list), or from "one, another"."""
-    if not source.endswith(NAMES) and not os.path.exists(source):
-        names = [name.strip() for name in source.split(",")]
-    elif source.endswith(".json"):
-        content = read_json(source)
-        if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-            raise UserError(f"{source}: class names are a JSON list of texts")
-        names = content
-    else:
-        names = [line.strip() for line in read_text(source).splitlines()]
-    names = [name for name in names if name]
-    if not names:
-        raise UserError(f"{source}: it names no class")
-    return checked_names(names, source)
-
-
-def backbone_of(
-    classifier: Classifier,
-    weights: str = "",
-    device: str | torch.device = "cpu",
-    where: object = "the classifier",
-) -> Backbone:
-    """The image encoder that a classifier reads. Raises UserError where that cannot be told or is another."""
-    if not classifier.backbone:
-        raise UserError(
-            f"{where} was made of features alone: it does not know how to read pictures and names"
-        )
-    tag = "openai" if classifier.backbone in BUILT_INS else classifier.weights
-    if not weights and os.path.exists(tag):
-        raise UserError(f"{where} asks for the file {tag}; give it with --weights if you trust it")
-    backbone = load_backbone(classifier.backbone, weights or tag, device)
-    if backbone.weights_id != classifier.weights:
-        raise UserError(f"--weights: expected weights {classifier.weights}, found {backbone.weights_id}")
-    return backbone
-
-
 @contextlib.contextmanager
-def kept_until_done(output: str | os.PathLike[str], keep: Path | None = None) -> Iterator[Path]:
+def temporary_folder(output: str | os.PathLike[str], keep: Path | None = None) -> Iterator[Path]:
     """The folder `keep`, else one beside `output`, which goes where the block ends well and else stays."""
     folder = keep or Path(output).with_name(f".{Path(output).name}.build")
     yield folder

@@ -15,7 +15,7 @@ from dfzsl.trainers.clip.backbone import Backbone
 from dfzsl.trainers.generation.classifier import Classifier
 from dfzsl.utils.errors import UserError
 
-from .build import backbone_of
+from .encoder import load_encoder
 
 
 @dataclass(repr=False)
@@ -84,7 +84,7 @@ def evaluate(
     if not isinstance(data, Labelled):
         data = read_labelled(
             data,
-            lambda: backbone or backbone_of(classifier, device=device),
+            lambda: backbone or load_encoder(classifier, device=device),
             batch_size=batch_size,
             num_workers=num_workers,
             device=device,

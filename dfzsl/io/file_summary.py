@@ -1,4 +1,4 @@
-"""What a file is, on one card: read from its header alone."""
+"""Summarize a file of this project from its header alone."""
 
 from __future__ import annotations
 

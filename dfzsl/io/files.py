@@ -1,27 +1,19 @@
-"""Files written whole or not at all, and read without trusting who wrote them."""
+"""Write files atomically, lock them, compute digests, and read text and JSON."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
 import hashlib
 import json
 import os
 import secrets
 import tempfile
-import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
-from dfzsl.utils.errors import UNPRINTABLE, UserError
-
-ROOM, EXPANSION = 1 << 30, 100  # memory that reading a file may take: bytes, and times its size
-YAML_LONGEST, YAML_TEXT, YAML_NUMBER, YAML_DEEPEST = 1 << 18, 4096, 40, 20  # characters of each, and levels
+from dfzsl.utils.errors import UserError
 
 
 @contextlib.contextmanager
@@ -121,33 +113,6 @@ def digest(path: str | os.PathLike[str], kind: str = "sha256") -> str:
     return made.hexdigest()
 
 
-@contextlib.contextmanager
-def bounded(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Refuse a small file that grows into huge data: a block that reads `path` may take memory of 100 times
-    its size and 1 GiB, where the system can say (Linux). Raises UserError beyond."""
-    try:
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0])
-        size = os.stat(path).st_size
-    except (ImportError, OSError):
-        yield
-        return
-    was = resource.getrlimit(resource.RLIMIT_AS)
-    most = pages * resource.getpagesize() + ROOM + EXPANSION * size
-    if was[0] != resource.RLIM_INFINITY:
-        most = min(most, was[0])
-    resource.setrlimit(resource.RLIMIT_AS, (most, was[1]))
-    try:
-        yield
-    except MemoryError:
-        raise UserError(
-            f"{path}: it claims far more data than its {size:,} bytes hold, or memory is short"
-        ) from None
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, was)
-
-
 def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file. Raises UserError when it is missing or of another kind."""
     try:
@@ -167,88 +132,3 @@ def read_json(path: str | os.PathLike[str]) -> object:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path}: not a JSON file ({error})") from None
-
-
-class _Yaml(yaml.SafeLoader):
-    """YAML of plain values. Aliases can make a billion values of ten lines; a long number takes minutes."""
-
-    LONGEST = {  # noqa: RUF012
-        **{f"tag:yaml.org,2002:{name}": YAML_NUMBER for name in ("null", "bool", "int", "float")},
-        **{f"tag:yaml.org,2002:{name}": YAML_TEXT for name in ("str", "seq", "map")},
-    }
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.depth = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        start = self.peek_event()
-        self._refuse(isinstance(start, yaml.AliasEvent), start, "an alias (*name); write the value out")
-        self._refuse(self.depth > YAML_DEEPEST, start, f"more than {YAML_DEEPEST} levels")
-        self.depth += 1
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        if node is not None:
-            tag, longest = node.tag.replace("tag:yaml.org,2002:", "!!"), self.LONGEST.get(node.tag)
-            self._refuse(
-                longest is None, node, f"the tag {tag}; only numbers, texts, lists and keys are read"
-            )
-            long = longest is not None and isinstance(node, yaml.ScalarNode) and len(node.value) > longest
-            self._refuse(long, node, f"a value ({tag}) of more than {longest} characters")
-        return node
-
-    def _refuse(self, wrong: bool, at: yaml.Event | yaml.Node, what: str) -> None:
-        if wrong:
-            raise yaml.MarkedYAMLError(problem=f"it has {what}", problem_mark=at.start_mark)
-
-
-@functools.lru_cache
-def _plain(text: str) -> object:
-    """A sweep reads the same configs for each of its runs."""
-    return _Yaml(text).get_single_data()
-
-
-def read_yaml(path: str | os.PathLike[str]) -> object:
-    """Read a YAML file of plain values, none of them long. Raises UserError when it is missing or wrong."""
-    text = read_text(path)
-    if len(text) > YAML_LONGEST:
-        raise UserError(f"{path}: {len(text):,} characters; a YAML file here has at most {YAML_LONGEST:,}")
-    try:
-        return copy.deepcopy(_plain(text))
-    # Beside yaml's own errors: values that are none of the type that their tag claims.
-    except (yaml.YAMLError, ValueError, LookupError, TypeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        said = getattr(error, "problem", None) or error
-        where = f" (line {mark.line + 1})" if mark else ""
-        raise UserError(f"{path}: not plain YAML: {said}{where}") from None
-
-
-def checked_names(names: object, where: object, taken: Iterable[str] = ()) -> list[str]:
-    """`names` if it is a list of class names, none of them one of `taken`: the one rule for all that come in.
-
-    Raises UserError, naming `where`, for a name that is empty, that has control characters (logs, tables and
-    terminals would obey them), or that stands for two classes (`spoken`).
-    """
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{where}: it has no list of class names")
-    base = {spoken(name): name for name in taken}
-    seen = dict(base)
-    for label, name in enumerate(names):
-        if UNPRINTABLE.search(name):
-            raise UserError(
-                f"{where}: the name of class {label} has characters that cannot be shown: '{name}'"
-            )
-        if not (said := spoken(name)):
-            raise UserError(f"{where}: class {label} has no name")
-        if said in seen:
-            how = "is a base class already" if said in base else "is the name of two classes"
-            other = "" if seen[said] == name else f" (also written '{seen[said]}')"
-            raise UserError(f"{where}: '{name}' {how}{other}; a class needs a name of its own")
-        seen[said] = name
-    return list(names)
-
-
-def spoken(name: str) -> str:
-    """What a text encoder reads of a class name: _ is a space, and case, blanks in a row and the Unicode form
-    of a letter are nothing. Names that are spoken alike are one."""
-    return " ".join(unicodedata.normalize("NFC", name.replace("_", " ").casefold()).split())

@@ -1,4 +1,6 @@
-"""One results.json a run: what was measured, of what, with what. Tables read these files and never a log.
+"""Write and read the results.json of a run: what was measured, of which run, with which versions.
+
+Tables are made from these files and never from a log.
 
 The keys of schema 1:
     trainer, dataset, backbone, classes ("base", "new", "all"), shots, seed: which run it is

@@ -1,4 +1,4 @@
-"""Whose an output folder is: what a run left there is gone on with by the same run, and by no other."""
+"""Claim a run directory: what a run left there is resumed by the same run, and by no other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of tensors: apart from `files`, so that what reads none of them need not import torch."""
+"""Save and load tensors with a description as safetensors. Apart from `files`, which does not need torch."""
 
 from __future__ import annotations
 

@@ -22,8 +22,9 @@ from typing import Any, ClassVar
 import torch
 
 from dfzsl.configs import CONFIGS
-from dfzsl.io.files import digest, read_yaml
+from dfzsl.io.files import digest
 from dfzsl.io.results import RESULTS, without_home, write_named
+from dfzsl.io.untrusted.yaml_reader import read_yaml
 from dfzsl.report.read_runs import read_log
 from dfzsl.utils.errors import UserError, one_line, unknown
 

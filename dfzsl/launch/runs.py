@@ -13,8 +13,8 @@ from typing import Any
 from dassl.engine import TRAINER_REGISTRY
 
 from dfzsl.configs import CONFIGS, dataset_config
-from dfzsl.io.files import read_yaml
 from dfzsl.io.results import RESULTS, read_results
+from dfzsl.io.untrusted.yaml_reader import read_yaml
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.utils.dassl_plugin import ADDED
 from dfzsl.utils.errors import UserError, unknown

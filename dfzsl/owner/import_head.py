@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import os
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dfzsl.io.files import bounded, checked_names, read_json, read_text
+from dfzsl.io.class_names import checked_names
+from dfzsl.io.files import read_json, read_text
+from dfzsl.io.untrusted.archives import npz_names, read_npz_array
+from dfzsl.io.untrusted.memory_limited import read_arrays
 from dfzsl.safe_pickle import load as load_checkpoint
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.utils.errors import UserError, unknown
@@ -93,20 +97,22 @@ def _load_tensors(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
-        with bounded(path):
-            if suffix == ".npz":
-                content = _load_npz(path)
-            elif suffix == ".skops":
-                content = _load_skops(path)
-            elif suffix == ".safetensors":
-                content = load_file(path)
-            elif suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
-                content = load_checkpoint(path)
-            else:
-                raise UserError(
-                    f"{path}: a teacher is imported from .pt, .pth, .bin, .safetensors, .npz or .skops; a "
-                    "pickle or joblib file may execute code: save coef_ and intercept_ with numpy.savez"
-                )
+        if suffix == ".npz":
+            content = _as_tensors({name: read_npz_array(path, name) for name in npz_names(path)})
+        elif suffix == ".skops":
+            if importlib.util.find_spec("skops") is None:
+                raise UserError(f"{path}: reading it takes skops (pip install skops), or save coef_ as .npz")
+            reader = "dfzsl.io.untrusted.skops_reader:read_linear_classifier"
+            content = _as_tensors(read_arrays(reader, path))
+        elif suffix == ".safetensors":
+            content = load_file(path)
+        elif suffix in (".pt", ".pth", ".bin", ".ckpt", ".tar"):
+            content = load_checkpoint(path)
+        else:
+            raise UserError(
+                f"{path}: a teacher is imported from .pt, .pth, .bin, .safetensors, .npz or .skops; a "
+                "pickle or joblib file may execute code: save coef_ and intercept_ with numpy.savez"
+            )
     except UserError:
         raise
     except Exception as error:  # numpy, zipfile, zlib and skops raise many types for a broken archive
@@ -125,32 +131,16 @@ def _load_tensors(path: Path) -> dict[str, Any]:
     }
 
 
-def _load_npz(path: Path) -> dict[str, Any]:
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
-    classes = arrays.pop("classes_", None)
+def _as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Return the floating-point arrays of scikit-learn as tensors, and "classes_" as a list of names."""
     content: dict[str, Any] = {
-        name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind == "f"
+        name: torch.from_numpy(array)
+        for name, array in arrays.items()
+        if array.dtype.kind == "f" and name != "classes_"
     }
-    return content if classes is None else content | {"classes_": [str(name) for name in classes.tolist()]}
-
-
-def _load_skops(path: Path) -> dict[str, Any]:
-    try:
-        from skops.io import load
-        from skops.io.exceptions import UntrustedTypesFoundException
-    except ImportError:
-        raise UserError(f"{path}: pip install skops to read it, or save coef_ as .npz") from None
-    try:
-        model = load(path, trusted=[])
-    except UntrustedTypesFoundException as error:
-        raise UserError(f"{path}: it holds types that do not belong to scikit-learn ({error})") from None
-    if not hasattr(model, "coef_"):
-        raise UserError(f"{path}: a {type(model).__name__} has no coef_: it is not a linear classifier")
-    content: dict[str, Any] = {"coef_": torch.from_numpy(np.asarray(model.coef_, dtype=np.float64))}
-    if np.any(getattr(model, "intercept_", 0.0)):
-        content["intercept_"] = torch.from_numpy(np.asarray(model.intercept_, dtype=np.float64))
-    return content | {"classes_": [str(name) for name in np.asarray(model.classes_).tolist()]}
+    if "classes_" in arrays:
+        content["classes_"] = [str(name) for name in arrays["classes_"].tolist()]
+    return content
 
 
 def _find_weight(tensors: Mapping[str, Any], path: object) -> str:

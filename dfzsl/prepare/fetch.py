@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from dfzsl.io.files import EXPANSION, bounded, digest, read_json, write_json
+from dfzsl.io.files import digest, read_json, write_json
+from dfzsl.io.untrusted.archives import check_expansion, open_tar
 from dfzsl.utils.errors import UserError
 
 BLOCK = 1 << 20
@@ -161,11 +162,10 @@ def unpack(archive: Path, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as inside:
         try:
-            with bounded(archive):  # headers of a tar can be as large as anything else in it
-                if zipfile.is_zipfile(archive):
-                    _unzip(archive, Path(inside))
-                else:
-                    _untar(archive, Path(inside))
+            if zipfile.is_zipfile(archive):
+                _unzip(archive, Path(inside))
+            else:
+                _untar(archive, Path(inside))
         except tarfile.FilterError as error:
             raise UserError(f"{archive}: unsafe, not extracted ({error})") from None
         except UserError:
@@ -194,8 +194,8 @@ def _unzip(archive: Path, place: Path) -> None:
 
 def _untar(archive: Path, place: Path) -> None:
     size = 0
-    with tarfile.open(archive) as file:
-        for member in tqdm(file, unit="file", desc=f"unpack {archive.name}"):
+    with open_tar(archive) as members:
+        for file, member in tqdm(members, unit="file", desc=f"unpack {archive.name}"):
             if not (member.isfile() or member.isdir()):
                 raise UserError(f"{archive}: unsafe, not extracted ('{member.name}' is a link or a device)")
             size += member.size
@@ -206,8 +206,7 @@ def _untar(archive: Path, place: Path) -> None:
 
 def _room_for(size: int, archive: Path, place: Path) -> None:
     """Raise UserError for an archive with more content than it can honestly hold or the disk has room for."""
-    if size > SLACK + EXPANSION * archive.stat().st_size:
-        raise UserError(f"{archive}: unsafe, not extracted (it grows to {size / 1e9:,.1f} GB)")
+    check_expansion(archive, size, floor=SLACK)
     free = shutil.disk_usage(place).free
     if size > free:
         raise UserError(

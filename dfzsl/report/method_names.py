@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dfzsl.io.files import read_yaml
+from dfzsl.io.untrusted.yaml_reader import read_yaml
 
 BOOK: Any = read_yaml(Path(__file__).parent / "glossary.yaml")
 COLORS = 8

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dfzsl.io.files import read_yaml
 from dfzsl.io.results import harmonic_mean
+from dfzsl.io.untrusted.yaml_reader import read_yaml
 
 from .method_names import NAMES, dataset_name, in_papers_order
 from .read_runs import PAIRED, PROTOCOLS, TRANSFER, Method, Outcome, Scores, transfer_scores

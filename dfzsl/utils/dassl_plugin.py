@@ -1,4 +1,4 @@
-"""How this project joins Dassl: config keys added to its defaults, classes added to its registries."""
+"""Add config keys to Dassl's defaults and classes to its registries."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def keys_of(settings: type) -> dict[str, Any]:
 
 
 def changes(cfg: CfgNode) -> list[str]:
-    """What a config changes of the defaults, as `KEY VALUE` of a command line; where it runs is not told."""
+    """List what a config changes of the defaults, as `KEY VALUE` of a command line, without its folders."""
     default = _flat(DEFAULTS)
     elsewhere = ("OUTPUT_DIR", "RESUME")
     return [
@@ -58,11 +58,15 @@ def _flat(node: CfgNode, prefix: str = "") -> dict[str, Any]:
 
 
 def register(registry: Any, replace: bool = False) -> Callable[[type], type]:
-    """Class decorator: register under the class's name, unless somebody else holds that name already.
+    """Class decorator: register a class under its name, unless that name is taken.
 
-    In a CoOp checkout the trainers CoOp and CoCoOp belong to the checkout; ours step aside. Data sets
-    `replace` the checkout's: they read the same folders, and know besides which classes are new, what the
-    prompt is, and how to do without training images. What was replaced is kept as the class's `replaced`.
+    In a CoOp checkout the trainers CoOp and CoCoOp are those of the checkout. Data sets replace those of the
+    checkout: they read the same folders, and also know which classes are new, the prompt template, and how to
+    do without training images.
+
+    Args:
+        registry: Dassl's registry of trainers or data sets.
+        replace: register also where the name is taken; the class before becomes the attribute `replaced`.
     """
 
     def decorate(cls: type) -> type:

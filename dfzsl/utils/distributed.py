@@ -1,9 +1,9 @@
-"""One run on several processes, as `torchrun` starts them: the encoders' work is shared, nothing else.
+"""Share the work of the encoders between the processes that `torchrun` starts.
 
 Every rank runs the same program with the same seed. Where an encoder runs, each rank encodes a part of the
-classes or pictures, and all get the whole; so they take the same steps as one process would, up to the
-rounding of sums. The first rank writes and talks. Outside of torchrun there is one rank, and every function
-here does nothing.
+classes or images, and all get the whole; so they take the same steps as one process would, up to the
+rounding of sums. Only the first rank writes files and prints. Outside of torchrun there is one rank, and
+every function here does nothing.
 """
 
 from __future__ import annotations

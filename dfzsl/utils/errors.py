@@ -1,7 +1,8 @@
-"""The one error a user's mistake raises: a single line that says what is wrong and what to do."""
+"""Define UserError, the error of a user's mistake, and turn errors into one line and an exit code."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 import pickle
@@ -9,7 +10,7 @@ import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 
 LONGEST = 2000  # characters of a message
@@ -77,13 +78,18 @@ def explain(error: BaseException) -> str | None:
 
 
 def cli(run: Callable[[], object]) -> None:
-    """Entry point: a user's mistake becomes one line on stderr and exit code 2."""
-    # A thread's trouble with a disk is told by whoever waits for the thread.
-    threading.excepthook = lambda told: (
-        None if isinstance(told.exc_value, OSError) else threading.__excepthook__(told)
-    )
+    """Run an entry point: a user's mistake ends as one line on stderr and exit code 2.
+
+    Args:
+        run: the program, called without arguments.
+
+    Raises:
+        SystemExit: 2 for a user's mistake, 130 for an interruption, 0 for a closed output.
+        Exception: a defect of the program.
+    """
     try:
-        run()
+        with _quiet_threads():
+            run()
     except BrokenPipeError:  # whoever read the output has seen enough: `| head`
         sys.stdout = None
         raise SystemExit(0) from None
@@ -102,8 +108,28 @@ def cli(run: Callable[[], object]) -> None:
         raise SystemExit(130) from None
 
 
-def tell_mistakes() -> None:
-    """In somebody else's program, such as CoOp's train.py, a user's mistake ends as in ours: in one line."""
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """Print no traceback for an OSError in a thread: whoever waits for the thread raises it again."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not isinstance(args.exc_value, OSError):
+            before(args)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def install_excepthook() -> None:
+    """Print a UserError that ends this program as one line, and exit with code 2.
+
+    For a program of your own, e.g. CoOp's `train.py`. It replaces `sys.excepthook`; other errors go to the
+    hook that was installed before.
+    """
     before = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -111,7 +137,7 @@ def tell_mistakes() -> None:
             before(kind, error, trace)
             return
         print(f"error: {error}", file=sys.__stderr__)
-        if not hasattr(sys, "ps1"):  # not of a person at Python's prompt
+        if not hasattr(sys, "ps1"):  # an interactive session goes on
             raise SystemExit(2)
 
     sys.excepthook = hook

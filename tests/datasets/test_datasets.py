@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from dfzsl.configs import CONFIGS
 from dfzsl.datasets.features import FeatureDatum
-from dfzsl.io.files import spoken
+from dfzsl.io.class_names import spoken
 from dfzsl.utils.errors import UserError
 
 # They draw their own pictures: see test_shapes.py.

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from dfzsl import train
 from dfzsl.datasets.base import read_fewshot, read_split
-from dfzsl.io.files import read_yaml
+from dfzsl.io.untrusted.yaml_reader import read_yaml
 from dfzsl.trainers.clip.loading import _read_state
 from dfzsl.utils.errors import UserError, explain
 
@@ -136,6 +136,17 @@ def test_weights_that_would_read_memory(count, tmp_path, tried):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_script_of_much_code_is_refused(tmp_path, tried):
+    """torch reads and parses all of it."""
+    torch.jit.script(torch.nn.Linear(4, 4)).save(str(tmp_path / "w.pt"))
+    with zipfile.ZipFile(tmp_path / "w.pt", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w/code/more.py", b" " * (20 << 20))
+    with pytest.raises(UserError, match=r"w\.pt.*grows to"):
+        _read_state(tmp_path / "w.pt")
+    tried("hostile files", "TorchScript weights with compressed code without end", 1, "one line")
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_honest_scripts_are_read(tmp_path):
     class Both(torch.nn.Module):
         def __init__(self) -> None:
@@ -158,7 +169,7 @@ def test_honest_scripts_are_read(tmp_path):
 @pytest.mark.parametrize("name", [b"os\nsystem", b"numpy\nndarray", b"dassl.config.defaults\nDatum"])
 def test_few_shot_files_hold_datums_alone(name, tmp_path):
     (tmp_path / "s.pkl").write_bytes(b"\x80\x02c" + name + b"\n)\x81.")
-    with pytest.raises(UserError, match="it asks for"):
+    with pytest.raises(UserError, match=r"s\.pkl.*it asks for"):
         read_fewshot(tmp_path / "s.pkl")
 
 
@@ -170,11 +181,11 @@ def test_a_label_is_a_whole_number(label, tmp_path):
     item = Datum(str(tmp_path / "a.jpg"), 1, 0, "bee")
     item._label = label
     (tmp_path / "s.pkl").write_bytes(pickle.dumps({"train": [item], "val": []}))
-    with pytest.raises(UserError, match="an image or a label is none"):
+    with pytest.raises(UserError, match=r"s\.pkl"):
         read_fewshot(tmp_path / "s.pkl")
     rows = [["a.jpg", label, "bee"]]
     (tmp_path / "s.json").write_text(json.dumps({"train": rows, "val": rows, "test": rows}))
-    with pytest.raises(UserError, match=r"is not \[path, label, class name\]"):
+    with pytest.raises(UserError, match=r"s\.json.*'train'"):
         read_split(tmp_path / "s.json", str(tmp_path), "get it")
 
 
@@ -207,7 +218,7 @@ def test_few_shots_of_every_protocol(tmp_path):
 )
 def test_yaml_is_plain(content, said, tmp_path):
     (tmp_path / "c.yaml").write_text(content)
-    with pytest.raises(UserError, match=rf"c\.yaml: not plain YAML: .*{said}"):
+    with pytest.raises(UserError, match=rf"c\.yaml.*{said}"):
         read_yaml(tmp_path / "c.yaml")
 
 

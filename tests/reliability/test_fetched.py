@@ -121,11 +121,11 @@ def test_a_download_that_goes_on(what, server, tmp_path, tried):
 def test_a_server_that_says_no_length(server, tmp_path, tried):
     """The end of the file and a broken line are the same to it."""
     server.answers = [reply(200, OLD[:HALF], Content_Length=None)]
-    with pytest.raises(UserError, match="does not say how long the file is"):
+    with pytest.raises(UserError, match="how long the file is"):
         fetch.download(server.url, tmp_path / "a.bin")
     assert not list(tmp_path.iterdir())
     good = f"sha256:{hashlib.sha256(OLD).hexdigest()}"
-    with pytest.raises(UserError, match="the sha256 of what arrived is"):
+    with pytest.raises(UserError, match="sha256"):
         fetch.download(server.url, tmp_path / "a.bin", good)
     server.answers = [reply(200, OLD, Content_Length=None)]
     assert fetch.download(server.url, tmp_path / "a.bin", good).read_bytes() == OLD
@@ -137,7 +137,7 @@ def test_a_wrong_checksum_leaves_nothing(checksum, server, tmp_path, tried):
     server.answers = [reply(200, OLD)]
     if not checksum:
         (tmp_path / fetch.LEDGER).write_text(json.dumps({server.url: "0" * 64}))
-    with pytest.raises(UserError, match="the sha256 of what arrived is"):
+    with pytest.raises(UserError, match="sha256"):
         fetch.download(server.url, tmp_path / "a.bin", checksum)
     assert {path.name for path in tmp_path.iterdir()} <= {fetch.LEDGER}
     tried("fetched", "downloads: no length, wrong length, wrong checksum", 1, "refused, one line")
@@ -145,7 +145,7 @@ def test_a_wrong_checksum_leaves_nothing(checksum, server, tmp_path, tried):
 
 def test_a_length_that_is_too_great(server, tmp_path, tried):
     server.answers = [reply(200, OLD, Content_Length=len(OLD) + 1)]
-    with pytest.raises(UserError, match="broke off at 200000 of 200001 bytes"):
+    with pytest.raises(UserError, match="200000 of 200001"):
         fetch.download(server.url, tmp_path / "a.bin")
     assert not (tmp_path / "a.bin").exists()
     tried("fetched", "downloads: no length, wrong length, wrong checksum", 1, "refused, one line")
@@ -178,7 +178,7 @@ def test_a_damaged_note_of_the_version_is_no_version(tag, server, tmp_path):
 def test_a_damaged_ledger_is_one_line(server, tmp_path):
     server.answers = [reply(200, OLD)]
     (tmp_path / fetch.LEDGER).write_text("[]")
-    with pytest.raises(UserError, match="not a list of checksums; delete it"):
+    with pytest.raises(UserError, match=fetch.LEDGER):
         fetch.download(server.url, tmp_path / "a.bin")
 
 
@@ -213,7 +213,7 @@ HARM: dict[str, list[tuple[tarfile.TarInfo, bytes]]] = {
 @pytest.mark.parametrize("what", HARM)
 def test_an_archive_that_would_write_elsewhere(what, tmp_path, tried):
     archive = tar_of(tmp_path / "a.tar.gz", HARM[what])
-    with pytest.raises(UserError, match="unsafe, not extracted"):
+    with pytest.raises(UserError, match="unsafe"):
         fetch.unpack(archive, tmp_path / "deep/out")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.tar.gz", "deep"]
     tried("fetched", "archives: paths and links that lead out, devices", 1, "nothing written, one line")
@@ -258,7 +258,7 @@ def test_a_bomb_by_its_ratio(kind, tmp_path, monkeypatch, tried):
             file.writestr("a", content)
     else:
         tar_of(tmp_path / "a", [(member("a"), content)])
-    with pytest.raises(UserError, match=r"unsafe, not extracted \(it grows to"):
+    with pytest.raises(UserError, match=r"unsafe.*5,000,000"):
         fetch.unpack(tmp_path / "a", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     tried("fetched", "archives: bombs in content, in headers", 1, "below 2 GB, one line")

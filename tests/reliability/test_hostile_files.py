@@ -47,7 +47,8 @@ from scipy.io import loadmat, savemat
 from dfzsl import report, train
 from dfzsl.datasets import encoding
 from dfzsl.datasets.base import read_fewshot, read_split, relocate
-from dfzsl.io.files import checked_names, read_json
+from dfzsl.io.class_names import checked_names
+from dfzsl.io.files import read_json
 from dfzsl.io.tensors import save_tensors
 from dfzsl.prepare import fetch
 from dfzsl.trainers.clip.loading import _read_state
@@ -337,7 +338,7 @@ class Runs(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore")
 def test_a_torchscript_that_runs_when_loaded_is_refused(tmp_path):
     torch.jit.script(Runs()).save(str(tmp_path / "w.pt"))
-    with pytest.raises(UserError, match="a program that runs when it is loaded"):
+    with pytest.raises(UserError, match=r"w\.pt.*program"):
         _read_state(tmp_path / "w.pt")
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "plain.pt"))
     assert set(_read_state(tmp_path / "plain.pt")) == {"weight", "bias"}
@@ -536,7 +537,7 @@ def test_no_file_leads_to_pictures_elsewhere(tmp_path, tried):
 
 def test_a_few_shot_path_of_a_million_parts_costs_no_time():
     """Quadratic work would take hours here."""
-    with pytest.raises(UserError, match="which the split does not have"):
+    with pytest.raises(UserError, match=r"shots\.pkl"):
         relocate([("a/" * 10**6 + "b.jpg", 0)], [], "shots.pkl")
 
 
@@ -715,7 +716,6 @@ def test_small_files_that_claim_to_be_huge(tmp_path, tried):
     tried("hostile files", "small files that claim to be huge", len(cases), "below 256 MB, one line")
 
 
-@pytest.mark.slow
 @needs_proc
 def test_small_files_that_are_huge(tmp_path, tried):
     """Zeros, deflated to a thousandth: 4 GB in 4 MB."""

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.log import logger
-from dfzsl.utils.torchvision_import import import_lean, import_torchvision
+from dfzsl.utils.torchvision_import import import_torchvision
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "amp": torch.float16, "bf16": torch.bfloat16}
 TEXTS_AT_ONCE = 256
@@ -23,7 +23,9 @@ ROWS_AT_ONCE = 8192
 def import_open_clip() -> Any:
     """open_clip, imported at first use."""
     import_torchvision()
-    return import_lean("open_clip")
+    import open_clip
+
+    return open_clip
 
 
 def cpu_has_bf16() -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dfzsl.io.files import checked_names
+from dfzsl.io.class_names import checked_names
 from dfzsl.utils import distributed
 from dfzsl.utils.errors import UserError
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.datasets.encoding import default_cache_dir
-from dfzsl.io.files import read_json, spoken
+from dfzsl.io.class_names import spoken
+from dfzsl.io.files import read_json
 from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import UserError
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfzsl.io.files import checked_names
+from dfzsl.io.class_names import checked_names
 from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import UserError, unknown
 from dfzsl.utils.progress import bar

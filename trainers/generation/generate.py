@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfzsl.io.files import checked_names
+from dfzsl.io.class_names import checked_names
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.numerics import checked
 

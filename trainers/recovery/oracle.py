@@ -29,7 +29,8 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from dfzsl.io.files import checked_names, read_json, write_json
+from dfzsl.io.class_names import checked_names
+from dfzsl.io.files import read_json, write_json
 from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import TOKEN, UNPRINTABLE, UserError, unknown
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dfzsl.io.files import checked_names
+from dfzsl.io.class_names import checked_names
 from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.numerics import checked, unit

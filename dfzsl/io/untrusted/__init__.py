@@ -1,0 +1,1 @@
+"""Read files from untrusted sources in bounded time and memory, without running code in them."""
