@@ -33,7 +33,7 @@ from dfzsl.io.files import checked_names, read_json, write_json
 from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import TOKEN, UNPRINTABLE, UserError, unknown
 
-from .score_recovery import step_of
+from .responses import step_of
 from .teacher import Teacher
 from .teacher_card import Card
 

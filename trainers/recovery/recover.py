@@ -17,6 +17,7 @@ from dfzsl.utils.errors import UserError, unknown
 from dfzsl.utils.numerics import checked, unit
 from dfzsl.utils.progress import bar
 
+from .extract import extract_rows
 from .feature_statistics import (
     COHERENCE,
     Geometry,
@@ -27,7 +28,7 @@ from .feature_statistics import (
     paper_concentration,
 )
 from .oracle import Oracle
-from .score_recovery import Ask, Extracted, extract_rows
+from .responses import Ask, Extracted
 from .virtual_classes import STAGE, FeatureMLP, VirtualClasses, matching_order
 from .vmf import VonMisesFisher
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from draws import rng
 
+from dfzsl.trainers.recovery.extract import extract_rows
 from dfzsl.trainers.recovery.feature_statistics import (
     class_directions,
     common_direction,
@@ -17,7 +18,6 @@ from dfzsl.trainers.recovery.feature_statistics import (
 )
 from dfzsl.trainers.recovery.oracle import Oracle, open_oracle
 from dfzsl.trainers.recovery.recover import METHODS, RecoverySettings, recover
-from dfzsl.trainers.recovery.score_recovery import extract_rows
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.trainers.recovery.vmf import VonMisesFisher, fit_classes, mean_resultant_length
