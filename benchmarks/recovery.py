@@ -26,7 +26,8 @@ from dfzsl.trainers.recovery.feature_statistics import (
     geometry_concentration,
     paper_concentration,
 )
-from dfzsl.trainers.recovery.oracle import Oracle, open_oracle
+from dfzsl.trainers.recovery.open_oracle import open_oracle
+from dfzsl.trainers.recovery.oracle import Oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import fit_teacher
 from dfzsl.utils.errors import UserError

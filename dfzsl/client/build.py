@@ -24,7 +24,7 @@ from dfzsl.trainers.clip.loading import BUILT_IN, BUILT_INS, load_backbone, pars
 from dfzsl.trainers.dfzsl import DFZSL
 from dfzsl.trainers.flpt import FLPT
 from dfzsl.trainers.generation.classifier import Classifier
-from dfzsl.trainers.recovery.oracle import open_oracle
+from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.utils.errors import UserError

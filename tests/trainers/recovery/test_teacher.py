@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 from dfzsl.io.tensors import save_tensors
-from dfzsl.trainers.recovery.oracle import LEVELS, HTTPTeacher, Oracle, open_oracle
+from dfzsl.trainers.recovery.open_oracle import open_oracle
+from dfzsl.trainers.recovery.oracle import LEVELS, Oracle
+from dfzsl.trainers.recovery.remote_oracle import HTTPTeacher
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.utils.errors import UserError
 
