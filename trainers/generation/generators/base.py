@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import UserError, unknown
+from dfzsl.utils.numerics import class_means
 from dfzsl.utils.progress import bar
 
 CHECKPOINT = "generator checkpoint"
@@ -138,12 +139,6 @@ class FeatureGenerator(nn.Module):
             "settings": self.settings,
         }
         save_tensors(path, self.state_dict(), about)
-
-
-def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Means (C, d) of the rows of each class."""
-    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
-    return sums / torch.bincount(labels, minlength=num_classes)[:, None].to(features)
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
