@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.utils.errors import UserError
 
+from .logistic import COARSE, regression
 from .responses import Extracted
+
+# Weight of the mean squared row beside the mean cross-entropy, for coordinates of unit variance.
+PENALTY = 3e-4
 
 
 def fit_surrogate(x: Tensor, labels: Tensor, classes: int) -> Extracted:
@@ -25,32 +28,24 @@ def fit_surrogate(x: Tensor, labels: Tensor, classes: int) -> Extracted:
         classes: number of classes C.
 
     Returns:
-        Rows and intercepts with sum zero and mean squared row 1.
+        Rows and intercepts with sum zero and mean squared row 1. A class without any label has the row 0.
 
     Raises:
         UserError: the halves do not agree: there are too few labels, or they are noise.
     """
     n, d = x.shape
 
-    def fitted(rows: slice) -> Tensor:
-        weight = torch.zeros(classes, d + 1, requires_grad=True)
-        optimizer = torch.optim.LBFGS([weight], max_iter=60, line_search_fn="strong_wolfe")
+    def fit(part: slice) -> Tensor:
+        # The last column stands for an intercept; it is as large as a coordinate of a random unit query.
+        features = F.pad(x[part], (0, 1), value=1 / math.sqrt(d))
+        strength = d * classes / (2 * PENALTY * len(features))
+        rows = regression(features, labels[part], classes, strength, tolerance=COARSE)
+        rows = rows - rows.mean(0)
+        rows[:, -1] /= math.sqrt(d)
+        return rows / rows[:, :-1].square().sum(1).mean().sqrt().clamp(min=1e-12)
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            logits = math.sqrt(d) * x[rows] @ weight[:, :-1].T + weight[:, -1]
-            loss = F.cross_entropy(logits, labels[rows]) + 1e-4 * weight.square().sum() / classes
-            loss.backward()
-            return loss
-
-        with torch.enable_grad():
-            optimizer.step(closure)
-        found = weight.detach() - weight.detach().mean(0)
-        found[:, -1] /= math.sqrt(d)
-        return found / found[:, :-1].square().sum(1).mean().sqrt().clamp(min=1e-12)
-
-    found = fitted(slice(None))
-    one, two = (fitted(slice(start, None, 2))[:, :-1] for start in (0, 1))
+    rows = fit(slice(None))
+    one, two = (fit(slice(start, None, 2))[:, :-1] for start in (0, 1))
     agreement = float(F.cosine_similarity(one.flatten(), two.flatten(), dim=0))
     error = math.sqrt((1 - agreement) / (2 * agreement)) if agreement > 0 else math.inf
     if not error < 1:
@@ -58,4 +53,4 @@ def fit_surrogate(x: Tensor, labels: Tensor, classes: int) -> Extracted:
             f"{n:,} labels say nothing certain of the teacher's rows; raise TEACHER.BUDGET, ask for "
             "logits, or set RECOVERY.METHOD to gmm"
         )
-    return Extracted(found[:, :-1].contiguous(), found[:, -1].contiguous(), error)
+    return Extracted(rows[:, :-1].contiguous(), rows[:, -1].contiguous(), error)
