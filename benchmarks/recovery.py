@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 from dfzsl.trainers.recovery import vmf
-from dfzsl.trainers.recovery.feature_statistics import (
+from dfzsl.trainers.recovery.class_directions import (
     class_directions,
     common_direction,
     cone_of,

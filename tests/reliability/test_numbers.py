@@ -16,7 +16,7 @@ from dfzsl.trainers.generation.classifier import Classifier, Rows
 from dfzsl.trainers.generation.generate import generate
 from dfzsl.trainers.generation.generators import GENERATORS
 from dfzsl.trainers.generation.training import StageThreeSettings
-from dfzsl.trainers.recovery.feature_statistics import paper_concentration
+from dfzsl.trainers.recovery.class_directions import paper_concentration
 from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.oracle import LEVELS
 from dfzsl.trainers.recovery.recover import METHODS, recover

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from draws import rng
 
-from dfzsl.trainers.recovery.extract import extract_rows
-from dfzsl.trainers.recovery.feature_statistics import (
+from dfzsl.trainers.recovery.class_directions import (
     class_directions,
     common_direction,
     cone_of,
     geometry_concentration,
     paper_concentration,
 )
+from dfzsl.trainers.recovery.extract import extract_rows
 from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.oracle import Oracle
 from dfzsl.trainers.recovery.recover import METHODS, RecoverySettings, recover
