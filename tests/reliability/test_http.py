@@ -279,6 +279,16 @@ def test_a_pause_is_waited_out_and_paid_once(world, pause, tried):
     tried("HTTP teacher", "slow, cut off, busy, broken for a while", 1, "asked again, paid once")
 
 
+@pytest.mark.parametrize("pause", ["drip", "dripped headers", "endless chunks", "silent"])
+def test_a_reply_ends_by_the_deadline_however_it_trickles(world, pause):
+    asked = oracle(world, timeout=0.3, retries=0)
+    world.faults[:] = [PAUSES[pause]]
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"0\.3 seconds"):
+        asked(questions())
+    assert time.monotonic() - started < 1
+
+
 @pytest.mark.parametrize("pause", ["half closed", "status 429", "status 500", "cut off"])
 def test_no_storm_of_questions(world, tmp_path, pause, tried):
     """However long it fails: few questions, each later than the one before."""
@@ -367,6 +377,62 @@ def test_a_damaged_journal_is_named(world, tmp_path):
         path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(UserError, match=r"not a answers file"):
         oracle(world, journal=tmp_path / "journal")(questions())
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def refuse(code: int, content: bytes | dict, **headers: str) -> Callable[[Handler, dict], None]:
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return lambda handler, _: reply(handler, body, code, **headers)
+
+
+@pytest.mark.parametrize("key", ["error", "detail"])
+def test_a_refusal_quotes_the_servers_explanation_without_the_token(world, monkeypatch, key):
+    monkeypatch.setenv(TOKEN, SECRET)
+    asked = oracle(world)
+    world.faults[:] = [refuse(403, {key: f"no access\n\x1b[2J with {SECRET} " + "x" * 1000})]
+    with pytest.raises(UserError, match=r"status 403: no access \\x1b\[2J with \[token\] x") as error:
+        asked(questions())
+    assert SECRET not in str(error.value) and str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>no</html>", b'"no"', b"[" * 60000, {"error": ["no"]}, {"error": " "}, b"\xff{"]
+)
+def test_a_refusal_without_explanation_names_the_status(world, content):
+    asked = oracle(world)
+    world.faults[:] = [refuse(404, content)]
+    with pytest.raises(UserError, match="status 404$"):
+        asked(questions())
+
+
+@pytest.mark.parametrize("token", ["", SECRET])
+def test_a_refused_token_is_named_by_its_variable(world, monkeypatch, token):
+    monkeypatch.setenv(TOKEN, token)
+    asked = oracle(world)
+    world.faults[:] = [refuse(401, {"error": "who are you?"})]
+    with pytest.raises(
+        UserError, match=f"status 401: who are you.*{TOKEN}.* {'accepted' if token else 'set'}"
+    ):
+        asked(questions())
+    assert len(world.keys) == 1
+
+
+def test_a_spent_budget_is_explained_by_the_server(world):
+    asked = oracle(world)
+    world.faults[:] = [refuse(429, {"error": "3 queries left"}, Retry_After="86400")]
+    with pytest.raises(UserError, match="3 queries left.*86,400"):
+        asked(questions())
+
+
+def test_the_proxy_of_the_environment_is_used(world, monkeypatch):
+    for name in ("NO_PROXY", "no_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", world.url.removesuffix("/teacher"))
+    world.url = "http://teacher.invalid/teacher"
+    assert torch.allclose(oracle(world)(questions()), world.teacher.logits(questions().double()))
+    assert {seen["Host"] for seen in world.headers} == {"teacher.invalid"}
 
 
 # ---------------------------------------------------------------- secrets

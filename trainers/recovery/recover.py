@@ -273,10 +273,7 @@ def train_generator(
 ) -> FeatureMLP:
     """Train `FeatureMLP` until the teacher assigns its features to their text's class."""
     network = FeatureMLP(text.shape[1])
-    with torch.no_grad():
-        for parameter in network.parameters():
-            bound = parameter.shape[-1] ** -0.5
-            parameter.uniform_(-bound, bound, generator=generator)
+    network.initialize(generator)
     labels = torch.arange(len(text)).repeat(options.draws)
 
     def loss() -> Tensor:

@@ -58,7 +58,7 @@ def load_generator(path: str | os.PathLike[str]) -> FeatureGenerator:
     try:
         dims = int(str(about["feature_dim"])), int(str(about["condition_dim"]))
         model = build_generator(str(about["name"]), *dims, **dict(about["settings"]))  # type: ignore[call-overload]
-        model.load_state_dict(tensors)
+        model.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -142,8 +142,8 @@ class FeatureGenerator(nn.Module):
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer not yet initialised: `NeuralGenerator.fit` does that, from its own random stream."""
-    return nn.utils.skip_init(nn.Linear, inputs, outputs)
+    """Make a linear layer without weights: `NeuralGenerator.fit` draws them, `load_generator` reads them."""
+    return nn.Linear(inputs, outputs, device="meta")
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -282,7 +282,7 @@ class NeuralGenerator(FeatureGenerator):
     ) -> NeuralGenerator:
         features, conditions = self.check(features, labels, conditions)
         device = features.device
-        self.to(device)
+        self.to_empty(device=device)  # every parameter and buffer is set below
         rng = device_generator(generator, device)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
