@@ -403,7 +403,7 @@ def test_a_refusal_quotes_the_servers_explanation_without_the_token(world, monke
 def test_a_refusal_without_explanation_names_the_status(world, content):
     asked = oracle(world)
     world.faults[:] = [refuse(404, content)]
-    with pytest.raises(UserError, match="status 404$"):
+    with pytest.raises(UserError, match=r"status 404$"):
         asked(questions())
 
 
@@ -422,7 +422,7 @@ def test_a_refused_token_is_named_by_its_variable(world, monkeypatch, token):
 def test_a_spent_budget_is_explained_by_the_server(world):
     asked = oracle(world)
     world.faults[:] = [refuse(429, {"error": "3 queries left"}, Retry_After="86400")]
-    with pytest.raises(UserError, match="3 queries left.*86,400"):
+    with pytest.raises(UserError, match=r"3 queries left.*86,400"):
         asked(questions())
 
 
