@@ -18,23 +18,20 @@ from collections.abc import Mapping
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
-from urllib.request import getproxies, proxy_bypass
+from urllib.parse import urlsplit
 
-import httpcore
 import torch
 from torch import Tensor
 
 from dfzsl.io.files import checked_names, read_json, write_json
 from dfzsl.utils.errors import TOKEN, UNPRINTABLE, UserError, one_line
 
-from .deadline import DeadlineBackend
+from .http_exchange import Reply, exchange, host_of
 from .oracle import Oracle
 
 MAX_DESCRIPTION_BYTES = 1 << 26
 MAX_ENVELOPE_BYTES = 1 << 16  # of a reply without its numbers
 MAX_NUMBER_BYTES = 40
-MAX_ERROR_BYTES = 1 << 14  # of a refusal's body
 MAX_EXPLANATION = 200  # characters of a server's own words in a message
 
 
@@ -52,7 +49,7 @@ def check_address(url: str) -> None:
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
-        _host(url)
+        host_of(url)
     except ValueError:
         valid = False
     if not valid or UNPRINTABLE.search(url) or " " in url:
@@ -186,7 +183,6 @@ class HTTPTeacher:
         body = None if query is None else json.dumps(query).encode()
         for attempt in range(self.retries + 1):
             wait = self.backoff * 2**attempt
-            # What comes from the server is not quoted here: it could repeat the token.
             try:
                 text = self._read(body, max_bytes)
                 break
@@ -195,12 +191,8 @@ class HTTPTeacher:
                 wait = max(wait, error.wait)
                 if wait > self.longest:
                     raise OSError(f"{problem}; it wants no question for {wait:,.0f} seconds") from None
-            except httpcore.TimeoutException:
-                problem = f"{self.url}: no whole reply within {self.timeout:g} seconds"
-            except httpcore.NetworkError as error:
+            except OSError as error:
                 problem = f"{self.url}: {error}"
-            except (httpcore.ProtocolError, httpcore.ProxyError) as error:
-                problem = f"{self.url}: a reply that is not HTTP's ({type(error).__name__})"
             if attempt == self.retries:
                 raise OSError(problem)
             time.sleep(wait)
@@ -213,45 +205,34 @@ class HTTPTeacher:
         return reply
 
     def _read(self, body: bytes | None, max_bytes: int) -> bytes:
-        """Exchange one request for the bytes of its reply."""
-        headers = {"Host": _host(self.url), "User-Agent": "dfzsl", "Accept": "application/json"}
-        headers |= {"Accept-Encoding": "identity", **self.headers}
+        """Return the body of the reply to one request."""
+        headers = {"Accept": "application/json", **self.headers}
         if body is not None:
             digest = hashlib.sha256(body).hexdigest()
             headers |= {"Content-Type": "application/json", "Idempotency-Key": digest}
-        parts = urlsplit(self.url)
-        host = (parts.hostname or "").encode("idna")
-        target = quote(parts.path or "/", safe="/%:@!$&'()*+,;=~").encode()
-        url = httpcore.URL(scheme=parts.scheme.encode(), host=host, port=parts.port, target=target)
-        with (
-            httpcore.ConnectionPool(
-                ssl_context=self.ssl_context,
-                proxy=_proxy(parts.scheme, parts.hostname or ""),
-                network_backend=DeadlineBackend(self.timeout),
-            ) as pool,
-            pool.stream(
-                "GET" if body is None else "POST", url, headers=list(headers.items()), content=body
-            ) as response,
-        ):
-            if 200 <= response.status < 300:
-                text = _received(response, max_bytes)
-                if len(text) > max_bytes:
-                    raise UserError(f"{self.url}: the reply is longer than any answer ({max_bytes:,} bytes)")
-                return text
-            raise self._refusal(response)
+        reply = exchange(
+            self.url,
+            body,
+            headers,
+            seconds=self.timeout,
+            max_bytes=max_bytes,
+            ssl_context=self.ssl_context,
+        )
+        if not 200 <= reply.status < 300:
+            raise self._refusal(reply)
+        if len(reply.body) > max_bytes:
+            raise UserError(f"{self.url}: the reply is longer than any answer ({max_bytes:,} bytes)")
+        return reply.body
 
-    def _refusal(self, response: httpcore.Response) -> Exception:
+    def _refusal(self, reply: Reply) -> Exception:
         """Return the error for a status: _Busy if a retry may mend it, else a UserError."""
-        status = response.status
-        explanation = _explanation(response) if 400 <= status < 500 else ""
+        status = reply.status
+        explanation = _explanation(reply.body) if 400 <= status < 500 else ""
         if status == 429 or status >= 500:
-            headers = {
-                name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers
-            }
-            return _Busy(f"status {status}{explanation}", _retry_after(headers))
+            return _Busy(f"status {status}{explanation}", _retry_after(reply.headers))
         if status == 401:
-            set_token = "is not accepted" if "Authorization" in self.headers else "is not set"
-            explanation += f"; the token in the environment variable {TOKEN} {set_token}"
+            state = "is not accepted" if "Authorization" in self.headers else "is not set"
+            explanation += f"; the token in the environment variable {TOKEN} {state}"
         return UserError(f"{self.url}: the server refused with status {status}{explanation}")
 
 
@@ -263,51 +244,16 @@ class _Busy(Exception):
         self.wait = wait
 
 
-def _received(response: httpcore.Response, max_bytes: int) -> bytes:
-    """Return the body of a response, of which no more than one piece beyond `max_bytes` is read."""
-    parts, size = [], 0
-    for part in response.iter_stream():
-        parts.append(part)
-        size += len(part)
-        if size > max_bytes:
-            break
-    return b"".join(parts)
-
-
-def _explanation(response: httpcore.Response) -> str:
+def _explanation(body: bytes) -> str:
     """Return ": " and the server's own words on its refusal, without the token, or ""."""
     try:
-        content = json.loads(_received(response, MAX_ERROR_BYTES))
-    except (httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError):
-        return ""
+        content = json.loads(body)
     except (ValueError, RecursionError):
         return ""
     if not isinstance(content, dict):
         return ""
     words = content.get("error") or content.get("detail")
     return f": {one_line(words)[:MAX_EXPLANATION]}" if isinstance(words, str) and words.strip() else ""
-
-
-def _host(url: str) -> str:
-    """Return the host and port of an address as the `Host` header has them."""
-    parts = urlsplit(url)
-    host = (parts.hostname or "").encode("idna").decode()
-    host = f"[{host}]" if ":" in host else host
-    return host if parts.port is None else f"{host}:{parts.port}"
-
-
-def _proxy(scheme: str, host: str) -> httpcore.Proxy | None:
-    """Return the proxy that the environment names for a host, or None."""
-    address = getproxies().get(scheme)
-    if not address or proxy_bypass(host):
-        return None
-    parts = urlsplit(address if "://" in address else f"http://{address}")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"{scheme.upper()}_PROXY in the environment is not an http:// or https:// address")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
-    url = httpcore.URL(scheme=parts.scheme, host=parts.hostname, port=port, target="/")
-    user = None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
-    return httpcore.Proxy(url, auth=user)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
