@@ -48,6 +48,7 @@ setup(
         "fastapi",
         "fastapi-offline",  # Swagger UI, served from the owner's machine
         "filelock",
+        "httpcore>=1.0.7",
         "httpx",
         "matplotlib",
         "numpy",

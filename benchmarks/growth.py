@@ -30,7 +30,7 @@ def measure(part: str, names: int, threads: int) -> dict[str, float]:
     from dfzsl.io.results import peak_memory
     from dfzsl.trainers.clip.aligned_text import AlignedText
     from dfzsl.trainers.generation.generate import generate
-    from dfzsl.trainers.recovery.oracle import open_oracle
+    from dfzsl.trainers.recovery.open_oracle import open_oracle
     from dfzsl.trainers.recovery.recover import recover
     from dfzsl.trainers.recovery.teacher import Teacher
 

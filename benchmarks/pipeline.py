@@ -19,7 +19,7 @@ from dfzsl.trainers.clip.aligned_text import AlignedText
 from dfzsl.trainers.generation.generate import generate
 from dfzsl.trainers.generation.generators import build_generator
 from dfzsl.trainers.generation.training import StageThreeSettings
-from dfzsl.trainers.recovery.oracle import open_oracle
+from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import Teacher
 

@@ -17,7 +17,7 @@ from recovery import RealSet, asked_for, cosine
 from tabulate import tabulate
 from torch import Tensor
 
-from dfzsl.trainers.recovery.oracle import open_oracle
+from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.utils.errors import UserError
 

@@ -33,7 +33,7 @@ from dfzsl.client.measure import geometry_of
 from dfzsl.trainers.clip.aligned_text import AlignedText
 from dfzsl.trainers.generation.generate import generate
 from dfzsl.trainers.recovery.feature_statistics import Geometry
-from dfzsl.trainers.recovery.oracle import open_oracle
+from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.utils.progress import hidden

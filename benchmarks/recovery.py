@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from tabulate import tabulate
 
 from dfzsl.trainers.recovery import vmf
-from dfzsl.trainers.recovery.feature_statistics import (
+from dfzsl.trainers.recovery.class_directions import (
     class_directions,
     common_direction,
     cone_of,
     geometry_concentration,
     paper_concentration,
 )
-from dfzsl.trainers.recovery.oracle import Oracle, open_oracle
+from dfzsl.trainers.recovery.open_oracle import open_oracle
+from dfzsl.trainers.recovery.oracle import Oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import fit_teacher
 from dfzsl.utils.errors import UserError

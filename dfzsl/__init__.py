@@ -36,7 +36,7 @@ _PUBLIC = {
     "load_classifier": "trainers.generation.classifier:Classifier.load",
     "load_teacher": "trainers.recovery.teacher:Teacher.load",
     "measure_geometry": "trainers.recovery.feature_statistics:measure_geometry",
-    "open_oracle": "trainers.recovery.oracle:open_oracle",
+    "open_oracle": "trainers.recovery.open_oracle:open_oracle",
     "recover": "trainers.recovery.recover:recover",
 }
 __all__ = [*_PUBLIC]

@@ -4,7 +4,7 @@ from .client.evaluate import evaluate as evaluate
 from .trainers.generation.classifier import Classifier as Classifier
 from .trainers.generation.generate import generate as generate
 from .trainers.recovery.feature_statistics import measure_geometry as measure_geometry
-from .trainers.recovery.oracle import open_oracle as open_oracle
+from .trainers.recovery.open_oracle import open_oracle as open_oracle
 from .trainers.recovery.recover import recover as recover
 from .trainers.recovery.teacher import Teacher
 from .trainers.recovery.teacher import fit_teacher as fit_teacher

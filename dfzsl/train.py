@@ -18,7 +18,7 @@ import dfzsl.datasets  # noqa: F401
 from dfzsl.io.run_directory import Folder
 from dfzsl.io.untrusted.yaml_reader import read_yaml
 from dfzsl.trainers.base import CLIPTrainer
-from dfzsl.trainers.recovery.oracle import check_address, is_address
+from dfzsl.trainers.recovery.remote_oracle import check_address, is_address
 from dfzsl.utils import distributed
 from dfzsl.utils.dassl_plugin import changes
 from dfzsl.utils.errors import UserError, cli, unknown

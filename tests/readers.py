@@ -44,7 +44,7 @@ from dfzsl.trainers.clip.loading import _read_state
 from dfzsl.trainers.clip.texts import ClassTexts
 from dfzsl.trainers.generation.classifier import Classifier
 from dfzsl.trainers.recovery.feature_statistics import Geometry, measure_geometry
-from dfzsl.trainers.recovery.oracle import HTTPTeacher
+from dfzsl.trainers.recovery.remote_oracle import HTTPTeacher
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.trainers.recovery.teacher_card import Card
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses

@@ -34,7 +34,8 @@ from dfzsl.report import FORMATS
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.dfzsl import DFZSL
 from dfzsl.trainers.generation.classifier import Classifier
-from dfzsl.trainers.recovery.oracle import Oracle, open_oracle
+from dfzsl.trainers.recovery.open_oracle import open_oracle
+from dfzsl.trainers.recovery.oracle import Oracle
 from dfzsl.trainers.recovery.teacher import Teacher
 
 BASE = ["red star", "blue circle", "green square", "striped red circle", "dotted blue star"]

@@ -38,8 +38,10 @@ from .clip.backbone import FeatureBackbone
 from .clip.loading import BUILT_IN, BUILT_IN_FOLDER, load_backbone
 from .clip.texts import ClassTexts
 from .recovery.feature_statistics import Geometry
-from .recovery.oracle import Oracle, is_address, open_oracle
+from .recovery.open_oracle import open_oracle
+from .recovery.oracle import Oracle
 from .recovery.recover import RecoverySettings, recover
+from .recovery.remote_oracle import is_address
 from .recovery.virtual_classes import VirtualClasses
 from .recovery.vmf import fit_classes
 

@@ -10,7 +10,7 @@ from dfzsl.utils.errors import UserError
 
 from .base import CLIPTrainer
 from .owner import teacher_weights
-from .recovery.oracle import is_address
+from .recovery.remote_oracle import is_address
 from .recovery.teacher import Teacher
 
 add_keys("TRAINER.TEXTTEACHERMIX", TEXT=0.7)

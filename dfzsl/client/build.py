@@ -22,7 +22,7 @@ from dfzsl.trainers.clip.loading import BUILT_IN, parse_identity
 from dfzsl.trainers.dfzsl import DFZSL
 from dfzsl.trainers.flpt import FLPT
 from dfzsl.trainers.generation.classifier import Classifier
-from dfzsl.trainers.recovery.oracle import open_oracle
+from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.utils.progress import bar, hidden

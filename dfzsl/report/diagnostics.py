@@ -15,6 +15,7 @@ from torch import Tensor
 from dfzsl.datasets.features import open_features, unit_rows
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.utils.errors import UserError
+from dfzsl.utils.numerics import class_sums
 
 REAL, VIRTUAL = "#1b6ca8", "#e07b39"
 
@@ -35,8 +36,7 @@ def read_real(path: str, classnames: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def mean_directions(features: Tensor, labels: Tensor, classes: int) -> Tensor:
-    sums = torch.zeros(classes, features.shape[1]).index_add_(0, labels, features)
-    return F.normalize(sums, dim=1)
+    return F.normalize(class_sums(features, labels, classes)[0], dim=1)
 
 
 def angles(features: Tensor, directions: Tensor) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What holds where one stage hands over to the next: every class has a direction, and nothing is NaN."""
+"""Provide numerical helpers that all stages share: unit rows, class means, bounded portions, checks."""
 
 from __future__ import annotations
 
@@ -26,6 +26,27 @@ def unit(x: Tensor) -> Tensor:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     _, exponent = torch.frexp(x.detach().abs().amax(1, keepdim=True))
     return F.normalize(torch.ldexp(x, -exponent), dim=1)
+
+
+def class_sums(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Sum features by class.
+
+    Args:
+        features: (n, d) features.
+        labels: (n,) their classes, integers from 0 to `classes` - 1.
+        classes: number of classes C.
+
+    Returns:
+        Sums (C, d) in the type of `features`, and counts (C,) as integers.
+    """
+    sums = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, features)
+    return sums, torch.bincount(labels, minlength=classes)
+
+
+def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Return the mean feature (C, d) of each class, 0 where a class has none (arguments: `class_sums`)."""
+    sums, counts = class_sums(features, labels, classes)
+    return sums / counts.clamp(min=1)[:, None]
 
 
 def checked(

@@ -16,7 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from dfzsl.owner.import_head import import_teacher
-from dfzsl.trainers.recovery.oracle import open_oracle
+from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.utils.errors import UserError
 

@@ -33,10 +33,12 @@ from dfzsl.launch.workers import run
 from dfzsl.owner.server import Ledger, access_log, create_app, serve
 from dfzsl.owner.server.config import ServerConfig
 from dfzsl.owner.server.ledger import Client
-from dfzsl.trainers.recovery.oracle import LEVELS, TOKEN, HTTPTeacher, open_oracle
+from dfzsl.trainers.recovery.open_oracle import open_oracle
+from dfzsl.trainers.recovery.oracle import LEVELS
 from dfzsl.trainers.recovery.recover import recover
+from dfzsl.trainers.recovery.remote_oracle import HTTPTeacher
 from dfzsl.trainers.recovery.teacher import Teacher
-from dfzsl.utils.errors import UserError
+from dfzsl.utils.errors import TOKEN, UserError
 
 NAMES, DIM = ["ant", "bee", "cat", "dog"], 12
 

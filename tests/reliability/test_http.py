@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from conftest import ROOT
 
 from dfzsl import train
-from dfzsl.trainers.recovery import oracle as oracle_module
-from dfzsl.trainers.recovery.oracle import HTTPTeacher, Oracle
+from dfzsl.trainers.recovery import remote_oracle
+from dfzsl.trainers.recovery.oracle import Oracle
 from dfzsl.trainers.recovery.recover import recover
+from dfzsl.trainers.recovery.remote_oracle import HTTPTeacher
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.utils.errors import TOKEN, UserError
 
@@ -190,7 +191,7 @@ def test_descriptions_that_lie(world, about, tried):
 
 
 def test_a_description_without_end_is_cut_off(world, monkeypatch):
-    monkeypatch.setattr(oracle_module, "DESCRIPTION", 1000)
+    monkeypatch.setattr(remote_oracle, "MAX_DESCRIPTION_BYTES", 1000)
     world.about = [b" " * 2000]
     with pytest.raises(UserError, match="longer than any answer"):
         oracle(world)
@@ -278,6 +279,16 @@ def test_a_pause_is_waited_out_and_paid_once(world, pause, tried):
     tried("HTTP teacher", "slow, cut off, busy, broken for a while", 1, "asked again, paid once")
 
 
+@pytest.mark.parametrize("pause", ["drip", "dripped headers", "endless chunks", "silent"])
+def test_a_reply_ends_by_the_deadline_however_it_trickles(world, pause):
+    asked = oracle(world, timeout=0.3, retries=0)
+    world.faults[:] = [PAUSES[pause]]
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"0\.3 seconds"):
+        asked(questions())
+    assert time.monotonic() - started < 1
+
+
 @pytest.mark.parametrize("pause", ["half closed", "status 429", "status 500", "cut off"])
 def test_no_storm_of_questions(world, tmp_path, pause, tried):
     """However long it fails: few questions, each later than the one before."""
@@ -300,7 +311,7 @@ def test_no_storm_of_questions(world, tmp_path, pause, tried):
 
 def test_the_server_may_say_when(world, monkeypatch, tried):
     slept: list[float] = []
-    monkeypatch.setattr(oracle_module, "time", SimpleNamespace(sleep=slept.append, time=time.time))
+    monkeypatch.setattr(remote_oracle, "time", SimpleNamespace(sleep=slept.append, time=time.time))
     world.faults[:] = [
         status(429, Retry_After="7"),
         status(503, Retry_After=formatdate(time.time() + 30, usegmt=True)),
@@ -368,6 +379,62 @@ def test_a_damaged_journal_is_named(world, tmp_path):
         oracle(world, journal=tmp_path / "journal")(questions())
 
 
+# ---------------------------------------------------------------- refusals
+
+
+def refuse(code: int, content: bytes | dict, **headers: str) -> Callable[[Handler, dict], None]:
+    body = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return lambda handler, _: reply(handler, body, code, **headers)
+
+
+@pytest.mark.parametrize("key", ["error", "detail"])
+def test_a_refusal_quotes_the_servers_explanation_without_the_token(world, monkeypatch, key):
+    monkeypatch.setenv(TOKEN, SECRET)
+    asked = oracle(world)
+    world.faults[:] = [refuse(403, {key: f"no access\n\x1b[2J with {SECRET} " + "x" * 1000})]
+    with pytest.raises(UserError, match=r"status 403: no access \\x1b\[2J with \[token\] x") as error:
+        asked(questions())
+    assert SECRET not in str(error.value) and str(error.value).isprintable() and len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>no</html>", b'"no"', b"[" * 60000, {"error": ["no"]}, {"error": " "}, b"\xff{"]
+)
+def test_a_refusal_without_explanation_names_the_status(world, content):
+    asked = oracle(world)
+    world.faults[:] = [refuse(404, content)]
+    with pytest.raises(UserError, match=r"status 404$"):
+        asked(questions())
+
+
+@pytest.mark.parametrize("token", ["", SECRET])
+def test_a_refused_token_is_named_by_its_variable(world, monkeypatch, token):
+    monkeypatch.setenv(TOKEN, token)
+    asked = oracle(world)
+    world.faults[:] = [refuse(401, {"error": "who are you?"})]
+    with pytest.raises(
+        UserError, match=f"status 401: who are you.*{TOKEN}.* {'accepted' if token else 'set'}"
+    ):
+        asked(questions())
+    assert len(world.keys) == 1
+
+
+def test_a_spent_budget_is_explained_by_the_server(world):
+    asked = oracle(world)
+    world.faults[:] = [refuse(429, {"error": "3 queries left"}, Retry_After="86400")]
+    with pytest.raises(UserError, match=r"3 queries left.*86,400"):
+        asked(questions())
+
+
+def test_the_proxy_of_the_environment_is_used(world, monkeypatch):
+    for name in ("NO_PROXY", "no_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", world.url.removesuffix("/teacher"))
+    world.url = "http://teacher.invalid/teacher"
+    assert torch.allclose(oracle(world)(questions()), world.teacher.logits(questions().double()))
+    assert {seen["Host"] for seen in world.headers} == {"teacher.invalid"}
+
+
 # ---------------------------------------------------------------- secrets
 
 ADDRESSES = [
@@ -417,11 +484,11 @@ def run_client(world: Any, folder: Path) -> None:
 
 
 def test_the_token_is_sent_and_kept_nowhere(world, tmp_path, monkeypatch, capfd, caplog, tried):
-    caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.INFO)  # at DEBUG httpcore logs the status lines of a server
     monkeypatch.setenv(TOKEN, SECRET)
     serve_base_classes(world, descriptions=2)
     # First it fails in a way that repeats the token: the message must not.
-    monkeypatch.setattr(oracle_module, "time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr(remote_oracle, "time", SimpleNamespace(sleep=lambda _: None))
     echo = lambda handler, _: handler.send_error(500, SECRET, SECRET)  # noqa: E731
     world.faults[:] = [echo] * 5
     with pytest.raises(UserError, match="status 500") as error:

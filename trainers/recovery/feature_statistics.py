@@ -1,14 +1,7 @@
-"""Where base-class features lie on CLIP's sphere, as well as a client can tell without an image.
-
-What a client has: the teacher's rows, the class names' text features, and how CLIP's image features of
-classes lie in general. Measured on three data sets (ViT-B/32; docs/black_box.md): a class's features have
-mean resultant length 0.86 to 0.90, whatever the class; class means have cosine 0.85 to 0.96 to their common
-mean; and image and text features lie in different cones, about cosine 0.3 apart (the modality gap).
-"""
+"""Measure the feature statistics of an image encoder: its mean direction and its within-class covariance."""
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,31 +12,29 @@ from torch import Tensor
 
 from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import UserError
-from dfzsl.utils.numerics import portions, unit
+from dfzsl.utils.numerics import class_sums, unit
 
-from . import vmf
-
-COHERENCE = 0.88
-BREADTH = 0.38  # 1 - cone^2 per unit of the texts' spread, see `cone_of`
 # Within-class covariance holds this much of the covariance of the data set's own class means: images of a
 # class differ most where classes differ. On eight data sets 0.10 to 0.57, median 0.2 (docs/accuracy.md).
 MIXING = 0.2
-FLOOR = 3.0  # what whitening adds to the covariance, in units of its mean variance
-LEAST_IMAGES = 100
+WHITENING_RIDGE = 3.0  # added to the covariance before whitening, in units of its mean variance
+MIN_IMAGES = 100
 
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """How an encoder's image features scatter: measured once, on pictures that need not be of any task.
+    """The statistics of an encoder's image features, measured once on images that need not be of any task.
 
-    Within-class covariance belongs to the encoder: that of one data set has cosine 0.4 to 0.8 to another's,
-    and an effective rank of 47 to 113 where isotropic draws have d.
+    The within-class covariance belongs to the encoder: that of one data set has cosine 0.4 to 0.8 to
+    another's, and an effective rank of 47 to 113, where isotropic draws have rank d.
 
     Attributes:
         mean: (d,) unit direction of the mean image feature.
-        scatter: (d, d) covariance of the features of a class, its trace 1.
-        backbone: id of the image encoder; images, classes: what it was measured on (0 classes: unlabelled,
-            and `scatter` is the covariance of all); source: where these came from, in words.
+        scatter: (d, d) within-class covariance with trace 1; the covariance of all features if unlabeled.
+        backbone: id of the image encoder.
+        images: number of images that it was measured on.
+        classes: number of their classes; 0 if unlabeled.
+        source: description of these images.
     """
 
     mean: Tensor
@@ -68,32 +59,33 @@ class Geometry:
 
     @cached_property
     def whitener(self) -> Tensor:
-        """((S / mean variance + 3 I) / 4)^-1, (d, d) float64."""
+        """((S / mean variance + 3 I) / 4)^-1 for the covariance S, (d, d) float64."""
         d = len(self.mean)
         eye = torch.eye(d, dtype=torch.float64)
-        return torch.linalg.inv((self.scatter.double() * d + FLOOR * eye) / (1 + FLOOR))
+        return torch.linalg.inv((self.scatter.double() * d + WHITENING_RIDGE * eye) / (1 + WHITENING_RIDGE))
 
     @cached_property
     def _factor(self) -> Tensor:
-        """The symmetric square root of the scatter, (d, d)."""
+        """Symmetric square root of the covariance, (d, d)."""
         variance, axes = torch.linalg.eigh(self.scatter.double())
         return ((axes * variance.clamp(min=0).sqrt()) @ axes.T).float()
 
     def whiten(self, x: Tensor) -> Tensor:
-        """Rows x (n, d) times the whitener: directions in which images of any class differ count less."""
+        """Multiply rows x (n, d) by the whitener: directions in which images of a class differ weigh less."""
         return x @ self.whitener.to(x)
 
     def noise(self, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Draws (n, d) from N(0, scatter): of length 1 in the mean square."""
+        """Draw n rows (n, d) from N(0, scatter); their mean squared length is 1."""
         return torch.randn(n, len(self.mean), generator=generator) @ self._factor
 
     def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a geometry file."""
         about = {name: getattr(self, name) for name in ("backbone", "images", "classes", "source")}
         save_tensors(path, {"mean": self.mean, "scatter": self.scatter}, {"kind": "geometry", **about})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Geometry:
-        """Read `save`'s file. Raises UserError when it is missing, broken or of another kind."""
+        """Load a file that `save` wrote. Raises UserError if it is missing, broken or of another kind."""
         tensors, about = load_tensors(path, "geometry")
         try:
             images, classes = int(about["images"]), int(about["classes"])  # type: ignore[call-overload]
@@ -108,13 +100,20 @@ class Geometry:
 def measure_geometry(
     features: Tensor, labels: Tensor | None = None, *, backbone: str = "", source: str = ""
 ) -> Geometry:
-    """The geometry of an encoder from the features (n, d) of any pictures, labelled (n,) or not.
+    """Measure the statistics of an encoder on the features of any images.
 
-    With labels the scatter is the pooled covariance within classes of two and more images, without them the
-    covariance of all. Raises UserError for fewer than 100 images and for features that are not finite.
+    Args:
+        features: (n, d) image features.
+        labels: (n,) classes of the images, or None. With labels the covariance is pooled within classes of
+            two and more images, else it is that of all images.
+        backbone: id of the image encoder.
+        source: description of the images.
+
+    Raises:
+        UserError: fewer than 100 images, features that are not finite, or images that do not differ.
     """
-    if features.dim() != 2 or len(features) < LEAST_IMAGES:
-        raise UserError(f"a geometry needs {LEAST_IMAGES} images or more, got {len(features)}")
+    if features.dim() != 2 or len(features) < MIN_IMAGES:
+        raise UserError(f"a geometry needs {MIN_IMAGES} images or more, got {len(features)}")
     if not torch.isfinite(features).all():
         raise UserError("features have values that are not finite")
     x = unit(features).double()
@@ -122,82 +121,12 @@ def measure_geometry(
     mean = x.mean(0)
     deviation = x - mean
     if labels is not None:
-        _, place, count = labels.unique(return_inverse=True, return_counts=True)
-        classes = len(count)
-        means = torch.zeros(classes, x.shape[1], dtype=x.dtype).index_add_(0, place, x) / count[:, None]
-        deviation = (x - means[place])[count[place] > 1]
+        names, labels = labels.unique(return_inverse=True)
+        classes = len(names)
+        sums, count = class_sums(x, labels, classes)
+        deviation = (x - (sums / count[:, None])[labels])[count[labels] > 1]
     scatter = deviation.T @ deviation
     if not scatter.trace() > 0:
         raise UserError("the images do not differ within any class: their geometry cannot be measured")
     scatter = (scatter / scatter.trace()).float()
     return Geometry(F.normalize(mean, dim=0).float(), scatter, backbone, len(x), classes, source)
-
-
-def paper_concentration(text: Tensor) -> float:
-    """The paper's rule: max_c 36 / theta_c^2, theta_c in radians from text c to its nearest other text.
-
-    text: (C, d) unit rows, C >= 2. Raises UserError for two equal rows.
-    """
-    if len(text) < 2:
-        raise UserError("the paper's concentration rule compares classes: it needs at least two")
-    nearest = -1.0
-    for rows in portions(torch.arange(len(text)), len(text)):
-        cosine = text[rows].double() @ text.double().T
-        cosine[torch.arange(len(rows)), rows] = -1
-        nearest = max(nearest, float(cosine.max()))
-    theta = math.acos(min(nearest, 1.0))
-    if theta < 1e-4:
-        raise UserError(
-            "two classes have the same text features: the paper's concentration is infinite there"
-        )
-    return 36 / theta**2
-
-
-def geometry_concentration(d: int, coherence: float = COHERENCE) -> float:
-    """The kappa of a vMF in d dimensions whose mean cosine to its mean direction is `coherence`."""
-    if not 0 < coherence < 1:
-        raise UserError(f"RECOVERY.COHERENCE must lie between 0 and 1, got {coherence}")
-    return float(vmf.concentration(coherence, d))
-
-
-def common_direction(text: Tensor) -> Tensor:
-    """A unit direction (d,) for what all image features share, which favours no class's text (K, d).
-
-    Where images lie as a whole cannot be seen from a teacher's rows. Any guess m adds t_k.m to the score of
-    class k; real images add nearly the same to all classes (standard deviation 0.006 to 0.028), the mean
-    text feature does not (0.026 to 0.074). So: the shortest m with t_k.m = 1 for all k, in least squares.
-    """
-    ones = torch.ones(len(text), 1, dtype=torch.float64, device=text.device)
-    direction = torch.linalg.pinv(text.double(), rtol=1e-3) @ ones
-    return F.normalize(direction.flatten(), dim=0).to(text)
-
-
-def cone_of(text: Tensor) -> float:
-    """Mean cosine of class means to their common mean, as far as the texts (C, d) of the classes tell.
-
-    Classes that differ in words differ in images: cone^2 = 1 - 0.38 s, s the root mean square distance of a
-    text from the mean text (0.35 to 0.65: cone 0.93 to 0.87). That is half the way, in logarithms, from the
-    cone that suits all sets (0.92) to what the texts alone say (docs/accuracy.md).
-    """
-    spread = float((text - text.mean(0)).square().sum(1).mean().sqrt())
-    return math.sqrt(1 - min(max(BREADTH * spread, 0.04), 0.3))
-
-
-def class_directions(weight: Tensor, common: Tensor, cone: float) -> Tensor:
-    """Estimated mean directions (C, d) of the classes: cone * common + sqrt(1 - cone^2) * unit deviation.
-
-    A row of multinomial logistic regression is a weighted sum of real features with weights that (nearly)
-    sum to zero: it shows how its class differs from the others (cosine 0.98 to 0.998 to the centred mean of
-    the features it was fitted on) and nothing of what they share. But the unit rows of an unbalanced teacher
-    share a direction that no class has, u = mean of the rows. Rows without anything in common have
-    |u|^2 = 1 / C, so |u|^2 / (|u|^2 + 1 / C) of their part along u is taken out.
-    """
-    if not 0 <= cone < 1:
-        raise UserError(f"RECOVERY.CONE must be at least 0 and less than 1, got {cone}")
-    weight = unit(weight)
-    u = weight.mean(0)
-    excess = u.square().sum() / (u.square().sum() + 1 / len(weight))
-    along = F.normalize(u, dim=0)
-    weight = weight - excess * (weight @ along)[:, None] * along
-    deviation = unit(weight - (weight @ common)[:, None] * common)
-    return F.normalize(cone * common + math.sqrt(1 - cone * cone) * deviation, dim=1)

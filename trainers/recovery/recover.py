@@ -17,17 +17,18 @@ from dfzsl.utils.errors import UserError, unknown
 from dfzsl.utils.numerics import checked, unit
 from dfzsl.utils.progress import bar
 
-from .feature_statistics import (
+from .class_directions import (
     COHERENCE,
-    Geometry,
     class_directions,
     common_direction,
     cone_of,
     geometry_concentration,
     paper_concentration,
 )
+from .extract import extract_rows
+from .feature_statistics import Geometry
 from .oracle import Oracle
-from .score_recovery import Ask, Extracted, extract_rows
+from .responses import Ask, Extracted
 from .virtual_classes import STAGE, FeatureMLP, VirtualClasses, matching_order
 from .vmf import VonMisesFisher
 
@@ -39,18 +40,18 @@ class RecoverySettings:
     """Config keys RECOVERY.*, in upper case. The paper's own values: configs/trainers/DFZSL/paper/.
 
     method: how the teacher is learned.
-        closed_form  its rows, exactly where the access level shows them (extraction.py)
+        closed_form  its rows, exactly where the access level shows them (extract.py)
         simulator    the paper: prototypes learned on vMF draws, epochs x draws x classes queries
         moments      the simulator's expected loss from the vMF's second moment: no draws, d queries
         gmm          the paper's: nothing is learned, prototypes are the text features
         generator    the paper's: an MLP from text and noise instead of a vMF
-    directions: mean directions of the classes: "geometry" (geometry.py), or "teacher": the learned rows. gmm
-        and generator start from the text features instead.
+    directions: mean directions of the classes: "geometry" (class_directions.py), or "teacher": the learned
+        rows. gmm and generator start from the text features instead.
     concentration: "geometry" (one value from `coherence`) or "paper" (angles between text features).
     theta: factor on the concentration.
     epochs, lr, draws: of simulator, moments and generator; draws per class and epoch.
     coherence: mean cosine of a class's features to their mean; cone: of class means to their common mean. 0:
-        what the teacher's card says, else 0.88, amid real data sets, and `geometry.cone_of` the texts.
+        what the teacher's card says, else 0.88, amid real data sets, and `cone_of` the texts.
     rays, bisections: the price of a teacher that answers labels alone.
     tolerance: relative error of the rows below which no more logits or probabilities are asked for.
     num_per_class, filter, fresh: the virtual-feature loader's (datasets/virtual_features.py).
@@ -99,7 +100,7 @@ def recover(
     """Model every base class of the teacher as a vMF distribution.
 
     Args:
-        oracle: the teacher at some access level (oracles.py).
+        oracle: the teacher at some access level (oracle.py).
         text: (C, d) unit text features of `classnames`, which defaults to the oracle's own order; another
             order is matched by name.
         new_text: (K, d) text features of the new classes, if they are known already.
@@ -272,10 +273,7 @@ def train_generator(
 ) -> FeatureMLP:
     """Train `FeatureMLP` until the teacher assigns its features to their text's class."""
     network = FeatureMLP(text.shape[1])
-    with torch.no_grad():
-        for parameter in network.parameters():
-            bound = parameter.shape[-1] ** -0.5
-            parameter.uniform_(-bound, bound, generator=generator)
+    network.initialize(generator)
     labels = torch.arange(len(text)).repeat(options.draws)
 
     def loss() -> Tensor:

@@ -1,4 +1,4 @@
-"""The owner's base classifier: fit it on features, save it, load it. How a client reaches it: oracles.py."""
+"""The owner's base classifier: fit it on features, save it, load it. How a client reaches it: oracle.py."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def fit_teacher(
         features: (n, d) unit rows; labels: (n,) integers below len(classnames).
         C: inverse L2 strength (scikit-learn's).
         text: (C, d) unit text features of the classes: C and the weight beside text are then found by
-            cross-validation and noted on the teacher's card (card.py), with what was `said` of a class.
+            cross-validation and noted on its card (teacher_card.py), with what was `said` of a class.
         normalized: serve the rows as a cosine classifier, as the paper does, else as the fitted linear one.
         balanced: weigh the classes equally whatever their sizes.
         shots: fit on this many rows per class, drawn with `generator`; 0 for all rows.

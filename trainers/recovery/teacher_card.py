@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.utils.errors import UserError, one_line
+from dfzsl.utils.numerics import class_means
 from dfzsl.utils.progress import bar
 
 from .logistic import COARSE, regression
@@ -97,9 +98,9 @@ def rank_in_class(labels: Tensor) -> Tensor:
 
 def spread_of(features: Tensor, labels: Tensor, classes: int) -> tuple[float | None, float | None]:
     """`Card.coherence` and `Card.cone`, without the part that few images add to the length of a mean."""
+    mean = class_means(features, labels, classes)
     count = torch.bincount(labels, minlength=classes).to(features)
-    mean = torch.zeros(classes, features.shape[1]).to(features).index_add_(0, labels, features)
-    mean, count = mean[count > 1] / count[count > 1, None], count[count > 1]
+    mean, count = mean[count > 1], count[count > 1]
     if not len(mean):
         return None, None
     square = ((count * mean.square().sum(1) - 1) / (count - 1)).mean().clamp(1e-4, 0.9998)

@@ -22,17 +22,30 @@ STAGE = "stage 1 (recovery)"
 
 
 class FeatureMLP(nn.Module):
-    """The paper's `generator` mode: unit features from a text feature and 20 normal numbers."""
+    """Generate unit features from a text feature and 20 normal numbers: the paper's `generator` mode.
+
+    It is made without weights: `initialize` draws them, `load_state_dict(..., assign=True)` sets them.
+
+    Args:
+        d: dimensions of a text feature and of an image feature.
+    """
 
     noise, hidden = 20, 1024
 
     def __init__(self, d: int) -> None:
         super().__init__()
-        self.hidden_layer = nn.Linear(d + self.noise, self.hidden)
-        self.output_layer = nn.Linear(self.hidden, d)
+        self.hidden_layer = nn.Linear(d + self.noise, self.hidden, device="meta")
+        self.output_layer = nn.Linear(self.hidden, d, device="meta")
+
+    def initialize(self, generator: torch.Generator | None = None) -> None:
+        """Draw each parameter uniformly from +-1 / sqrt(its last dimension)."""
+        self.to_empty(device="cpu")
+        for parameter in self.parameters():
+            bound = parameter.shape[-1] ** -0.5
+            nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
     def forward(self, text: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """(n, C, d) unit rows for text (C, d)."""
+        """Return unit features (n, C, d) for text features (C, d)."""
         noise = torch.randn(n, len(text), self.noise, generator=generator)
         hidden = F.leaky_relu(self.hidden_layer(torch.cat([text.expand(n, -1, -1), noise], dim=2)), 0.2)
         return F.normalize(self.output_layer(hidden), dim=2)
@@ -172,8 +185,7 @@ class VirtualClasses:
                 raise ValueError("directions are unit rows and concentrations greater than 0")
             network = None
             if tensors:
-                with torch.device("meta"):  # no memory before the file is known to have it
-                    network = FeatureMLP(mu.shape[1])
+                network = FeatureMLP(mu.shape[1])
                 state = {name.removeprefix("network."): value.float() for name, value in tensors.items()}
                 network.load_state_dict(state, assign=True)
                 network.requires_grad_(False).eval()

@@ -16,6 +16,8 @@ from numpy.polynomial import Polynomial
 from torch import Tensor
 from torch.distributions import Distribution, constraints, register_kl
 
+from dfzsl.utils.numerics import class_sums
+
 # Orders below this are reached from above by the recurrence of the Bessel functions. With nine terms of the
 # expansion from this order on, the relative error is below 2e-13 at every kappa.
 _LOWEST_EXPANDED_ORDER = 24.0
@@ -309,8 +311,7 @@ def fit_classes(x: Tensor, labels: Tensor, num_classes: int, pooled: bool = Fals
     n = torch.bincount(labels, minlength=num_classes).double()
     if (n < 2).any():
         raise ValueError(f"class {int((n < 2).nonzero()[0])} has fewer than two rows")
-    sums = torch.zeros(num_classes, x.shape[1], dtype=torch.float64, device=x.device)
-    sums.index_add_(0, labels, x.double() / lengths[:, None])
+    sums, _ = class_sums(x.double() / lengths[:, None], labels, num_classes)
     length = torch.linalg.vector_norm(sums, dim=-1)
     # Pairs of different rows of a class: their summed cosine is n^2 R^2 - n, of n (n - 1) pairs.
     cosines, pairs = length**2 - n, n * (n - 1)

@@ -142,7 +142,7 @@ def test_paper_settings_are_the_defaults():
 
 @pytest.mark.parametrize("penalty", [0.0, 10.0])
 def test_critic_loss_and_its_gradient_are_those_of_two_graphs(penalty):
-    critic = mlp(6, 8, 1)
+    critic = mlp(6, 8, 1).to_empty(device="cpu")
     for parameter in critic.parameters():
         torch.nn.init.normal_(parameter, 0, 0.5, generator=rng())
     real, fake, a = (torch.randn(5, n, generator=rng(n)) for n in (4, 4, 2))
@@ -163,7 +163,7 @@ def test_critic_loss_and_its_gradient_are_those_of_two_graphs(penalty):
 
 
 def test_kl_of_the_encoder_agrees_with_torch():
-    encoder = mlp(6, 8, 10)
+    encoder = mlp(6, 8, 10).to_empty(device="cpu")
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, 0, 0.5, generator=rng())
     x, a = torch.randn(7, 4, generator=rng(1)), torch.randn(7, 2, generator=rng(2))

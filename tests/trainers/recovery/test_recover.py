@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from draws import rng
 
-from dfzsl.trainers.recovery.feature_statistics import (
+from dfzsl.trainers.recovery.class_directions import (
     class_directions,
     common_direction,
     cone_of,
     geometry_concentration,
     paper_concentration,
 )
-from dfzsl.trainers.recovery.oracle import Oracle, open_oracle
+from dfzsl.trainers.recovery.extract import extract_rows
+from dfzsl.trainers.recovery.open_oracle import open_oracle
+from dfzsl.trainers.recovery.oracle import Oracle
 from dfzsl.trainers.recovery.recover import METHODS, RecoverySettings, recover
-from dfzsl.trainers.recovery.score_recovery import extract_rows
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.trainers.recovery.vmf import VonMisesFisher, fit_classes, mean_resultant_length
@@ -173,12 +174,12 @@ def test_a_budget_is_never_passed_and_more_of_it_comes_nearer(text, level, budge
 def test_answers_that_tell_nothing_are_refused(text):
     teacher = Teacher(rows(C, 2), NAMES)
     coarse = Oracle(lambda x: teacher.logits(x).softmax(1).round(decimals=1), "probabilities", NAMES, D)
-    with pytest.raises(UserError, match="they tell less than labels do"):
+    with pytest.raises(UserError, match=r"TEACHER\.ACCESS to labels"):
         recover(coarse, text)
     loud = Oracle(lambda x: 99 * torch.randn(len(x), C, generator=rng(len(x))), "logits", NAMES, D)
-    with pytest.raises(UserError, match="say nothing certain of its rows"):
+    with pytest.raises(UserError, match=r"TEACHER\.BUDGET"):
         recover(loud, text, generator=rng())
-    with pytest.raises(UserError, match=r"asks 250,000 questions, TEACHER\.BUDGET is 99"):
+    with pytest.raises(UserError, match=r"250,000 .* TEACHER\.BUDGET is 99"):
         recover(open_oracle(teacher, "logits", budget=99), text, method="simulator")
 
 
@@ -186,7 +187,7 @@ def test_an_oracle_asks_nothing_beyond_its_budget():
     teacher, asked = Teacher(rows(C, 2), NAMES), []
     oracle = Oracle(lambda x: asked.append(len(x)) or teacher.logits(x), "logits", NAMES, D, budget=50)
     oracle(rows(40, 1))
-    with pytest.raises(UserError, match=r"after 40 questions .* 11 more would pass TEACHER\.BUDGET 50"):
+    with pytest.raises(UserError, match=r"40 .* 11 .* TEACHER\.BUDGET 50"):
         oracle(rows(11, 1))
     oracle(rows(10, 1))
     assert asked == [40, 10]
@@ -243,7 +244,7 @@ def test_a_teacher_that_is_not_linear_is_told_apart(text, level):
         logits = 5 * (x.double() @ hidden.double().T).relu() @ head.double()
         return logits.softmax(1) if level == "probabilities" else logits
 
-    with pytest.raises(UserError, match="not linear in the features"):
+    with pytest.raises(UserError, match="not linear"):
         recover(Oracle(answer, level, NAMES, D), text)
 
 
@@ -251,14 +252,14 @@ def test_a_class_whose_probability_is_never_told_is_named(text):
     oracle = Oracle(
         lambda x: F.one_hot(torch.zeros(len(x), dtype=int), C).double(), "probabilities", NAMES, D
     )
-    with pytest.raises(UserError, match="never tell a probability of 'bee': ask for logits, or set TEACHER"):
+    with pytest.raises(UserError, match="'bee'"):
         recover(oracle, text)
 
 
 def test_a_class_that_is_never_answered_is_named(text):
     inside = rows(C, 2)[:4]
     teacher = Teacher(torch.cat([inside, inside.mean(0, keepdim=True)]), NAMES, normalized=False)
-    with pytest.raises(UserError, match="never answered 'elk'"):
+    with pytest.raises(UserError, match="'elk'"):
         recover(open_oracle(teacher, "labels"), text, generator=rng())
     constant = Oracle(lambda x: torch.arange(len(x)) % C, "labels", NAMES, D)
     with pytest.raises(UserError, match=r"say nothing certain|wherever it is asked"):
@@ -277,7 +278,7 @@ def test_classes_are_matched_by_name(text, level):
     assert cosines(turned.ordered_as(NAMES).mu, straight.mu).min() > 0.999
     with pytest.raises(UserError, match="differ in elk, emu"):
         recover(open_oracle(teacher, level), text, [*NAMES[:4], "emu"])
-    with pytest.raises(UserError, match=r"text features have shape \(4, 24\), expected \(5, 24\)"):
+    with pytest.raises(UserError, match=r"\(4, 24\).*\(5, 24\)"):
         recover(open_oracle(teacher, level), text[:4])
 
 
@@ -306,9 +307,9 @@ def test_the_simulator_in_the_white_box_moves_towards_confidence(text):
 
 @pytest.mark.parametrize("level", ("probabilities", "labels"))
 def test_the_simulator_needs_cosines(text, level):
-    with pytest.raises(UserError, match="needs a cosine teacher that answers logits"):
+    with pytest.raises(UserError, match="cosine teacher"):
         recover(open_oracle(Teacher(rows(C, 2), NAMES), level), text, method="simulator")
-    with pytest.raises(UserError, match="needs a cosine teacher"):
+    with pytest.raises(UserError, match="cosine teacher"):
         recover(open_oracle(Teacher(rows(C, 2), NAMES, normalized=False), "logits"), text, method="simulator")
 
 
@@ -372,7 +373,7 @@ def test_every_method_gives_virtual_classes_that_survive_a_file(text, method, tm
     assert [getattr(loaded, key) for key in about] == [getattr(virtual, key) for key in about]
     virtual.mu = virtual.mu[:3]
     virtual.save(tmp_path / "v.safetensors")
-    with pytest.raises(UserError, match="incomplete file of virtual classes"):
+    with pytest.raises(UserError, match=r"v\.safetensors"):
         VirtualClasses.load(tmp_path / "v.safetensors")
 
 

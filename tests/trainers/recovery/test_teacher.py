@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
 from dfzsl.io.tensors import save_tensors
-from dfzsl.trainers.recovery.oracle import LEVELS, HTTPTeacher, Oracle, open_oracle
+from dfzsl.trainers.recovery.open_oracle import open_oracle
+from dfzsl.trainers.recovery.oracle import LEVELS, Oracle
+from dfzsl.trainers.recovery.remote_oracle import HTTPTeacher
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.utils.errors import UserError
 
@@ -113,17 +115,17 @@ def test_files_that_are_no_teacher_are_refused(teacher, tmp_path):
     with pytest.raises(UserError, match="no such teacher file"):
         Teacher.load(path)
     save_tensors(path, {"weight": teacher.weight}, {"kind": "teacher", "classnames": NAMES})
-    with pytest.raises(UserError, match="incomplete teacher file"):
+    with pytest.raises(UserError, match="incomplete"):
         Teacher.load(path)
     about = {"kind": "teacher", "classnames": NAMES[:2], "normalized": True}
     save_tensors(path, {"weight": teacher.weight}, about)
-    with pytest.raises(UserError, match=r"one weight row per class; got shape \(3, 6\) and 2 names"):
+    with pytest.raises(UserError, match=r"\(3, 6\) and 2 names"):
         Teacher.load(path)
-    with pytest.raises(UserError, match="'bee' is the name of two classes"):
+    with pytest.raises(UserError, match="'bee'"):
         Teacher(teacher.weight, ["ant", "bee", "bee"])
-    with pytest.raises(UserError, match=r"class .ant. has no direction: its row is zero"):
+    with pytest.raises(UserError, match=r"'ant'.*zero"):
         Teacher(torch.zeros(3, 6), NAMES)
-    with pytest.raises(UserError, match=r"got shape \(3, 0\)"):
+    with pytest.raises(UserError, match=r"\(3, 0\)"):
         Teacher(torch.zeros(3, 0), NAMES)
 
 
@@ -178,7 +180,7 @@ def test_a_teacher_that_stops_is_resumed_without_paying_twice(teacher, tmp_path)
 
     x = F.normalize(torch.randn(18, 6, generator=torch.Generator().manual_seed(0)), dim=1)
     first = oracle(limit=2)
-    with pytest.raises(UserError, match=r"stopped answering after 8 queries \(line busy\); run again"):
+    with pytest.raises(UserError, match=r"8 queries \(line busy\).*run again"):
         first(x)
     second = oracle(limit=99)
     assert torch.equal(second(x), torch.cat([teacher.logits(part) for part in x.split(4)]))

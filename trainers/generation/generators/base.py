@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import UserError, unknown
+from dfzsl.utils.numerics import class_means
 from dfzsl.utils.progress import bar
 
 CHECKPOINT = "generator checkpoint"
@@ -57,7 +58,7 @@ def load_generator(path: str | os.PathLike[str]) -> FeatureGenerator:
     try:
         dims = int(str(about["feature_dim"])), int(str(about["condition_dim"]))
         model = build_generator(str(about["name"]), *dims, **dict(about["settings"]))  # type: ignore[call-overload]
-        model.load_state_dict(tensors)
+        model.load_state_dict({name: value.float() for name, value in tensors.items()}, assign=True)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -140,15 +141,9 @@ class FeatureGenerator(nn.Module):
         save_tensors(path, self.state_dict(), about)
 
 
-def class_means(features: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    """Means (C, d) of the rows of each class."""
-    sums = features.new_zeros(num_classes, features.shape[1]).index_add_(0, labels, features)
-    return sums / torch.bincount(labels, minlength=num_classes)[:, None].to(features)
-
-
 def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer not yet initialised: `NeuralGenerator.fit` does that, from its own random stream."""
-    return nn.utils.skip_init(nn.Linear, inputs, outputs)
+    """Make a linear layer without weights: `NeuralGenerator.fit` draws them, `load_generator` reads them."""
+    return nn.Linear(inputs, outputs, device="meta")
 
 
 def mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
@@ -287,7 +282,7 @@ class NeuralGenerator(FeatureGenerator):
     ) -> NeuralGenerator:
         features, conditions = self.check(features, labels, conditions)
         device = features.device
-        self.to(device)
+        self.to_empty(device=device)  # every parameter and buffer is set below
         rng = device_generator(generator, device)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):

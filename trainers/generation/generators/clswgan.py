@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfzsl.utils.numerics import class_means
+
 from .base import NeuralGenerator, critic_loss, generator, mlp, update
 
 
@@ -42,8 +44,7 @@ class CLSWGAN(NeuralGenerator):
         self.critic_optimizer = self.adam(self.critic)
         # Naive Bayes with one shared spherical covariance (at most 1, by the scaling): the softmax
         # classifier in closed form. Held-out classes have no mean; their row stays zero.
-        count = torch.bincount(y, minlength=len(a)).clamp(min=1)[:, None]
-        means = torch.zeros(len(a), x.shape[1], device=x.device).index_add_(0, y, x) / count
+        means = class_means(x, y, len(a))
         variance = (x - means[y]).square().mean().clamp(min=1e-6)
         self.classifier = (means / variance, -0.5 * means.square().sum(1) / variance)
         self.conditions = a

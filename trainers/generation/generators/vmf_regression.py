@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dfzsl.utils.numerics import class_means
+
 from ...recovery.ridge import leave_one_out_ridge
 from ...recovery.vmf import VonMisesFisher, concentration
-from .base import FeatureGenerator, class_means, device_generator, generator
+from .base import FeatureGenerator, device_generator, generator
 
 
 @generator("vmf")
