@@ -93,7 +93,7 @@ def test_a_killed_worker_is_replaced(world, monkeypatch):
     """The run that it was at is noted as failed, and a new worker makes the others."""
 
     class Worker:
-        """A worker of submitit in this process; the first is killed at its first run."""
+        """A worker of submitit in this process; the first is killed at the last run."""
 
         count = 0
 
@@ -101,7 +101,7 @@ def test_a_killed_worker_is_replaced(world, monkeypatch):
             Worker.count += 1
             self.error = UncompletedJobError("killed") if Worker.count == 1 else None
             if self.error:
-                note.write_text(str(open_jobs[0].failure), encoding="utf-8")
+                note.write_text(str(open_jobs[-1].failure), encoding="utf-8")
             else:
                 work(open_jobs, threads, gpus, share, note)
 
@@ -115,8 +115,9 @@ def test_a_killed_worker_is_replaced(world, monkeypatch):
     planned = jobs(world)
     workers.launch(planned, "local", 1, 1, world / "output")
     assert Worker.count == 2
-    assert "memory" in planned[0].failure.read_text(encoding="utf-8") and not planned[0].finished
-    assert all(job.finished for job in planned[1:])
+    *others, last = planned
+    assert "memory" in last.failure.read_text(encoding="utf-8") and not last.finished
+    assert all(job.finished for job in others)
 
 
 def test_a_rank_that_the_system_kills(monkeypatch):
