@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import pkgutil
 import re
@@ -196,16 +197,18 @@ def accept_script(words: list[str]) -> None:
         parse(self, *args, **kwargs)
         raise Accepted
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Accepted):
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Accepted):
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
         patch.setattr(sys, "argv", words)
         patch.setattr(sys, "path", [str((ROOT / words[0]).parent), *sys.path])
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        raise ValueError("it has not parsed its arguments")
 
 
 def accept(words: list[str]) -> None:
     """Raise an error, or exit, if a program does not accept this command."""
     program, *rest = words
+    program = program.replace("python3", "python")
     if program == "torchrun":
         start = next(i for i, word in enumerate(rest) if word == "-m" or word.endswith(".py"))
         program, rest = "python", rest[start:]
@@ -233,7 +236,9 @@ def accept(words: list[str]) -> None:
     elif program == "pip":
         path = rest[-1].partition("[")[0]
         assert rest[0] == "install"
-        assert path.startswith("/path/to/") or Path(path, "setup.py").exists(), "no package"
+        assert path.startswith("/path/to/") or Path(path, "pyproject.toml").exists(), "no package"
+    elif program == "source":
+        assert rest == [".venv/bin/activate"]
     elif program == "git":
         assert rest[0] == "clone"
     elif program == "pytest":
