@@ -67,8 +67,13 @@ def facts(datums) -> list[tuple[str, int, str]]:
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory) -> dict[str, Path]:
-    """DATASET.ROOT of a fake copy of every data set."""
-    return {name: fake_data.make(name, tmp_path_factory.mktemp(name)) for name in NAMES}
+    """DATASET.ROOT of a fake copy of every data set, written when it is asked for."""
+
+    class Roots(dict):
+        def __missing__(self, name: str) -> Path:
+            return self.setdefault(name, fake_data.make(name, tmp_path_factory.mktemp(name)))
+
+    return Roots()
 
 
 def test_every_data_set_has_a_fake_and_a_config():

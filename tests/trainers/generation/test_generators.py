@@ -183,7 +183,7 @@ class TestCheckpoint:
     def fit(self, name, world, checkpoint, **changes):
         features, labels, conditions, _ = world
         model, stream = (
-            build_generator(name, DIM, CONDITION, **quick(name, epochs=6, patience=2, **changes)),
+            build_generator(name, DIM, CONDITION, **quick(name, epochs=4, patience=2, **changes)),
             rng(1),
         )
         model.fit(features, labels, conditions[:10], stream, checkpoint)
