@@ -74,7 +74,7 @@ setup(
             *["pytest", "pytest-xdist", "hypothesis", "scikit-learn", "skops"],
             *["ruff", "mypy", "import-linter"],
             *["mkdocs-material", "mkdocstrings[python]"],
-            *["playwright", "axe-playwright-python", "colorspacious"],  # of the HTML page, in a Chromium
+            *["playwright", "axe-playwright-python"],  # of the HTML page, in a Chromium
         ],
     },
     classifiers=[

@@ -1,11 +1,13 @@
-"""Fixtures shared by all tests: a quiet, isolated machine and a small world of features."""
+"""Provide what tests share: an isolated environment, small feature files, a browser, the table of faults."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import site
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +26,38 @@ ROOT = Path(__file__).parents[1]
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu", "hen")
 
 
+def pytest_configure(config):
+    """Give matplotlib one configuration directory for the whole run, so that it lists the fonts once."""
+    if not hasattr(config, "workerinput"):  # the workers of pytest-xdist inherit the environment
+        folder = tempfile.TemporaryDirectory(prefix="matplotlib-")
+        config.add_cleanup(folder.cleanup)
+        os.environ["MPLCONFIGDIR"] = folder.name
+
+
+def isolate(patch: pytest.MonkeyPatch, home: Path, working_directory: Path) -> None:
+    """Replace the home directory, the caches and the working directory, for child processes as well."""
+    # Python looks for the packages of `pip install --user` below the home directory.
+    patch.setenv("PYTHONUSERBASE", site.getuserbase())
+    patch.setenv("HOME", str(home))
+    patch.setenv("XDG_CACHE_HOME", str(home / ".cache"))
+    patch.setenv("DFZSL_CACHE", str(home / "features"))
+    patch.delenv("DATA", raising=False)
+    patch.chdir(working_directory)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated_session(tmp_path_factory):
+    """Isolate the fixtures that several tests share, which pytest sets up before `isolated`."""
+    with pytest.MonkeyPatch.context() as patch:
+        isolate(patch, tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("working"))
+        yield
+
+
 @pytest.fixture(autouse=True)
-def isolated(tmp_path_factory, monkeypatch):
-    """Caches go to a temporary folder, and a replaced sys.stdout (Dassl's logger) is put back."""
-    monkeypatch.setenv("DFZSL_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(sys, "stdout", sys.stdout)
+def isolated(tmp_path, tmp_path_factory, monkeypatch):
+    """Give each test a home directory, caches and a working directory of its own."""
+    isolate(monkeypatch, tmp_path_factory.mktemp("home"), tmp_path)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # Dassl's logger replaces it
 
 
 def unit(x: np.ndarray) -> np.ndarray:

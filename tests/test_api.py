@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 
 import nbformat
+import pytest
 from conftest import ROOT
 from nbclient import NotebookClient
 
@@ -14,6 +15,7 @@ def test_the_pages_table_is_made_from_the_docstrings():
     assert made["page"]() == made["PAGE"].read_text(encoding="utf-8"), "run python docs/api.py"
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
     notebook = nbformat.read(ROOT / "docs/dfzsl.ipynb", as_version=4)
     assert not any(cell.get("outputs") for cell in notebook.cells), "kept without outputs"

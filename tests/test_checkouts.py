@@ -181,7 +181,7 @@ def test_a_changed_checkout_has_a_folder_of_its_own_and_another_at_its_place_is_
     jobs("--methods", "CoOp@theirs", *words)
     with open(world / "theirs/trainers/method.py", "a") as file:
         file.write("# and more\n")
-    with pytest.raises(UserError, match=r"was run with settings .* of /.*theirs .*; choose another --output"):
+    with pytest.raises(UserError, match=r"theirs .*--output"):
         jobs("--methods", "CoOp@theirs", *words)
     (world / "theirs/configs/datasets/oxford_pets.yaml").write_text("DATASET: {NAME: OxfordPets}\n# other\n")
 
@@ -189,16 +189,16 @@ def test_a_changed_checkout_has_a_folder_of_its_own_and_another_at_its_place_is_
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ("MaPLe@/nowhere/at/all", "/nowhere/at/all is no folder; clone the repository there"),
-        ("MaPLe@data", r"no train\.py in .*data; name the folder"),
-        ("MaPLe@.", r"no train\.py in .*; there is one in maple-code, theirs; name"),
+        ("MaPLe@/nowhere/at/all", "/nowhere/at/all"),
+        ("MaPLe@data", r"train\.py.*data"),
+        ("MaPLe@.", r"train\.py.*maple-code, theirs"),
         (
             "Mine@theirs",
-            r"unknown repository 'Mine'; known: .*MaPLe.* write .*theirs/dfzsl\.yaml with the lines",
+            r"'Mine'.*MaPLe.*theirs/dfzsl\.yaml",
         ),
-        ("MaPLe@theirs", r"has no config configs/trainers/MaPLe/.*; in MaPLe/ are: none"),
-        ("CoOp@theirs:rn51", r"has no config .*rn51\.yaml; in CoOp/ are: vit_b16_ep50_ctxv1"),
-        ("CoOp@virtul", "unknown method 'CoOp@virtul'"),
+        ("MaPLe@theirs", "configs/trainers/MaPLe/"),
+        ("CoOp@theirs:rn51", r"rn51\.yaml.*vit_b16_ep50_ctxv1"),
+        ("CoOp@virtul", "'CoOp@virtul'"),
     ],
 )
 def test_a_slip_is_told_in_one_line(method, message, world):
@@ -207,23 +207,21 @@ def test_a_slip_is_told_in_one_line(method, message, world):
 
 
 def test_a_data_set_that_the_checkout_lacks_and_a_protocol_that_is_not_coops_are_told(world):
-    with pytest.raises(
-        UserError, match=r"no data set configs/datasets/dtd\.yaml; in datasets/ are: oxford_pets"
-    ):
+    with pytest.raises(UserError, match=r"configs/datasets/dtd\.yaml.*oxford_pets"):
         jobs("--methods", "CoOp@theirs", "dtd", "1")
-    with pytest.raises(UserError, match=r"a checkout runs in base2new, xd, dg, fewshot, not in gzsl"):
+    with pytest.raises(UserError, match="gzsl"):
         jobs("--methods", "CoOp@theirs", "oxford_pets", "1", protocol="gzsl")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("trainer: Mine", "it needs 'trainer: NAME' and 'config: PATH'"),
-        ("- trainer", "it needs 'trainer: NAME' and 'config: PATH'"),
-        ("{trainer: Mine, config: a.yaml, epochs: 3}", "unknown key in .* 'epochs'"),
-        ("{trainer: Mine, config: a.yaml, opts: A}", "opts must not be 'A'"),
-        ("{trainer: Mine, config: a.yaml, when: {xd: 3}}", "it needs"),
-        ("{trainer: Mine, config: a.yaml, when: [xd]}", "it needs"),
+        ("trainer: Mine", "trainer.*config"),
+        ("- trainer", "trainer.*config"),
+        ("{trainer: Mine, config: a.yaml, epochs: 3}", "'epochs'"),
+        ("{trainer: Mine, config: a.yaml, opts: A}", "opts.*'A'"),
+        ("{trainer: Mine, config: a.yaml, when: {xd: 3}}", "trainer.*config"),
+        ("{trainer: Mine, config: a.yaml, when: [xd]}", "trainer.*config"),
     ],
 )
 def test_a_recipe_with_a_mistake_is_told(text, message, world):
@@ -250,7 +248,7 @@ def test_a_run_that_fails_is_quoted(world):
     )
     (job,) = jobs("--methods", "MaPLe@maple-code", "--root", "data", *ON_SHAPES)
     work([job], threads=1)
-    assert re.search(r"train\.py ended with code 1: .*not implemented for 'Half'", job.failure.read_text())
+    assert re.search(r"train\.py.* 1.*'Half'", job.failure.read_text())
     assert not job.settings.exists()
 
 
@@ -259,9 +257,9 @@ def test_weights_lie_where_clip_looks_for_them_and_others_are_refused(world):
     offered = world / "home/.cache/clip/shapes.pt"
     assert digest(offered) == digest(ROOT / "datasets/shapes/clip.safetensors")
     (world / "mine.pt").write_bytes(b"not OpenAI's")
-    with pytest.raises(UserError, match=r"loads OpenAI's own file of ViT-B-16 alone, and this is another"):
+    with pytest.raises(UserError, match=r"OpenAI.*ViT-B-16"):
         offer_to_coop("ViT-B/16", str(world / "mine.pt"))
-    with pytest.raises(UserError, match="and this is another"):
+    with pytest.raises(UserError, match=r"OpenAI.*ViT-B-16"):
         offer_to_coop("ViT-B/16", "random")
     assert [path.name for path in offered.parent.iterdir()] == ["shapes.pt"]
 

@@ -52,10 +52,10 @@ def test_every_shipped_config_merges_and_says_what_its_trainer_can_take(path):
     StageThreeSettings(**{key.lower(): value for key, value in cfg.GENERATOR.items()})
 
 
-@pytest.mark.parametrize("trainer", OURS)
-def test_every_trainer_has_the_recipe_it_names(trainer):
-    recipe = TRAINER_REGISTRY.get(trainer).recipe
-    assert not recipe or (FOLDER / trainer / f"{recipe}.yaml").exists()
+def test_every_trainer_has_the_recipe_it_names():
+    for trainer in OURS:
+        recipe = TRAINER_REGISTRY.get(trainer).recipe
+        assert not recipe or (FOLDER / trainer / f"{recipe}.yaml").exists(), trainer
 
 
 def test_the_papers_recipe_is_that_of_its_code():
@@ -66,17 +66,13 @@ def test_the_papers_recipe_is_that_of_its_code():
     assert {path.stem for path in (FOLDER / "DFZSL/paper").glob("*.yaml")} == set(PAPER)
 
 
-@pytest.mark.parametrize("name", PAPER)
-def test_a_data_sets_own_config_is_the_papers_recipe_and_its_differences(name):
-    """Resolved, key by key; it repeats nothing."""
-    keys = [word for key, value in PAPER[name].items() for word in (f"RECOVERY.{key}", str(value))]
-    if "NUM_PER_CLASS" in PAPER[name]:  # stages 1 and 3 share the draws
-        keys += ["GENERATOR.NUM_PER_CLASS", str(PAPER[name]["NUM_PER_CLASS"])]
-    path = FOLDER / f"DFZSL/paper/{name}.yaml"
-    assert merged("--config-file", str(path)) == merged(
-        "--config-file", str(FOLDER / "DFZSL/paper.yaml"), *keys
-    )
-    assert path.read_text(encoding="utf-8").count(": ") == len(keys) // 2 + 1
+def test_a_data_sets_own_config_is_the_papers_recipe_and_its_differences():
+    for name, differences in PAPER.items():
+        keys = [word for key, value in differences.items() for word in (f"RECOVERY.{key}", str(value))]
+        if "NUM_PER_CLASS" in differences:  # stages 1 and 3 share the draws
+            keys += ["GENERATOR.NUM_PER_CLASS", str(differences["NUM_PER_CLASS"])]
+        recipe = merged("--config-file", str(FOLDER / f"DFZSL/paper/{name}.yaml"))
+        assert recipe == merged("--config-file", str(FOLDER / "DFZSL/paper.yaml"), *keys), name
 
 
 def write(path, text: str) -> str:
@@ -95,15 +91,15 @@ def test_a_config_builds_on_another(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "fact"),
     [
-        ("_BASE_: c.yaml", r"c\.yaml: _BASE_ must be the path of another config"),
-        ("_BASE_: [1]", r"c\.yaml: _BASE_ must be the path of another config"),
-        ("_BASE_: nowhere.yaml", r"nowhere\.yaml: no such file"),
-        ("_BASE_: wrong.yaml", r"wrong\.yaml: .*OPTIMUM"),
+        ("_BASE_: c.yaml", r"c\.yaml.*_BASE_"),
+        ("_BASE_: [1]", r"c\.yaml.*_BASE_"),
+        ("_BASE_: nowhere.yaml", r"nowhere\.yaml"),
+        ("_BASE_: wrong.yaml", r"wrong\.yaml.*OPTIMUM"),
     ],
 )
-def test_a_base_that_is_wrong_is_one_line(tmp_path, text, said):
+def test_a_base_that_is_wrong_is_one_line(tmp_path, text, fact):
     write(tmp_path / "wrong.yaml", "OPTIMUM: 1\n")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=fact):
         merged("--config-file", write(tmp_path / "c.yaml", text))

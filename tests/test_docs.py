@@ -1,11 +1,10 @@
-"""What the documentation tells a reader to type, name or follow exists and is accepted."""
+"""Check the documentation page by page: its commands, Python code, links, files, config keys and flags."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
-import io
-import itertools
 import pkgutil
 import re
 import runpy
@@ -21,18 +20,12 @@ import yaml
 from conftest import ROOT
 from dassl.config import get_cfg_default
 from dassl.engine import TRAINER_REGISTRY
-from made_results import write_world
-from PIL import Image
 from sweeps import planned_jobs
 
 from dfzsl import train
 from dfzsl.cli import experiments
 from dfzsl.cli import main as cli
-from dfzsl.client import predict
 from dfzsl.launch.checkouts import RECIPES
-from dfzsl.launch.runs import FREE
-from dfzsl.report import collect, sections
-from dfzsl.report.formats import tabulated, terminal
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.utils.dassl_plugin import DEFAULTS
 
@@ -59,44 +52,45 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 SPAN = re.compile(r"`([^`]+)`")
 
 
-def blocks(language: str) -> list:
-    return [
-        pytest.param(page, body, id=f"{page.relative_to(ROOT)}-{number}")
-        for page in PAGES
-        for number, (kind, body) in enumerate(FENCE.findall(page.read_text(encoding="utf-8")))
-        if kind == language
-    ]
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a page in this language."""
+    return [body for kind, body in FENCE.findall(page.read_text(encoding="utf-8")) if kind == language]
 
 
 def spans(page: Path) -> list[str]:
-    """What stands in backticks outside of blocks, on one line each."""
+    """The code spans of a page outside of fenced blocks, each on one line."""
     prose = FENCE.sub("", page.read_text(encoding="utf-8"))
-    return [" ".join(found.split()) for found in SPAN.findall(prose)]
+    return [" ".join(span.split()) for span in SPAN.findall(prose)]
 
 
-def commands() -> list:
-    """(page, words) of every command: lines of shell blocks, and spans that begin as one."""
-    found = []
-    for page, body in (param.values for param in blocks("bash")):
-        found += [(page, line) for line in body.replace("\\\n", " ").splitlines()]
+def commands(page: Path) -> list[list[str]]:
+    """The words of every command: lines of shell blocks, and code spans that begin as a command does."""
+    lines = [line for body in blocks(page, "bash") for line in body.replace("\\\n", " ").splitlines()]
     program = re.compile(r"(\w+=\S+ )*(bash|python|pip|torchrun|dfzsl) ")
-    found += [(page, span) for page in PAGES for span in spans(page) if program.match(span)]
-    cases: dict[str, list[str]] = {}
-    for page, line in found:
+    lines += filter(program.match, spans(page))
+    commands = []
+    for line in lines:
         for part in line.split("&&"):
             words = shlex.split(part.replace("$CONFIGS", "configs"), comments=True)
             while words and re.fullmatch(r"\w+=.*", words[0]):
                 words = words[1:]
-            if words and words[0] == "cd":  # what follows runs in another project
+            if words and words[0] == "cd":  # the rest of the line runs in another project
                 break
-            if words:
-                cases.setdefault(f"{page.relative_to(ROOT)}: {shlex.join(words)}", words)
-    return [pytest.param(words, id=name) for name, words in cases.items()]
+            if words and words not in commands:
+                commands.append(words)
+    return commands
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
 @pytest.fixture(autouse=True)
 def defaults_stay():
-    """The pages' examples add config keys, which later tests in this process would find in their results."""
+    """Remove the config keys that the pages' examples add: later tests would find them in their results."""
     before = DEFAULTS.clone()
     yield
     DEFAULTS.clear()
@@ -104,34 +98,42 @@ def defaults_stay():
 
 
 @pytest.fixture
-def examples(monkeypatch, tmp_path):
-    """The trainer that docs/new_trainer.md has its reader write, for as long as a test runs."""
+def example_trainer(monkeypatch):
+    """Register the trainer of docs/new_trainer.md, which its commands name, for one test."""
     monkeypatch.setattr(TRAINER_REGISTRY, "_obj_map", dict(TRAINER_REGISTRY._obj_map))
     page = ROOT / "docs/new_trainer.md"
-    code = next(param.values[1] for param in blocks("python") if param.values[0] == page)
+    code = blocks(page, "python")[0]
     exec(compile(code, str(page), "exec"), {"__name__": "dfzsl.trainers.feature_adapter"})
 
 
 @pytest.fixture
-def given(tmp_path):
-    """Replaces the files that a command reads by empty ones that exist."""
+def project(tmp_path, monkeypatch):
+    """A working directory with the files of the project, and without what runs and builds have written."""
+    folder = tmp_path / "project"
+    folder.mkdir()
+    for path in ROOT.iterdir():
+        if path.name not in MADE and path.name[0] != ".":
+            (folder / path.name).symlink_to(path)
+    monkeypatch.chdir(folder)
 
-    def stand_in(words: list[str]) -> list[str]:
-        new = []
-        for i, word in enumerate(words):
-            kind, colon, path = word.partition(":")
-            if colon and kind in ("folder", "csv", "features"):
-                word = f"{kind}:{_touched(tmp_path / Path(path).name)}"
-            elif i and words[i - 1] == "--methods":
-                word = re.sub(
-                    r"@([^,]*/[^,]*)", lambda at: f"@{_checkout(tmp_path / Path(at[1]).name)}", word
-                )
-            elif i and words[i - 1] == "TEACHER.FILE":
-                word = str(_touched(tmp_path / Path(word).name))
-            new.append(word)
-        return new
 
-    return stand_in
+def with_files(words: list[str], folder: Path) -> list[str]:
+    """The command with the reader's files replaced by empty ones in `folder`."""
+
+    def checkouts(methods: str) -> str:
+        return re.sub(r"@([^,]*/[^,]*)", lambda at: f"@{_checkout(folder / Path(at[1]).name)}", methods)
+
+    new = []
+    for before, word in zip(["", *words], words, strict=False):
+        kind, colon, path = word.partition(":")
+        if colon and kind in ("folder", "csv", "features"):
+            word = f"{kind}:{_touched(folder / Path(path).name)}"
+        elif before == "--methods":
+            word = checkouts(word)
+        elif before == "TEACHER.FILE":
+            word = str(_touched(folder / Path(word).name))
+        new.append(word)
+    return new
 
 
 def _touched(path: Path) -> Path:
@@ -140,7 +142,7 @@ def _touched(path: Path) -> Path:
 
 
 def _checkout(folder: Path) -> Path:
-    """What a repository of CoOp's kind has: train.py, the configs of data sets and of every recipe."""
+    """The files of a CoOp-style repository: train.py, the configs of data sets and of every recipe."""
     recipes = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in RECIPES.glob("*.yaml")]
     configs = [recipe["config"] for recipe in recipes]
     configs += [f"configs/datasets/{path.name}" for path in (ROOT / "configs/datasets").glob("*.yaml")]
@@ -179,12 +181,12 @@ def click_flags(command: click.Command) -> set[str]:
     return own.union(*map(click_flags, getattr(command, "commands", {}).values()))
 
 
-class Accepted(BaseException):  # not to be explained to a user
+class Accepted(BaseException):  # no Exception: programs explain those to the user
     """Thrown by a program's argument parser once it has accepted its arguments."""
 
 
-def accept_script(words: list[str], monkeypatch) -> None:
-    """Run a script up to where its arguments are accepted, and no further."""
+def accept_script(words: list[str]) -> None:
+    """Run a script until it has parsed its arguments."""
     parse = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(self, *args, **kwargs):
@@ -194,18 +196,19 @@ def accept_script(words: list[str], monkeypatch) -> None:
     def stop(*args):
         raise Accepted
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)  # benchmarks
-    monkeypatch.setattr(click.Command, "invoke", stop)
-    monkeypatch.setattr(sys, "argv", words)
-    monkeypatch.setattr(sys, "path", [str((ROOT / words[0]).parent), *sys.path])
-    with pytest.raises(Accepted):
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Accepted):
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)  # benchmarks
+        patch.setattr(click.Command, "invoke", stop)
+        patch.setattr(sys, "argv", words)
+        patch.setattr(sys, "path", [str((ROOT / words[0]).parent), *sys.path])
         runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        raise ValueError("it has not parsed its arguments")
 
 
-@pytest.mark.parametrize("words", commands())
-def test_commands_are_accepted(words, monkeypatch, examples, given, tmp_path):
-    monkeypatch.chdir(ROOT)
-    program, *rest = given(words)
+def accept(words: list[str]) -> None:
+    """Raise an error, or exit, if a program does not accept this command."""
+    program, *rest = words
+    program = program.replace("python3", "python")
     if program == "torchrun":
         start = next(i for i, word in enumerate(rest) if word == "-m" or word.endswith(".py"))
         program, rest = "python", rest[start:]
@@ -213,188 +216,132 @@ def test_commands_are_accepted(words, monkeypatch, examples, given, tmp_path):
         script, *arguments = rest
         subprocess.run(["bash", "-n", script], check=True)
         runs = [line for line in Path(script).read_text().splitlines() if "dfzsl.launch" in line]
-        monkeypatch.chdir(tmp_path)  # the checkout's output/ may hold such runs with other settings
         for line in runs:
             accept_launch([*shlex.split(line.partition("dfzsl.launch ")[2])[:-1], *arguments])
-        assert runs or script in ("scripts/test.sh", "scripts/reliability.sh")
+        assert runs or script in ("scripts/test.sh", "scripts/reliability.sh"), "no sweep"
     elif program == "dfzsl":
         accept_click(cli.main, rest)
     elif program == "python" and rest[0] == "train.py":
         accept_train(rest[1:])
     elif program == "python" and rest[:2] == ["-m", "dfzsl.launch"]:
-        monkeypatch.chdir(tmp_path)
         accept_launch(rest[2:])
+    elif program == "python" and rest[0] == "-m" and rest[1] in ("pip", "pytest"):
+        accept(rest[1:])
+    elif program == "python" and rest[:2] == ["-m", "venv"]:
+        assert len(rest) == 3
     elif program == "python" and rest[0] == "-m":
         accept_click(MODULES[rest[1]], rest[2:])
     elif program == "python":
-        accept_script(rest, monkeypatch)
+        accept_script(rest)
     elif program == "pip":
         path = rest[-1].partition("[")[0]
         assert rest[0] == "install"
-        assert path.startswith("/path/to/") or (ROOT / path / "pyproject.toml").exists()
+        assert path.startswith("/path/to/") or Path(path, "pyproject.toml").exists(), "no package"
+    elif program == "source":
+        assert rest == [".venv/bin/activate"]
     elif program == "git":
         assert rest[0] == "clone"
     elif program == "pytest":
-        assert all(Path(path).exists() for path in rest)
+        paths = [word for word in rest if "/" in word]
+        assert all(Path(path).exists() for path in paths), "no such test"
     else:
-        pytest.fail(f"no test knows how to try {program}")
+        raise ValueError(f"no test knows how to try {program}")
 
 
-@pytest.mark.parametrize(("page", "code"), blocks("python"))
-def test_python_blocks_run(page, code, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+@every_page
+@pytest.mark.usefixtures("project", "example_trainer")
+def test_commands_are_accepted(page, tmp_path):
+    faults, files = [], tmp_path / "files"
+    files.mkdir()
+    for words in commands(page):
+        try:
+            accept(with_files(words, files))
+        except (Exception, SystemExit) as error:
+            faults.append(f"{shlex.join(words)}: {error!r}")
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+def test_python_blocks_run(page, monkeypatch):
     monkeypatch.setattr(TRAINER_REGISTRY, "_obj_map", dict(TRAINER_REGISTRY._obj_map))
-    rows, text, new_text = torch.randn(3, 4, 512, generator=torch.Generator().manual_seed(0)).unbind()
-    # What the text around the block says is there.
-    Teacher(rows, list("abcd")).save("teacher.safetensors")
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    weight, text, new_text = torch.randn(3, 4, 512, generator=torch.Generator().manual_seed(0)).unbind()
+    # The files and variables that the prose around the blocks introduces.
+    Teacher(weight, list("abcd")).save("teacher.safetensors")
     torch.save(torch.nn.Linear(512, 4).state_dict(), "probe.pt")
     Path("names.txt").write_text("a\nb\nc\nd\n")
-    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
-    names = {
-        "__name__": "dfzsl.trainers.mine",
-        "classnames": list("abcd"),
-        "text": text,
-        "new_text": new_text,
-    }
-    names["ask"] = lambda x: (x @ rows.T).argmax(1)
-    exec(compile(code, str(page), "exec"), names)
+    for code in blocks(page, "python"):
+        names = {"__name__": "dfzsl.trainers.mine", "classnames": list("abcd"), "text": text}
+        names |= {"new_text": new_text, "ask": lambda x: (x @ weight.T).argmax(1)}
+        exec(compile(code, str(page), "exec"), names)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_somewhere(page):
+def check_links(page: Path) -> list[str]:
+    """The targets of relative links that do not exist."""
+    broken = []
     for target in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", page.read_text(encoding="utf-8"))):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
         linked = (page.parent / path) if path else page
-        assert linked.exists(), target
-        if anchor:
+        if not linked.exists():
+            broken.append(target)
+        elif anchor:
             headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), re.M)
-            assert anchor in [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings], target
+            anchors = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+            broken += [] if anchor in anchors else [target]
+    return broken
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_files_and_what_they_define_exist(page):
-    """`trainers/recovery/vmf.py`, `vmf.fit`, `trainers/recovery/vmf.py: fit`, `dfzsl.train.main`"""
+def check_name(span: str, page: Path) -> None:
+    """Raise an error if a file, a module or what it should define does not exist.
+
+    Checks `trainers/recovery/vmf.py`, `vmf.fit`, `trainers/recovery/vmf.py: fit` and `dfzsl.train.main`.
+    """
+    name, _, attribute = span.partition(": ")
+    name = re.sub(r"\b[A-Z]+\b", "*", name.rstrip("/"))  # NAME, DATASET: any
+    is_path = re.fullmatch(rf"({'|'.join(FOLDERS)})(/[\w.*-]+)+|[\w-]+\.(py|sh)", name)
+    if is_path and name not in ELSEWHERE:
+        base = page.parent.relative_to(ROOT).as_posix()
+        patterns = (name, f"{base}/{name}", f"*/{name}")
+        if not any(fnmatch.filter(FILES, pattern) for pattern in patterns):
+            raise FileNotFoundError
+    if attribute and name.endswith(".py"):
+        pkgutil.resolve_name(f"dfzsl.{name.removesuffix('.py').replace('/', '.')}:{attribute}")
+    elif match := re.match(r"(?!\w+\.yaml)((?:dfzsl|dassl|torch)(?:\.\w+)+)\b", span):
+        pkgutil.resolve_name(match[1])
+    elif (match := re.match(r"(\w+)\.(?!py|safetensors|yaml)([\w.]+)$", span)) and (
+        files := [file for file in FILES if re.fullmatch(rf"trainers/(\w+/)*{match[1]}\.py", file)]
+    ):
+        pkgutil.resolve_name(f"dfzsl.{files[0].removesuffix('.py').replace('/', '.')}:{match[2]}")
+
+
+def check_key(span: str) -> None:
+    """Raise an error if a config key does not exist or does not take the value that follows it."""
+    key, *values = span.split()
+    if re.fullmatch(r"[A-Z_]+(\.[A-Z_]+)+", key):
+        cfg = get_cfg_default()
+        if len(values) == 1:
+            cfg.merge_from_list([key, values[0].strip('"')])
+        node = cfg
+        for part in key.split("."):
+            node = node[part]
+
+
+def flags() -> set[str]:
+    """Every flag of every program."""
+    return {*train.parser()._option_string_actions} | click_flags(cli.main)
+
+
+@every_page
+def test_links_files_keys_and_flags_exist(page):
+    faults, known = [f"{target}: no such target" for target in check_links(page)], flags()
     for span in spans(page):
-        name, _, attribute = span.partition(": ")
-        name = re.sub(r"\b[A-Z]+\b", "*", name.rstrip("/"))  # NAME, DATASET: any
-        if (
-            re.fullmatch(rf"({'|'.join(FOLDERS)})(/[\w.*-]+)+|[\w-]+\.(py|sh)", name)
-            and name not in ELSEWHERE
-        ):
-            base = page.parent.relative_to(ROOT).as_posix()
-            patterns = (name, f"{base}/{name}", f"*/{name}")
-            assert any(fnmatch.filter(FILES, pattern) for pattern in patterns), span
-        if attribute and name.endswith(".py"):
-            pkgutil.resolve_name(f"dfzsl.{name.removesuffix('.py').replace('/', '.')}:{attribute}")
-        elif match := re.match(r"(?!\w+\.yaml)((?:dfzsl|dassl|torch)(?:\.\w+)+)\b", span):
-            pkgutil.resolve_name(match[1])
-        elif (match := re.match(r"(\w+)\.(?!py|safetensors|yaml)([\w.]+)$", span)) and (
-            files := [file for file in FILES if re.fullmatch(rf"trainers/(\w+/)*{match[1]}\.py", file)]
-        ):
-            pkgutil.resolve_name(f"dfzsl.{files[0].removesuffix('.py').replace('/', '.')}:{match[2]}")
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_config_keys_exist_and_take_the_values_shown(page):
-    for span in spans(page):
-        key, *values = span.split()
-        if re.fullmatch(r"[A-Z_]+(\.[A-Z_]+)+", key):
-            cfg = get_cfg_default()
-            if len(values) == 1:
-                cfg.merge_from_list([key, values[0].strip('"')])
-            node = cfg
-            for part in key.split("."):
-                node = node[part]
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_flags_exist(page):
-    known = {*train.parser()._option_string_actions} | click_flags(cli.main)
-    assert {span.split()[0] for span in spans(page) if span.startswith("--")} <= known
-
-
-def shown(start: str) -> str:
-    """The block of the README that begins like this, without that line."""
-    (body,) = [
-        body
-        for kind, body in FENCE.findall((ROOT / "README.md").read_text(encoding="utf-8"))
-        if not kind and body.startswith(start)
-    ]
-    return body.partition("\n")[2]
-
-
-def cells_of(table: str) -> list[list[str]]:
-    """The cells of a table, whose second line is dashes, as wide as their columns."""
-    head, dashes, *lines = table.splitlines()
-    spans = [match.span() for match in re.finditer("-+", dashes)]
-    return [[line[a:b] for a, b in spans] for line in (head, *lines)]
-
-
-def test_the_predictions_shown_are_as_the_command_prints_them():
-    text = shown("$ dfzsl predict ")
-    printed = io.StringIO()
-    table = predict.Table(printed)
-    rows = [[cell.strip() for cell in row] for row in cells_of(text)[1:]]
-    for place, (path, *_) in enumerate(rows):
-        if path:
-            ranked = itertools.takewhile(lambda row: not row[0], rows[place + 1 :])
-            best = [(name, float(chance.rstrip("%")) / 100) for _, name, chance in [rows[place], *ranked]]
-            table.add(path, best)
-    table.close()
-    assert printed.getvalue() == text
-
-
-def test_the_table_shown_is_as_a_sweep_prints_it(tmp_path):
-    title, table = shown("$ bash scripts/dfzsl/base2new.sh shapes").rstrip("\n").split("\n\n")
-    write_world(tmp_path / "base2new", ("shapes",), methods=(*FREE, "DFZSL"))
-    made_title, made_table, *_ = terminal(sections(collect(tmp_path))).split("\n\n")
-    assert title == made_title.replace("ViT-B-16", "shapes")
-    (head, *rows), (made_head, *made_rows) = cells_of(table), cells_of(made_table)
-    names = [name.strip() for name in head]
-    assert names == [name.strip() for name in made_head]
-    assert {row[0].strip() for row in rows} == {row[0].strip() for row in made_rows}
-    assert tabulated(names, [[row[0].rstrip(), *row[1:]] for row in rows], "simple") == table
-    for mine, made in zip(rows, made_rows, strict=True):
-        assert [re.sub("[0-9]", "0", cell) for cell in mine[1:4]] == [
-            re.sub("[0-9]", "0", cell) for cell in made[1:4]
-        ]
-
-
-# Texts that leave the narrowest frame around their middle, or lie on another.
-CROWDED = """() => {
-  const box = e => e.getBoundingClientRect();
-  const frames = [...document.querySelectorAll('rect')].map(box);
-  const texts = [...document.querySelectorAll('text')].map(e => [e.textContent, box(e)]);
-  const faults = [];
-  texts.forEach(([said, a], i) => {
-    const x = (a.left + a.right) / 2, y = (a.top + a.bottom) / 2;
-    const around = frames.filter(f => f.left < x && x < f.right && f.top < y && y < f.bottom);
-    const frame = around.sort((f, g) => f.width * f.height - g.width * g.height)[0];
-    if (a.left < frame.left + 2 || a.right > frame.right - 2 || a.bottom > frame.bottom)
-      faults.push(`'${said}' leaves its frame`);
-    for (const [other, b] of texts.slice(i + 1))
-      if (Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
-          Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 3)
-        faults.push(`'${said}' is on '${other}'`);
-  });
-  return faults;
-}"""
-
-
-@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "docs").glob("*.svg")))
-def test_drawings_have_room_for_wide_letters(chromium, name, tmp_path):
-    drawing = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    wide = re.sub('font-family="[^"]*"', 'font-family="Verdana, DejaVu Sans, sans-serif"', drawing)
-    (tmp_path / name).write_text(wide, encoding="utf-8")
-    tab = chromium.new_page()
-    tab.goto((tmp_path / name).as_uri())
-    assert tab.evaluate(CROWDED) == []
-    tab.close()
-
-
-def test_the_picture_of_the_report_is_small():
-    with Image.open(ROOT / "docs/report.webp") as picture:
-        assert picture.width >= 1000
-    assert (ROOT / "docs/report.webp").stat().st_size < 200_000
+        try:
+            check_name(span, page)
+            check_key(span)
+            if span.startswith("--") and span.split()[0] not in known:
+                raise KeyError("no such flag")
+        except Exception as error:
+            faults.append(f"`{span}`: {error!r}")
+    assert not faults, "\n".join(faults)

@@ -84,23 +84,23 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_users_mistake_is_one_line_and_exit_code_2(feature_file, tmp_path):
     finished = run(*words("DFZLS", feature_file, tmp_path / "out"))
     assert finished.returncode == 2
-    assert finished.stderr.strip().splitlines()[-1].startswith("error: unknown trainer 'DFZLS'; known: DFZSL")
-    assert "Traceback" not in finished.stderr
+    assert finished.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "'DFZLS'" in finished.stderr and "Traceback" not in finished.stderr
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--trainer", "CoOpp"], "unknown trainer 'CoOpp'; known: CoOp"),
-        (["DATASET.NAME", "Imagenet"], "unknown data set 'Imagenet'; known: ImageNet"),
+        (["--trainer", "CoOpp"], "'CoOpp'.*CoOp"),
+        (["DATASET.NAME", "Imagenet"], "'Imagenet'.*ImageNet"),
         (["--root", "/nowhere"], "/nowhere"),
         (
             ["TEACHER.FILE", "/nowhere/teacher.safetensors"],
-            "TEACHER.FILE /nowhere/teacher.safetensors: no such file",
+            "TEACHER.FILE.*/nowhere/teacher.safetensors",
         ),
-        (["DATASET.NAMED", "x"], "Non-existent key: DATASET.NAMED"),
-        (["--config-file", "/nowhere.yaml"], "/nowhere.yaml: no such file"),
+        (["DATASET.NAMED", "x"], "DATASET.NAMED"),
+        (["--config-file", "/nowhere.yaml"], "/nowhere.yaml"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_written(feature_file, tmp_path, change, message):
@@ -112,9 +112,9 @@ def test_mistakes_are_told_before_anything_is_written(feature_file, tmp_path, ch
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text": np.ones((8, 16), "float32")}, "different dimensions"),
-        ({"x_test": np.full((4, 32), np.nan, "float32"), "y_test": np.zeros(4, int)}, "not finite"),
-        ({"classnames": np.array(["a"] * 8)}, "name of two classes"),
+        ({"text": np.ones((8, 16), "float32")}, "text"),
+        ({"x_test": np.full((4, 32), np.nan, "float32"), "y_test": np.zeros(4, int)}, "x_test"),
+        ({"classnames": np.array(["a"] * 8)}, "'a'"),
     ],
 )
 def test_a_broken_feature_file_is_named(tmp_path, changes, message):
@@ -127,14 +127,14 @@ def test_a_broken_feature_file_is_named(tmp_path, changes, message):
 def test_a_teacher_of_other_classes_is_refused(teacher, tmp_path):
     other = write_features(tmp_path / "other.npz", classnames=np.array([f"class {i}" for i in range(8)]))
     client = words("DFZSL", other, tmp_path / "client", "DATASET.SUBSAMPLE_CLASSES", "base")
-    with pytest.raises(ValueError, match="the teacher's class names are not the base classes"):
+    with pytest.raises(UserError, match="class names"):
         train.main([*client, "TEACHER.FILE", str(teacher)])
     assert not (tmp_path / "client" / "classifier.safetensors").exists()
 
 
 def test_an_output_folder_of_another_experiment_is_refused(feature_file, tmp_path):
     train.main(words("ZeroshotCLIP", feature_file, tmp_path / "out", "--eval-only"))
-    with pytest.raises(ValueError, match="holds another experiment"):
+    with pytest.raises(UserError, match=str(tmp_path / "out")):
         train.main(
             words(
                 "ZeroshotCLIP", feature_file, tmp_path / "out", "--eval-only", "TEST.PER_CLASS_RESULT", "True"
@@ -159,7 +159,7 @@ def test_config_and_log_open_with_what_differs_from_the_defaults(feature_file, t
     settings = "".join(line for line in described.splitlines(True) if not line.startswith("#:"))
     (output / "config.yaml").write_text(settings, encoding="utf-8")
     train.main(given)
-    with pytest.raises(UserError, match="holds another experiment"):
+    with pytest.raises(UserError, match=str(output)):
         train.main([*given, "TEST.PER_CLASS_RESULT", "True"])
 
 

@@ -122,7 +122,7 @@ def test_a_data_free_run_makes_no_split(tmp_path, monkeypatch):
     folder = without_split("DescribableTextures", tmp_path)
     theirs, plugged = pair("DescribableTextures")
     monkeypatch.setattr(theirs, "make_split", lambda self: pytest.fail("it looked at training images"))
-    with pytest.raises(UserError, match=r"split_zhou_DescribableTextures\.json: no such file; get it with"):
+    with pytest.raises(UserError, match=r"split_zhou_DescribableTextures\.json"):
         plugged(config(tmp_path, TEACHER__FILE="teacher.safetensors"))
     assert [path.name for path in folder.iterdir()] == ["images"]
 
@@ -135,13 +135,11 @@ def test_a_checkout_that_cannot_make_it_says_why(tmp_path, monkeypatch):
         raise FileNotFoundError("annotations/trainval.txt")
 
     monkeypatch.setattr(theirs, "make_split", make_split)
-    with pytest.raises(
-        UserError, match=r"cannot make it \(FileNotFoundError: annotations/trainval\.txt\); get"
-    ):
+    with pytest.raises(UserError, match=r"annotations/trainval\.txt"):
         plugged(config(tmp_path))
 
 
 def test_alone_there_is_no_split_to_make(tmp_path):
     without_split("OxfordPets", tmp_path)
-    with pytest.raises(UserError, match=r"no such file; get it with: python -m dfzsl\.prepare OxfordPets"):
+    with pytest.raises(UserError, match=r"dfzsl\.prepare OxfordPets"):
         DATASET_REGISTRY.get("OxfordPets")(config(tmp_path))

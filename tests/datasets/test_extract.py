@@ -76,7 +76,7 @@ def test_a_second_extraction_encodes_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "said"),
-    [("oxford_pet", "unknown data set 'oxford_pet'; known: oxford_pets"), ("folder:nowhere", "no such")],
+    [("oxford_pet", "'oxford_pet'.*oxford_pets"), ("folder:nowhere", "nowhere")],
 )
 def test_what_is_not_there(given, said, tmp_path):
     with pytest.raises(UserError, match=said):
@@ -85,7 +85,7 @@ def test_what_is_not_there(given, said, tmp_path):
 
 def test_features_are_not_extracted_again(tmp_path):
     path = fake_data.make("Features", tmp_path)
-    with pytest.raises(UserError, match="holds features already"):
+    with pytest.raises(UserError, match="features"):
         extract.extract(extract.open_dataset(f"features:{path}", ""), Backbone(), tmp_path / "f.safetensors")
 
 
@@ -93,12 +93,12 @@ def test_two_classes_of_one_name(tmp_path):
     root = fake_data.make("ImageNetR", tmp_path)
     names = tmp_path / "imagenet-rendition/classnames.txt"
     names.write_text(names.read_text().replace("goldfish", "tench"))
-    with pytest.raises(UserError, match="'tench' is the name of two classes"):
+    with pytest.raises(UserError, match="'tench'"):
         extract.extract(extract.open_dataset("imagenet_r", str(root)), Backbone(), tmp_path / "f.safetensors")
 
 
 def test_the_output_must_be_safetensors():
-    with pytest.raises(UserError, match=r"ends in \.safetensors"):
+    with pytest.raises(UserError, match=r"\.safetensors"):
         invoke(extract_command, ["dtd", "--output", "dtd.npz"])
 
 
@@ -192,4 +192,4 @@ def test_a_mistake_at_the_command_is_one_line(tmp_path, capfd):
     with pytest.raises(SystemExit) as left:
         cli(lambda: invoke(extract_command, words))
     said = capfd.readouterr().err
-    assert left.value.code == 2 and said.count("\n") == 1 and "nowhere: no such" in said
+    assert left.value.code == 2 and said.count("\n") == 1 and "nowhere" in said

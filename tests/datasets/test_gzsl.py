@@ -114,21 +114,21 @@ def test_the_real_awa2_split(tmp_path):
 
 LOC = "test_unseen_loc"
 BROKEN = [
-    ("att_splits.mat", {"test_seen_loc": np.array([[0], [1]])}, "counts from 0; xlsa17 counts from 1"),
-    ("att_splits.mat", {LOC: np.array([[46]])}, "names image 46 of 45"),
-    ("att_splits.mat", {LOC: np.array([[1.5]])}, "one column of whole numbers"),
-    ("att_splits.mat", {LOC: np.array([[1, 2], [3, 4]])}, "one column of whole numbers"),
-    ("att_splits.mat", {LOC: np.zeros((0, 0))}, "is empty"),
-    ("att_splits.mat", {LOC: None}, "has no 'test_unseen_loc'"),
-    ("att_splits.mat", {"allclasses_names": None}, r"no allclasses_names"),
-    ("att_splits.mat", {"allclasses_names": fake_data.column(["a", "b"])}, "labels must lie in 1 to 2"),
-    ("res101.mat", {"labels": np.zeros((45, 1))}, "labels must lie in 1 to 5"),
-    ("res101.mat", {"labels": np.ones((45, 2))}, "one column of whole numbers"),
-    ("res101.mat", {"labels": None}, "has no 'labels'"),
-    ("res101.mat", {"image_files": None}, "has no 'image_files'"),
-    ("res101.mat", {"image_files": fake_data.column(["a.jpg"] * 3)}, "3 image_files for 45 labels"),
-    ("res101.mat", {"image_files": fake_data.column(["/x/a.jpg"] * 45)}, "no end of '/x/a.jpg' is a file"),
-    ("res101.mat", {"image_files": fake_data.column(["../../../etc/passwd"] * 45)}, "no end of"),
+    ("att_splits.mat", {"test_seen_loc": np.array([[0], [1]])}, "test_seen_loc.* 0"),
+    ("att_splits.mat", {LOC: np.array([[46]])}, "46 of 45"),
+    ("att_splits.mat", {LOC: np.array([[1.5]])}, LOC),
+    ("att_splits.mat", {LOC: np.array([[1, 2], [3, 4]])}, LOC),
+    ("att_splits.mat", {LOC: np.zeros((0, 0))}, LOC),
+    ("att_splits.mat", {LOC: None}, LOC),
+    ("att_splits.mat", {"allclasses_names": None}, "allclasses_names"),
+    ("att_splits.mat", {"allclasses_names": fake_data.column(["a", "b"])}, "labels.* 1 to 2"),
+    ("res101.mat", {"labels": np.zeros((45, 1))}, "labels.* 1 to 5"),
+    ("res101.mat", {"labels": np.ones((45, 2))}, "labels"),
+    ("res101.mat", {"labels": None}, "'labels'"),
+    ("res101.mat", {"image_files": None}, "'image_files'"),
+    ("res101.mat", {"image_files": fake_data.column(["a.jpg"] * 3)}, "3 image_files.* 45"),
+    ("res101.mat", {"image_files": fake_data.column(["/x/a.jpg"] * 45)}, "/x/a.jpg"),
+    ("res101.mat", {"image_files": fake_data.column(["../../../etc/passwd"] * 45)}, "passwd"),
 ]
 
 
@@ -145,10 +145,10 @@ def test_a_broken_file(tmp_path, file, arrays, said):
 @pytest.mark.parametrize(
     ("file", "arrays", "said"),
     [
-        ("ViTB16.mat", {"features": np.ones((45, 16))}, r"features must be \(d, 45\)"),
-        ("ViTB16.mat", {"features": np.zeros((16, 45))}, "zero or not finite"),
-        ("ViTB16.mat", {"features": None}, "has no 'features'"),
-        ("clip_splits.mat", {"cls_features": np.ones((5, 16))}, r"cls_features must be \(d, 5\)"),
+        ("ViTB16.mat", {"features": np.ones((45, 16))}, r"features.*\(d, 45\)"),
+        ("ViTB16.mat", {"features": np.zeros((16, 45))}, r"ViTB16\.mat"),
+        ("ViTB16.mat", {"features": None}, "'features'"),
+        ("clip_splits.mat", {"cls_features": np.ones((5, 16))}, r"cls_features.*\(d, 5\)"),
     ],
 )
 def test_broken_features(tmp_path, file, arrays, said):
@@ -164,7 +164,7 @@ def test_splits_that_share_images(tmp_path):
     change(
         root, "clip_splits.mat", trainval_loc=np.vstack([splits["trainval_loc"], splits["test_seen_loc"][:1]])
     )
-    with pytest.raises(UserError, match="share images"):
+    with pytest.raises(UserError, match=r"clip_splits\.mat"):
         build("AWA2", root)
 
 
@@ -178,7 +178,7 @@ def test_a_class_both_seen_and_unseen(tmp_path):
         trainval_loc=np.vstack([splits["trainval_loc"], places[:1]]),
         test_unseen_loc=places[1:],
     )
-    with pytest.raises(UserError, match="both seen and unseen"):
+    with pytest.raises(UserError, match="seen and unseen"):
         build("AWA2", root)
 
 
@@ -188,14 +188,14 @@ def test_a_truncated_mat_file(tmp_path):
     whole = path.read_bytes()
     for length in (len(whole) - 20, 300, 60):
         path.write_bytes(whole[:length])
-        with pytest.raises(UserError, match=r"res101\.mat: (not a readable MATLAB file|it has no)"):
+        with pytest.raises(UserError, match=r"res101\.mat"):
             build("AWA2", root)
     path.unlink()
-    with pytest.raises(UserError, match=r"res101\.mat: no such file; get it with"):
+    with pytest.raises(UserError, match=r"res101\.mat.*dfzsl\.prepare"):
         build("AWA2", root)
 
 
 def test_a_missing_feature_file_is_named(tmp_path):
     root = fake_data.make("AWA2", tmp_path)
-    with pytest.raises(UserError, match=r"ViTL14\.mat: no such file"):
+    with pytest.raises(UserError, match=r"ViTL14\.mat"):
         build("AWA2", root, features="ViTL14.mat")

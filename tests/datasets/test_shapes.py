@@ -202,7 +202,7 @@ def test_two_writers_at_once(tmp_path, few):
 
 def test_a_place_that_cannot_be_written(tmp_path, few):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write the pictures .*; choose another --root"):
+    with pytest.raises(UserError, match="--root"):
         Shapes(config(tmp_path / "file"))
 
 
@@ -241,6 +241,7 @@ def train_clip():
     return importlib.import_module("dfzsl.datasets.shapes.train_clip")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_training_script_writes_what_the_backbone_reads(train_clip, tmp_path, monkeypatch):
     """Two steps of training; the stored weights give the trained model's features, to float16."""

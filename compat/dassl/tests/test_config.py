@@ -104,7 +104,7 @@ def test_third_party_nodes_and_yaml(tmp_path):
 def test_unknown_key_is_named():
     with pytest.raises(KeyError, match="LEARNING_RATE"):
         get_cfg_default().merge_from_other_cfg(CN({"OPTIM": {"LEARNING_RATE": 1.0}}))
-    with pytest.raises(AssertionError, match="Non-existent key"):
+    with pytest.raises(AssertionError, match="key"):
         get_cfg_default().merge_from_list(["OPTIM.LEARNING_RATE", 1.0])
 
 

@@ -47,14 +47,14 @@ def test_dataset_base(items):
     assert [len(v) for v in dataset.split_dataset_by_domain(items).values()] == [6, 6, 5]
     dataset.domains = ["a", "b"]
     dataset.check_input_domains(["a"], ["b"])
-    with pytest.raises(ValueError, match=r"must belong to \['a', 'b'\], but got \[c\]"):
+    with pytest.raises(ValueError, match=r"\['a', 'b'\].*\[c\]"):
         dataset.check_input_domains(["a"], ["c"])
 
 
 def test_empty_classes_are_named(items):
-    with pytest.raises(ValueError, match="no training item of class 1;"):
+    with pytest.raises(ValueError, match="class 1"):
         DatasetBase(train_x=[item for item in items if item.label != 1])
-    with pytest.raises(ValueError, match="training set is empty"):
+    with pytest.raises(ValueError, match="training set"):
         DatasetBase(train_x=[])
 
 
@@ -106,7 +106,7 @@ def test_few_shot_sources(items):
 
 
 def test_unknown_dataset(make_cfg):
-    with pytest.raises(ValueError, match=r"do you mean \[TinyPets\]"):
+    with pytest.raises(ValueError, match="TinyPets"):
         build_dataset(make_cfg("DATASET.NAME", "TinyPet"))
 
 
@@ -147,7 +147,7 @@ def test_class_sampler(items):
 
 
 def test_unknown_sampler(items):
-    with pytest.raises(ValueError, match="Unknown sampler type: Random "):
+    with pytest.raises(ValueError, match="Random"):
         build_sampler("Random", data_source=items)
 
 
@@ -235,7 +235,7 @@ def test_wrapper_options(make_cfg, items):
     assert torch.equal(item["img0"], plain)
     # Several draws are for training alone.
     assert DatasetWrapper(cfg, items, transform=transform, is_train=False)[1]["img"].dim() == 3
-    with pytest.raises(ValueError, match="Cannot augment the image 3 times"):
+    with pytest.raises(ValueError, match="3"):
         DatasetWrapper(cfg, items, is_train=True)
     cfg = make_cfg("INPUT.NO_TRANSFORM", True)
     assert build_transform(cfg) is None
@@ -271,15 +271,15 @@ def test_random_stream_of_a_loader(make_cfg):
 
 def test_bad_data(make_cfg, tmp_path, items):
     for empty in ([], None):
-        with pytest.raises(ValueError, match="there are no items"):
+        with pytest.raises(ValueError, match="items"):
             build_data_loader(make_cfg(), data_source=empty)
     # Four of the five items are drawn, one less than a batch.
-    with pytest.raises(ValueError, match="no batch"):
+    with pytest.raises(ValueError, match="batch"):
         build_data_loader(make_cfg(), "RandomClassSampler", items[:5], batch_size=5, n_ins=4)
     bad = tmp_path / "bad.png"
     bad.write_bytes(b"no image")
     loader = build_data_loader(make_cfg(), data_source=[Datum(str(bad))], is_train=False)
-    with pytest.raises(OSError, match=r"Cannot read the image .*bad\.png"):
+    with pytest.raises(OSError, match=r"bad\.png"):
         next(iter(loader))
 
 
@@ -300,7 +300,7 @@ def test_download(tmp_path, capsys, items):
     assert (tmp_path / "zip" / "one.txt").read_text() == "content"
     assert (tmp_path / "tar.gz" / "two.txt").read_text() == "content"
     assert f"File extracted to {tmp_path / 'zip'}" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="neither a zip nor a tar"):
+    with pytest.raises(ValueError, match="zip"):
         dataset.download_data(source.as_uri(), str(tmp_path / "x.zip"), from_gdrive=False)
 
 
@@ -308,7 +308,7 @@ def test_download_without_gdown(items, tmp_path, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "gdown", None)
-    with pytest.raises(ImportError, match="pip install gdown"):
+    with pytest.raises(ImportError, match="gdown"):
         DatasetBase(train_x=items).download_data("id", str(tmp_path / "x.zip"))
 
 

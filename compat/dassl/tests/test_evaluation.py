@@ -70,14 +70,14 @@ def test_reset_and_errors():
     evaluator = build_evaluator(get_cfg_default())
     evaluator.process(torch.eye(2), torch.tensor([0, 1]))
     evaluator.reset()
-    with pytest.raises(ValueError, match="nothing to evaluate"):
+    with pytest.raises(ValueError, match="evaluate"):
         evaluator.evaluate()
     cfg = get_cfg_default()
     cfg.TEST.PER_CLASS_RESULT = True
     with pytest.raises(ValueError, match="class names"):
         build_evaluator(cfg)
     cfg.TEST.EVALUATOR = "Clasification"
-    with pytest.raises(ValueError, match=r"do you mean \[Classification\]"):
+    with pytest.raises(ValueError, match="Classification"):
         build_evaluator(cfg)
 
 

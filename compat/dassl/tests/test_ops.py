@@ -132,7 +132,7 @@ def test_switches(name):
     model.apply(getattr(ops, f"crossdomain_{name}"))
     assert layer.mix == "crossdomain"
     layer.update_mix_method("other")
-    with pytest.raises(NotImplementedError, match="mix must be random or crossdomain"):
+    with pytest.raises(NotImplementedError, match="random or crossdomain"):
         model(x)
     try:
         with getattr(ops, f"run_without_{name}")(model):
@@ -179,7 +179,7 @@ def test_maximum_mean_discrepancy(name, normalize):
 
 
 def test_unknown_kernel():
-    with pytest.raises(NotImplementedError, match="kernel_type must be"):
+    with pytest.raises(NotImplementedError, match="kernel_type"):
         ops.MaximumMeanDiscrepancy("laplace")(torch.ones(2, 2), torch.ones(2, 2))
 
 
@@ -211,7 +211,7 @@ def test_normalisation_by_domain():
     assert torch.allclose(layer(x), nn.BatchNorm2d(3)(x))
     assert layer.bn[0].running_mean.abs().sum() == 0 and layer.bn[1].running_mean.min() > 0.3
     assert isinstance(ops.DSBN1d(3, 2).bn[0], nn.BatchNorm1d)
-    with pytest.raises(AssertionError, match="there are 2 domains"):
+    with pytest.raises(AssertionError, match="2 domains"):
         layer.select_bn(2)
 
 

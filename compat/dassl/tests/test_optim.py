@@ -159,13 +159,13 @@ def test_settings_reach_the_optimizer():
 
 
 def test_bad_optimizers():
-    with pytest.raises(ValueError, match="optim must be one of"):
+    with pytest.raises(ValueError, match="optim"):
         build_optimizer([], optim_cfg(NAME="lion"))
     with pytest.raises(TypeError, match=r"nn\.Module"):
         build_optimizer([nn.Parameter(torch.ones(1))], optim_cfg(STAGED_LR=True))
-    with pytest.warns(UserWarning, match="staged_lr will be ignored"):
+    with pytest.warns(UserWarning, match="staged_lr"):
         build_optimizer(None, optim_cfg(STAGED_LR=True), param_groups=[nn.Parameter(torch.ones(1))])
-    with pytest.warns(UserWarning, match="new_layers is empty"):
+    with pytest.warns(UserWarning, match="new_layers"):
         build_optimizer(nn.Sequential(nn.Linear(1, 1)), optim_cfg(STAGED_LR=True))
     for bad in (dict(lr=-1.0), dict(eps=-1.0), dict(betas=(1.0, 0.9))):
         with pytest.raises(ValueError, match="Invalid"):

@@ -331,7 +331,7 @@ def test_killed_between_the_checkpoints_of_two_models(run, tmp_path):
     assert_same(final_state(again), final_state(first))
     (tmp_path / "out" / "teacher" / "checkpoint").write_text("model.pth.tar-2\n")
     (tmp_path / "out" / "net" / "model.pth.tar-2").unlink()
-    with pytest.raises(ValueError, match="different epochs"):
+    with pytest.raises(ValueError, match="epochs"):
         run("out", *arguments)
 
 
@@ -425,7 +425,7 @@ def test_only_registered_models_change_mode(make_cfg):
     trainer.test()
     trainer.set_model_mode("train", names="prompt_learner")
     assert trainer.model.prompt_learner.training
-    with pytest.raises(KeyError, match="unknown mode"):
+    with pytest.raises(KeyError, match="mode"):
         trainer.set_model_mode("testing")
 
 
@@ -439,7 +439,7 @@ def test_test_runs_without_gradients_and_falls_back(make_cfg, capsys):
     trainer.test(split="val")
     assert "Evaluate on the *val* set" in capsys.readouterr().out
     trainer.val_loader = None
-    with pytest.warns(UserWarning, match="no validation data"):
+    with pytest.warns(UserWarning, match="validation"):
         assert trainer.test(split="val") == accuracy
     assert "Evaluate on the *test* set" in capsys.readouterr().out
 
@@ -451,7 +451,7 @@ def test_no_test(run, tmp_path):
 
 
 def test_zeroshot_cannot_be_found_under_another_name(make_cfg):
-    with pytest.raises(ValueError, match=r"do you mean \[TinyZeroshot\]"):
+    with pytest.raises(ValueError, match="TinyZeroshot"):
         build_trainer(make_cfg("--trainer", "TinyZeroShot"))
 
 
@@ -507,7 +507,7 @@ def test_names_and_updates():
     trainer.update_lr("b")
     assert trainer.get_current_lr() == 1.0 and trainer.get_current_lr("b") == pytest.approx(0.1)
     for bad in (math.nan, math.inf):
-        with pytest.raises(FloatingPointError, match="Loss is infinite or NaN!"):
+        with pytest.raises(FloatingPointError, match="NaN"):
             trainer.model_backward(a.sum() * bad)
     trainer.write_scalar("x", 1.0, 0)
 
@@ -529,7 +529,7 @@ def test_registering_needs_init():
         def __init__(self):
             self.register_model("m", nn.Linear(1, 1))
 
-    with pytest.raises(AttributeError, match="before super"):
+    with pytest.raises(AttributeError, match="super"):
         Early()
 
 
@@ -589,7 +589,7 @@ def test_xu_epochs(count, batches, make_cfg):
 def test_xu_unknown_count(make_cfg):
     options = ["DATASET.NAME", "TinyUnlabelled", "TRAIN.COUNT_ITER", "larger_one"]
     trainer = build_trainer(make_cfg("--trainer", "TinyXU", *options))
-    with pytest.raises(ValueError, match="COUNT_ITER must be one of"):
+    with pytest.raises(ValueError, match="COUNT_ITER"):
         trainer.train()
 
 

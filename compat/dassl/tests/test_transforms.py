@@ -156,9 +156,9 @@ def test_choices_replace_the_configured(image, capsys):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="unknown transform 'random_flop'; known: random_flip"):
+    with pytest.raises(ValueError, match=r"'random_flop'.*random_flip"):
         build_transform(make_cfg("random_flop"))
-    with pytest.raises(ValueError, match=r"INPUT\.INTERPOLATION must be one of .* but got cubic"):
+    with pytest.raises(ValueError, match=r"INPUT\.INTERPOLATION.*cubic"):
         build_transform(make_cfg(INTERPOLATION="cubic"))
     with pytest.raises(ValueError, match="RANDAUGMENT_M"):
         build_transform(make_cfg("randaugment", RANDAUGMENT_M=40))

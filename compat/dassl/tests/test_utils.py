@@ -27,15 +27,15 @@ def test_registry():
     registry.register(Other)
     assert registry.get("Thing") is Thing and registry.registered_names() == ["Thing", "Other"]
     assert "Other" in registry and "Nothing" not in registry
-    with pytest.raises(KeyError, match='"Thing" was already registered in "THING" registry'):
+    with pytest.raises(KeyError, match=r'"Thing".*"THING"'):
         registry.register(Thing)
     registry.register(Thing, force=True)
-    with pytest.raises(KeyError, match='"Nothing" does not exist in "THING" registry'):
+    with pytest.raises(KeyError, match=r'"Nothing".*"THING"'):
         registry.get("Nothing")
 
 
 def test_unknown_name_suggests_the_nearest():
-    with pytest.raises(ValueError, match=r"got \[OxfordPet\] \(do you mean \[OxfordPets\]\?\)"):
+    with pytest.raises(ValueError, match=r"OxfordPet.*OxfordPets"):
         utils.check_availability("OxfordPet", ["Caltech101", "OxfordPets"])
     with pytest.raises(ValueError, match="got "):
         utils.check_availability("x", [])
@@ -59,7 +59,7 @@ def test_meters():
     tabbed = MetricMeter(delimiter="\t")
     tabbed.update({"a": 1, "b": 2})
     assert str(tabbed) == "a 1.0000 (1.0000)\tb 2.0000 (2.0000)"
-    with pytest.raises(TypeError, match="must be a dictionary"):
+    with pytest.raises(TypeError, match="dictionary"):
         meters.update([1.0])
 
 
@@ -110,7 +110,7 @@ def test_files(tmp_path):
     (tmp_path / "z").touch()
     assert utils.listdir_nohidden(str(tmp_path), sort=True) == ["a", "z"]
     assert utils.check_isfile(str(path))
-    with pytest.warns(UserWarning, match="No file found at"):
+    with pytest.warns(UserWarning, match="file"):
         assert not utils.check_isfile(str(tmp_path / "none"))
     with pytest.raises(TypeError):
         utils.write_json({"x": object()}, str(path))
@@ -125,7 +125,7 @@ def test_read_image(tmp_path):
     Image.new("L", (3, 2), 7).save(path)
     image = read_image(str(path))
     assert image.mode == "RGB" and image.size == (3, 2) and image.getpixel((0, 0)) == (7, 7, 7)
-    with pytest.raises(OSError, match=r"No file exists at .*none.png"):
+    with pytest.raises(OSError, match=r"none\.png"):
         read_image(str(tmp_path / "none.png"))
     noise = np.random.RandomState(0).randint(0, 255, (64, 64, 3), dtype=np.uint8)
     for suffix in ("png", "jpg", "gif", "bmp"):
@@ -134,7 +134,7 @@ def test_read_image(tmp_path):
         cut = tmp_path / f"cut.{suffix}"
         for keep in (0, 10, 200):
             cut.write_bytes(path.read_bytes()[:keep])
-            with pytest.raises(OSError, match=rf"Cannot read the image .*cut\.{suffix}"):
+            with pytest.raises(OSError, match=rf"cut\.{suffix}"):
                 read_image(str(cut))
 
 
@@ -195,7 +195,7 @@ def test_distances():
 def test_writer_without_tensorboard(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.delattr(torch.utils, "tensorboard", raising=False)
-    with pytest.warns(UserWarning, match="tensorboard is not installed"):
+    with pytest.warns(UserWarning, match="tensorboard"):
         writer = SummaryWriter(log_dir="x")
     writer.add_scalar("a", 1.0, 2)
     writer.close()

@@ -58,10 +58,9 @@ def compare(backbone, names, n_ctx, position, class_specific, images, seed=0):
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("class_specific", [False, True])
 @pytest.mark.parametrize("name", [n for n in CONFIGS if n != "tiny-openai"])
-def test_features_and_gradients_equal_the_plain_encoding(name, class_specific, position):
-    for images in (1, 3):
+def test_features_and_gradients_equal_the_plain_encoding(name, position):
+    for class_specific, images in ((False, 1), (False, 3), (True, 3)):
         assert max(compare(both_ways(name), NAMES, 5, position, class_specific, images)) < 1e-5
 
 
@@ -252,14 +251,14 @@ def test_the_frozen_model_is_not_part_of_the_learner(backbone):
     ("names", "settings", "said"),
     [
         (["cat", "word " * 71], {"n_ctx": 4}, "word word"),
-        (["cat", "dog", "cat"], {}, "'cat' is the name of two classes"),
-        (["red_fox", "red fox"], {}, "'red fox' is the name of two classes"),
-        (["cat", " "], {}, "class 1 has no name"),
-        ([], {}, "no class names"),
-        (["cat"], {"n_ctx": 74}, "use 1 to 73"),
-        (["cat"], {"n_ctx": 0}, "use 1 to 73"),
-        (["cat"], {"ctx_init": "word " * 74}, "use 1 to 73"),
-        (["cat"], {"position": "back"}, "unknown class token position 'back'; known: end, middle, front"),
+        (["cat", "dog", "cat"], {}, "'cat'"),
+        (["red_fox", "red fox"], {}, "'red fox'"),
+        (["cat", " "], {}, "class 1"),
+        ([], {}, "class names"),
+        (["cat"], {"n_ctx": 74}, "73"),
+        (["cat"], {"n_ctx": 0}, "73"),
+        (["cat"], {"ctx_init": "word " * 74}, "73"),
+        (["cat"], {"position": "back"}, "'back'.*end, middle, front"),
     ],
 )
 def test_bad_input_is_one_clear_line(backbone, names, settings, said):

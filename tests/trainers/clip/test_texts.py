@@ -66,7 +66,7 @@ def test_sentences(backbone, sentences):
     made = ClassTexts.parse(sentences).features(backbone, NAMES)
     assert torch.allclose(made[0], mean(backbone, SAID["Red star"]), atol=1e-6)
     assert torch.allclose(made[1], mean(backbone, [SAID["blue circle"]]), atol=1e-6)
-    with pytest.raises(UserError, match=r"class plaid cat, plaid dog: give"):
+    with pytest.raises(UserError, match="plaid cat, plaid dog"):
         ClassTexts.parse(sentences).features(backbone, ["plaid cat", "red star", "plaid dog"])
 
 
@@ -114,7 +114,7 @@ def test_files_that_are_none(tmp_path, content, backbone):
 
 def test_features_alone_have_no_texts(sentences):
     backbone = FeatureBackbone(4, {"a": torch.ones(4)})
-    with pytest.raises(UserError, match="needs a text encoder"):
+    with pytest.raises(UserError, match="text encoder"):
         ClassTexts.parse("ensemble").features(backbone, ["a"])
     assert torch.allclose(ClassTexts.parse("").features(backbone, ["a"]), torch.full((1, 4), 0.5))
 
@@ -184,5 +184,5 @@ def test_names_added_later(run, tmp_path, sentences, backbone):
     )
     assert said.texts.context is not None and said.texts.spec == "sentences"
     said.save(tmp_path / "c.safetensors")
-    with pytest.raises(UserError, match="no sentence for the class black cross"):
+    with pytest.raises(UserError, match="black cross"):
         Classifier.load(tmp_path / "c.safetensors").add(["black cross"], backbone)

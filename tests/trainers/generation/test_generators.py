@@ -105,19 +105,19 @@ class TestEvery:
         model = build_generator(name, DIM, CONDITION, **quick(name))
         for x, y, t, said in (
             (features[:, :3], labels, conditions, "features"),
-            (features, labels, conditions[:, :3], "conditions must have shape"),
-            (features, labels, conditions[:9], "labels must lie in 0 ... 8"),
-            (features, labels, conditions, "at least one feature"),
-            (features * math.nan, labels, conditions[:10], "not finite"),
+            (features, labels, conditions[:, :3], "conditions"),
+            (features, labels, conditions[:9], "labels"),
+            (features, labels, conditions, "feature"),
+            (features * math.nan, labels, conditions[:10], "features|finite"),
         ):
             with pytest.raises(UserError, match=said):
                 model.fit(x, y, t, rng())
 
 
 def test_unknown_names_and_settings():
-    with pytest.raises(UserError, match="unknown generator 'tfvaegann'; known: tfvaegan"):
+    with pytest.raises(UserError, match=r"'tfvaegann'.*tfvaegan"):
         build_generator("tfvaegann", 4, 4)
-    with pytest.raises(UserError, match="known: epochs"):
+    with pytest.raises(UserError, match="epochs"):
         build_generator("cvae", 4, 4, epoch=3)
     with pytest.raises(UserError, match="hidden"):
         build_generator("vmf", 4, 4, hidden=3)
@@ -125,10 +125,10 @@ def test_unknown_names_and_settings():
 
 def test_broken_files_are_refused(tmp_path, fitted):
     path = tmp_path / "g.safetensors"
-    with pytest.raises(UserError, match="no such generator file"):
+    with pytest.raises(UserError, match=r"g\.safetensors"):
         load_generator(path)
     save_tensors(path, {"x": torch.zeros(1)}, {"kind": "generator", "name": "vmf"})
-    with pytest.raises(UserError, match="not those of a generator"):
+    with pytest.raises(UserError, match=r"g\.safetensors"):
         load_generator(path)
 
 
@@ -183,7 +183,7 @@ class TestCheckpoint:
     def fit(self, name, world, checkpoint, **changes):
         features, labels, conditions, _ = world
         model, stream = (
-            build_generator(name, DIM, CONDITION, **quick(name, epochs=6, patience=2, **changes)),
+            build_generator(name, DIM, CONDITION, **quick(name, epochs=4, patience=2, **changes)),
             rng(1),
         )
         model.fit(features, labels, conditions[:10], stream, checkpoint)
@@ -217,11 +217,11 @@ class TestCheckpoint:
         tensors, about = load_tensors(path, "generator checkpoint")
         for wrong in ({**about, "name": "vmf"}, {key: about[key] for key in about if key != "since"}):
             save_tensors(path, tensors, wrong)
-            with pytest.raises(UserError, match="delete it to train anew"):
+            with pytest.raises(UserError, match=str(path)):
                 self.fit(name, world, path)
         del tensors["now/feature_mean"]
         save_tensors(path, tensors, about)
-        with pytest.raises(UserError, match="delete it to train anew"):
+        with pytest.raises(UserError, match=str(path)):
             self.fit(name, world, path)
 
 
@@ -254,7 +254,7 @@ class TestMonitor:
             return loss
 
         monkeypatch.setattr(model, "step", breaks)
-        with pytest.warns(RuntimeWarning, match=f"'{name}' diverged in epoch 3 of 6"):
+        with pytest.warns(RuntimeWarning, match=f"'{name}'.*epoch 3"):
             model.fit(features, labels, conditions[:10], rng())
         assert all(torch.isfinite(value).all() for value in model.state_dict().values())
         assert torch.isfinite(model.sample(conditions, 3, rng())).all()
@@ -262,7 +262,7 @@ class TestMonitor:
     def test_divergence_from_the_start_is_an_error(self, world):
         features, labels, conditions, _ = world
         model = build_generator("clswgan", DIM, CONDITION, hidden=8, lr=1e30)
-        with pytest.raises(UserError, match="diverged in its first epoch; lower"):
+        with pytest.raises(UserError, match="first epoch"):
             model.fit(features, labels, conditions[:10], rng())
 
     def test_few_classes_are_all_trained_on(self, world):
