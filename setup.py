@@ -49,7 +49,6 @@ setup(
         "fastapi-offline",  # Swagger UI, served from the owner's machine
         "filelock",
         "httpcore>=1.0.7",
-        "httpx",
         "matplotlib",
         "numpy",
         "onnx",
@@ -71,7 +70,7 @@ setup(
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": [
             *["nbclient", "nbformat", "ipykernel"],  # of the notebook
-            *["pytest", "pytest-xdist", "hypothesis", "scikit-learn", "skops"],
+            *["pytest", "pytest-xdist", "hypothesis", "httpx", "scikit-learn", "skops"],
             *["ruff", "mypy", "import-linter"],
             *["mkdocs-material", "mkdocstrings[python]"],
             *["playwright", "axe-playwright-python"],  # of the HTML page, in a Chromium

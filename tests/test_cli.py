@@ -25,13 +25,12 @@ import dfzsl
 from dfzsl import train
 from dfzsl.cli import experiments
 from dfzsl.cli import main as cli
-from dfzsl.client import build
 from dfzsl.configs import CONFIGS
 from dfzsl.datasets.labeled_images import Labelled
 from dfzsl.io.class_names import read_classnames
 from dfzsl.launch.runs import PROTOCOLS
 from dfzsl.report import FORMATS
-from dfzsl.trainers.clip.loading import load_backbone
+from dfzsl.trainers.clip.loading import load_backbone, parse_identity
 from dfzsl.trainers.dfzsl import DFZSL
 from dfzsl.trainers.generation.classifier import Classifier
 from dfzsl.trainers.recovery.open_oracle import open_oracle
@@ -209,7 +208,7 @@ class TestBuild:
         )
         assert code == 0
         assert output.read_bytes() == (tmp_path / "run/classifier.safetensors").read_bytes()
-        for said in ("131 queries", "5 base + 2 new classes", "FLPT, 1 epochs", "The teacher weighs"):
+        for said in ("131 queries", "5 base + 2 new classes", "FLPT, 1 epochs", "teacher weight"):
             assert said in out
         assert sorted(path.name for path in tmp_path.glob("*c.safetensors*")) == ["c.safetensors"]
 
@@ -237,8 +236,8 @@ class TestBuild:
         assert torch.equal(made.weight, Classifier.load(built).weight)
 
     def test_the_backbone_is_the_teachers_own(self):
-        assert build.named("shapes (bc07)") == ("shapes", "openai")
-        assert build.named("ViT-B-16 (laion2b_s34b_b88k)") == ("ViT-B-16", "laion2b_s34b_b88k")
+        assert parse_identity("shapes (bc07)") == ("shapes", "openai")
+        assert parse_identity("ViT-B-16 (laion2b_s34b_b88k)") == ("ViT-B-16", "laion2b_s34b_b88k")
 
     def test_names_of_classes(self, tmp_path):
         (tmp_path / "a.json").write_text('["one", "two words"]')

@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT
 
 from dfzsl import train
-from dfzsl.client.build import read_classnames
 from dfzsl.configs import CONFIGS
+from dfzsl.io.class_names import read_classnames
 from dfzsl.io.results import read_results
 
 pytestmark = pytest.mark.slow

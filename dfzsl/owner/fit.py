@@ -69,20 +69,19 @@ def fit_teacher_on(
         raise UserError(data_set.wrong[0])
     if classnames:
         data_set = data_set.only(classnames)
-    text_features, text_description = data_set.text, data_set.said
+    text_features, texts = data_set.text, ClassTexts((data_set.template,) if data_set.template else ())
     is_folder = os.path.isdir(data)
     if text or is_folder:
         texts = ClassTexts.parse(text)
         encoder = open_backbone() if is_folder else load_backbone(*parse_identity(data_set.backbone), device)
         text_features = texts.features(encoder, data_set.classnames).cpu()
-        text_description = texts.about
     return fit_teacher(
         data_set.features,
         data_set.labels,
         data_set.classnames,
         data_set.backbone,
         text=text_features,
-        said=text_description,
+        said=texts.about,
         normalized=normalized,
         shots=shots,
         generator=torch.Generator().manual_seed(seed),
