@@ -10,7 +10,7 @@ import re
 import shutil
 import socket
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from dfzsl import safe_pickle
 from dfzsl.io.files import atomic, digest
@@ -145,7 +144,7 @@ def _load_built_in(name: str, weights: str) -> Backbone:
     stem = BUILT_INS[name]
     open_clip.add_model_config(BUILT_IN_FOLDER / f"{stem}.json")
     path, weights_id, _ = _locate(name, weights)
-    model, dim = _new_model(stem, filled=path is None)
+    model, dim = _new_model(stem)
     if path:
         _load_state(model, _read_state(path), path)
     length = model.context_length
@@ -159,7 +158,7 @@ def _load_open_clip(name: str, weights: str) -> Backbone:
     state = _read_state(path) if path and path.suffix != ".npz" else {}
     # OpenAI trained with QuickGELU; a state dict does not tell, so ask its tag or its marks.
     quick_gelu = bool(tag and tag.get("quick_gelu")) or any(mark in state for mark in OPENAI_MARKS)
-    model, dim = _new_model(name, filled=not state, quick_gelu=quick_gelu)
+    model, dim = _new_model(name, quick_gelu=quick_gelu)
     if path and state:
         _load_state(model, {k: v for k, v in state.items() if k not in OPENAI_MARKS}, path)
     elif path:
@@ -172,22 +171,11 @@ def _load_open_clip(name: str, weights: str) -> Backbone:
     return Backbone(model, name, weights_id, dim, lambda: open_clip.get_tokenizer(name))
 
 
-class _Unfilled(TorchFunctionMode):
-    """Parameters are made, but not filled with random numbers: half the time of loading a model."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if getattr(func, "__name__", "") in ("normal_", "uniform_"):
-            return args[0] if args else (kwargs or {})["tensor"]
-        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
-
-
-def _new_model(name: str, filled: bool, quick_gelu: bool = False) -> tuple[Any, int]:
-    """The model and its d; its random weights (unless `filled` is False, as all of a state dict's model are
-    overwritten) neither depend on nor disturb the run's random stream."""
+def _new_model(name: str, quick_gelu: bool = False) -> tuple[Any, int]:
+    """Return a model with random weights, which neither depend on nor change the run's random state, and its
+    feature dimension d."""
     open_clip = import_open_clip()
-    with torch.random.fork_rng(devices=[]), quiet(), contextlib.nullcontext() if filled else _Unfilled():
+    with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)
         # Some configs ask for QuickGELU themselves, so a False must not overrule them.
         model = open_clip.create_model(name, pretrained=None, force_quick_gelu=quick_gelu)
