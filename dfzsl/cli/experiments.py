@@ -289,8 +289,6 @@ def prepare(datasets: tuple[str, ...], root: Path, check: bool, source: str, wor
     Example:
       dfzsl prepare oxford_pets dtd --root data
     """
-    from dassl.data.datasets import DATASET_REGISTRY
-
     from dfzsl.prepare import recipes, verify
     from dfzsl.prepare.names import dataset_names
 
@@ -304,8 +302,7 @@ def prepare(datasets: tuple[str, ...], root: Path, check: bool, source: str, wor
     errors = {}
     for name in names:
         try:
-            recipes.prepare(name, root, source)
-            click.echo(f"{name}: in {root / DATASET_REGISTRY.get(name).folder}")
+            click.echo(f"{name}: in {recipes.prepare(name, root, source)}")
         except UserError as error:
             errors[name] = str(error)
     click.echo(f"Archives stay in {root / '.downloads'}; delete them when --check finds nothing wrong")

@@ -360,8 +360,12 @@ RECIPES: dict[str, Recipe] = {
 # ---------------------------------------------------------------- getting
 
 
-def prepare(name: str, root: Path, source: str) -> None:
-    """Bring one data set into `root`. Raises UserError with what is left to do by hand."""
+def prepare(name: str, root: Path, source: str) -> Path:
+    """Bring one data set into `root`; return its folder.
+
+    Raises:
+        UserError: what is left to do by hand.
+    """
     recipe = RECIPES[name]
     folder, downloads = root / DATASET_REGISTRY.get(name).folder, root / ".downloads"
     downloads.mkdir(parents=True, exist_ok=True)
@@ -384,3 +388,4 @@ def prepare(name: str, root: Path, source: str) -> None:
                     left.append(str(error))
     if left:
         raise UserError("; ".join(left))
+    return folder
