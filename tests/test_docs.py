@@ -40,6 +40,7 @@ FOLDERS = sorted(
 FILES = [path.relative_to(ROOT).as_posix() for f in FOLDERS for path in (ROOT / f).rglob("*")]
 FILES += [path.name for path in ROOT.iterdir()]
 # Named, but not ours: written by the reader or part of CoOp.
+NO_SWEEP = {"scripts/test.sh", "scripts/reliability.sh", "scripts/lint_imports.sh"}
 ELSEWHERE = {"trainers/feature_adapter.py", "parse_test_res.py"}
 MODULES = {
     "dfzsl.launch": experiments.launch,
@@ -218,7 +219,7 @@ def accept(words: list[str]) -> None:
         runs = [line for line in Path(script).read_text().splitlines() if "dfzsl.launch" in line]
         for line in runs:
             accept_launch([*shlex.split(line.partition("dfzsl.launch ")[2])[:-1], *arguments])
-        assert runs or script in ("scripts/test.sh", "scripts/reliability.sh"), "no sweep"
+        assert runs or script in NO_SWEEP, "no sweep"
     elif program == "dfzsl":
         accept_click(cli.main, rest)
     elif program == "python" and rest[0] == "train.py":
@@ -307,7 +308,8 @@ def check_name(span: str, page: Path) -> None:
         if not any(fnmatch.filter(FILES, pattern) for pattern in patterns):
             raise FileNotFoundError
     if attribute and name.endswith(".py"):
-        pkgutil.resolve_name(f"dfzsl.{name.removesuffix('.py').replace('/', '.')}:{attribute}")
+        module = name.removeprefix("dfzsl/").removesuffix(".py").replace("/", ".")
+        pkgutil.resolve_name(f"dfzsl.{module}:{attribute}")
     elif match := re.match(r"(?!\w+\.yaml)((?:dfzsl|dassl|torch)(?:\.\w+)+)\b", span):
         pkgutil.resolve_name(match[1])
     elif (match := re.match(r"(\w+)\.(?!py|safetensors|yaml)([\w.]+)$", span)) and (
