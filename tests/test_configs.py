@@ -7,7 +7,7 @@ from dfzsl import train
 from dfzsl.configs import CONFIGS
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.generation.training import StageThreeSettings
-from dfzsl.trainers.recovery.recover import RecoverySettings
+from dfzsl.trainers.recovery.settings import RecoverySettings
 from dfzsl.utils.errors import UserError
 
 FOLDER = CONFIGS / "trainers"

@@ -18,7 +18,7 @@ from dfzsl.launch.runs import Data, Job, Method
 from dfzsl.launch.workers import locked
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.generation.training import StageThreeSettings
-from dfzsl.trainers.recovery.recover import RecoverySettings
+from dfzsl.trainers.recovery.settings import RecoverySettings
 from dfzsl.utils.errors import UserError
 
 

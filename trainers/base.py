@@ -40,8 +40,9 @@ from .clip.texts import ClassTexts
 from .recovery.feature_statistics import Geometry
 from .recovery.open_oracle import open_oracle
 from .recovery.oracle import Oracle
-from .recovery.recover import RecoverySettings, recover
+from .recovery.recover import recover
 from .recovery.remote_oracle import is_address
+from .recovery.settings import RecoverySettings
 from .recovery.virtual_classes import VirtualClasses
 from .recovery.vmf import fit_classes
 

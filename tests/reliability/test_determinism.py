@@ -29,7 +29,8 @@ from dfzsl.trainers.generation.generators import GENERATORS
 from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.oracle import LEVELS
-from dfzsl.trainers.recovery.recover import METHODS, recover
+from dfzsl.trainers.recovery.recover import recover
+from dfzsl.trainers.recovery.settings import METHODS
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox"]

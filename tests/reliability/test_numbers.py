@@ -19,7 +19,8 @@ from dfzsl.trainers.generation.training import StageThreeSettings
 from dfzsl.trainers.recovery.class_directions import paper_concentration
 from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.oracle import LEVELS
-from dfzsl.trainers.recovery.recover import METHODS, recover
+from dfzsl.trainers.recovery.recover import recover
+from dfzsl.trainers.recovery.settings import METHODS
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.trainers.recovery.vmf import VonMisesFisher

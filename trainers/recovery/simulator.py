@@ -6,7 +6,6 @@ Tang et al., Data-Free Generalized Zero-Shot Learning, AAAI 2024.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +17,9 @@ from dfzsl.utils.progress import bar
 
 from .oracle import Oracle
 from .responses import Ask
+from .settings import RecoverySettings
 from .virtual_classes import FeatureMLP
 from .vmf import VonMisesFisher
-
-if TYPE_CHECKING:
-    from .recover import RecoverySettings
 
 
 def simulate(

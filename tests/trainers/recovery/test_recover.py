@@ -18,7 +18,8 @@ from dfzsl.trainers.recovery.class_directions import (
 from dfzsl.trainers.recovery.extract import extract_rows
 from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.oracle import Oracle
-from dfzsl.trainers.recovery.recover import METHODS, RecoverySettings, recover
+from dfzsl.trainers.recovery.recover import recover
+from dfzsl.trainers.recovery.settings import METHODS, RecoverySettings
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.trainers.recovery.vmf import VonMisesFisher, fit_classes, mean_resultant_length
