@@ -20,9 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dfzsl import safe_pickle
 from dfzsl.io.files import atomic, digest
 from dfzsl.io.untrusted.archives import check_zip
+from dfzsl.safe_pickle import check_script
+from dfzsl.safe_pickle import load as load_checkpoint
 from dfzsl.utils.errors import UserError
 
 from .backbone import Backbone, first_line, import_open_clip
@@ -222,7 +223,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         elif _is_torchscript(path):
             state = torch.jit.load(path, map_location="cpu").state_dict()
         else:
-            state = safe_pickle.load(path)
+            state = load_checkpoint(path)
     except UserError:
         raise
     except FileNotFoundError:
@@ -266,9 +267,7 @@ def _is_torchscript(path: Path) -> bool:
     if b"__torch__.torch.classes" in reader.get_record("data.pkl") + reader.get_record("constants.pkl"):
         raise UserError(f"{path}: it holds objects that are no plain weights")
     for name, folder in (("data.pkl", "data"), ("constants.pkl", "constants")):
-        safe_pickle.check_script(
-            reader.get_record(name), lambda key, at=folder: len(reader.get_record(f"{at}/{key}"))
-        )
+        check_script(reader.get_record(name), lambda key, at=folder: len(reader.get_record(f"{at}/{key}")))
     return True
 
 
