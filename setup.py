@@ -48,7 +48,8 @@ setup(
         "fastapi",
         "fastapi-offline",  # Swagger UI, served from the owner's machine
         "filelock",
-        "httpcore>=1.0.7",
+        "anyio",
+        "httpx>=0.28",
         "matplotlib",
         "numpy",
         "onnx",
@@ -70,7 +71,7 @@ setup(
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": [
             *["nbclient", "nbformat", "ipykernel"],  # of the notebook
-            *["pytest", "pytest-xdist", "hypothesis", "httpx", "scikit-learn", "skops"],
+            *["pytest", "pytest-xdist", "hypothesis", "scikit-learn", "skops"],
             *["ruff", "mypy", "import-linter"],
             *["mkdocs-material", "mkdocstrings[python]"],
             *["playwright", "axe-playwright-python"],  # of the HTML page, in a Chromium

@@ -484,7 +484,7 @@ def run_client(world: Any, folder: Path) -> None:
 
 
 def test_the_token_is_sent_and_kept_nowhere(world, tmp_path, monkeypatch, capfd, caplog, tried):
-    caplog.set_level(logging.INFO)  # at DEBUG httpcore logs the status lines of a server
+    caplog.set_level(logging.WARNING)  # below that httpx logs the status lines of a server
     monkeypatch.setenv(TOKEN, SECRET)
     serve_base_classes(world, descriptions=2)
     # First it fails in a way that repeats the token: the message must not.

@@ -27,7 +27,7 @@ from dfzsl.io.class_names import checked_names
 from dfzsl.io.files import read_json, write_json
 from dfzsl.utils.errors import TOKEN, UNPRINTABLE, UserError, one_line
 
-from .http_exchange import Reply, exchange, host_of
+from .http_exchange import Reply, exchange
 from .oracle import Oracle
 
 MAX_DESCRIPTION_BYTES = 1 << 26
@@ -50,7 +50,7 @@ def check_address(url: str) -> None:
     try:
         parts = urlsplit(url)
         valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
-        host_of(url)
+        (parts.hostname or "").encode("idna")
     except ValueError:
         valid = False
     if not valid or UNPRINTABLE.search(url) or " " in url:
