@@ -22,6 +22,7 @@ from dfzsl.trainers.recovery.remote_oracle import check_address, is_address
 from dfzsl.utils import distributed
 from dfzsl.utils.dassl_plugin import changes
 from dfzsl.utils.errors import UserError, cli, unknown
+from dfzsl.utils.log import log_to_stdout
 
 BASE = "_BASE_"  # in a config: the one that it changes, a path from its own folder (as in detectron2)
 DEEPEST = 20  # configs that build on one another
@@ -143,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(args: argparse.Namespace, cfg: CfgNode, folder: Folder) -> None:
+    log_to_stdout()
     if distributed.mine() == 0:
         setup_logger(cfg.OUTPUT_DIR)
     print(

@@ -6,8 +6,9 @@ complete() {
     "$1" - <<'PYTHON' 2>/dev/null
 import importlib.util as util
 import os
-needed = "torch torchvision open_clip dassl yacs tabulate matplotlib click onnx onnxruntime onnxscript"
-tools = "pytest xdist hypothesis ruff mypy importlinter nbclient ipykernel"
+needed = "torch torchvision open_clip dassl yacs tabulate matplotlib click onnx onnxruntime onnxscript scipy"
+needed += " anyio fastapi fastapi_offline filelock httpx pydantic safetensors submitit tensorboard tqdm uvicorn"
+tools = "pytest xdist hypothesis ruff mypy importlinter nbclient ipykernel sklearn skops"
 for name in f"{needed} {tools}".split():
     assert util.find_spec(name), name
 # Another checkout's installation would run another checkout's code.

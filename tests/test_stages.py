@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import random
+import sys
+
 import pytest
 import torch
 from conftest import CLASSES, unit
@@ -11,6 +15,7 @@ from dfzsl.datasets.class_names import ClassNames
 from dfzsl.trainers.clip.loading import BUILT_IN_FOLDER, load_backbone
 from dfzsl.trainers.recovery.feature_statistics import Geometry
 from dfzsl.trainers.recovery.teacher import Teacher
+from dfzsl.utils.errors import UserError
 
 BASE, NEW = list(CLASSES[:5]), list(CLASSES[5:])
 QUICK = ("OPTIM.MAX_EPOCH", "2", "RECOVERY.NUM_PER_CLASS", "16", "DATALOADER.TRAIN_X.BATCH_SIZE", "16")
@@ -58,6 +63,35 @@ def test_a_finished_build_is_read_from_its_folder(teacher, tmp_path):
     again = dfzsl.build(teacher, NEW, folder=tmp_path, settings=QUICK)
     assert torch.equal(built.weight, again.weight)
     assert built.decision and again.decision is None
+
+
+def test_a_folder_keeps_what_it_was_made_of(teacher, backbone, tmp_path):
+    other = Teacher(teacher.weight.flip(0), BASE, backbone.identity)
+    dfzsl.build(teacher, NEW, folder=tmp_path / "build", settings=QUICK)
+    was = (tmp_path / "build/teacher.safetensors").read_bytes()
+    with pytest.raises(UserError, match="another teacher"):
+        dfzsl.build(other, NEW, folder=tmp_path / "build", settings=QUICK)
+    assert (tmp_path / "build/teacher.safetensors").read_bytes() == was
+
+    text = backbone.class_features(BASE, [ClassNames.template])
+    first, second = (dfzsl.recover(dfzsl.open_oracle(t, "weights"), text, BASE) for t in (teacher, other))
+    dfzsl.align(first, NEW, folder=tmp_path / "align", settings=QUICK)
+    with pytest.raises(UserError, match="virtual classes"):
+        dfzsl.align(second, NEW, folder=tmp_path / "align", settings=QUICK)
+
+
+def test_calls_leave_the_process_as_it_was(teacher, capfd):
+    torch.manual_seed(7)
+    random.seed(7)
+    expected = torch.rand(1), random.random()
+    torch.manual_seed(7)
+    random.seed(7)
+    log = logging.getLogger("dfzsl")
+    before = log.level, list(log.handlers), sys.stdout
+    dfzsl.build(teacher, NEW, settings=QUICK)
+    assert (torch.rand(1), random.random()) == expected
+    assert (log.level, list(log.handlers), sys.stdout) == before
+    assert capfd.readouterr() == ("", "")
 
 
 def test_class_names_are_a_data_set_without_images():

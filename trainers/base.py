@@ -93,7 +93,8 @@ class CLIPTrainer(TrainerX):
         return bool(self.cfg.TEACHER.FILE) or self.virtual is not None
 
     def build_data_loader(self) -> None:
-        log_to_stdout()
+        if not logger.hasHandlers():  # in another program, for example CoOp's train.py
+            log_to_stdout()
         self.started = time.perf_counter()
         self.stage_seconds: dict[str, float] = {}
         self.losses: dict[int, float] = {}
@@ -230,7 +231,9 @@ class CLIPTrainer(TrainerX):
         """Run stage 1 unless OUTPUT_DIR/virtual.safetensors has its result; return the loader of draws."""
         started = time.perf_counter()
         settings = {key.lower(): value for key, value in self.cfg.RECOVERY.items()}
-        if self.virtual is None:
+        if self.virtual is not None:
+            self.folder.add({"virtual classes": self.virtual.digest()})
+        else:
             path, geometry = Path(self.cfg.OUTPUT_DIR) / "virtual.safetensors", self.geometry()
             with distributed.first_alone():
                 if path.exists():

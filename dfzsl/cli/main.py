@@ -69,7 +69,9 @@ def invoke(command: click.Command, args: Sequence[str] | None = None) -> None:
 
 def run(command: click.Command) -> None:
     """Run a click command as this process: a user's mistake is one line on stderr and exit code 2."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    warnings = logging.StreamHandler()
+    warnings.setLevel(logging.WARNING)
+    logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[warnings])
     cli(lambda: invoke(command))
     sys.exit()
 

@@ -12,7 +12,7 @@ import click
 from dfzsl.utils.errors import UserError
 
 FILE = click.Path(path_type=Path)
-KEY = re.compile(r"[A-Z][A-Z0-9_]*(\.\w+)*")  # of a config: RECOVERY.THETA
+KEY = re.compile(r"[A-Z]\w*(\.\w+)*")  # of a config: RECOVERY.THETA
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 new = click.option(

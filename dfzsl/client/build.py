@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 from dassl.config import get_cfg_default
 from dassl.utils import set_random_seed
 from yacs.config import CfgNode
 
 from dfzsl.configs import CONFIGS
 from dfzsl.io.class_names import checked_names
+from dfzsl.io.files import digest
 from dfzsl.train import merge, read_config
 from dfzsl.trainers.clip.aligned_text import AlignedText
 from dfzsl.trainers.clip.loading import BUILT_IN, parse_identity
@@ -25,6 +29,8 @@ from dfzsl.trainers.generation.classifier import Classifier
 from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
+from dfzsl.utils.errors import UserError
+from dfzsl.utils.log import logged_to_stdout
 from dfzsl.utils.progress import bar, hidden
 
 AnyFLPT = TypeVar("AnyFLPT", bound=FLPT)
@@ -48,6 +54,7 @@ def build(
 
     Runs the trainer DFZSL on a data set of class names: recover, align and generate. The result equals, byte
     for byte, the classifier that `train.py --trainer DFZSL` makes of the same teacher, names and seed.
+    Meanwhile what this process prints goes to log.txt in the folder, as Dassl's training loop prints.
 
     Args:
         teacher: a Teacher, its file, or the address of a server.
@@ -71,14 +78,14 @@ def build(
     """
     given = {"TEACHER.ACCESS": access, "TEXT.PROMPTS": text, "GEOMETRY.FILE": os.fspath(geometry)}
     cfg = _read_settings("DFZSL", given, settings, seed)
+    # For class names and backbone; the trainer opens its own, which keeps a server's responses in the folder.
     oracle = open_oracle(teacher, cfg.TEACHER.ACCESS)
     checked_names(new_classnames, "the new classes", taken=oracle.classnames)
     _set_backbone(cfg, backbone, weights, oracle.backbone)
     cfg.TRAINER.DFZSL.NEW_CLASSES = tuple(new_classnames)
     with _run(folder, quiet) as run_folder:
         if isinstance(teacher, Teacher):
-            teacher.save(run_folder / "teacher.safetensors")
-            teacher = run_folder / "teacher.safetensors"
+            teacher = _write_teacher(teacher, run_folder)
         cfg.TEACHER.FILE, cfg.OUTPUT_DIR = os.fspath(teacher), str(run_folder)
         trainer = _train(DFZSL, cfg)
         assert trainer.classifier is not None
@@ -120,12 +127,13 @@ def align(
 
 @contextlib.contextmanager
 def _run(folder: str | os.PathLike[str] | None, quiet: bool) -> Iterator[Path]:
-    """Yield the folder of a run; what Dassl's loop prints goes to log.txt in it."""
+    """Yield the folder of a run; what is printed or logged goes to log.txt in it."""
     with contextlib.ExitStack() as stack:
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="dfzsl-")))
         path.mkdir(parents=True, exist_ok=True)
         log = stack.enter_context(open(path / "log.txt", "a", encoding="utf-8"))
         stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(logged_to_stdout())
         stack.enter_context(hidden(quiet))
         yield path
 
@@ -160,13 +168,39 @@ def _set_backbone(cfg: CfgNode, backbone: str, weights: str, identity: str) -> N
 def _train(kind: type[AnyFLPT], cfg: CfgNode, *given: Any) -> AnyFLPT:
     """Build a trainer and run its stages, with a progress bar of the epochs."""
     cfg.freeze()
-    set_random_seed(cfg.SEED)
-    trainer = kind(cfg, *given)
-    total = trainer.max_epoch
-    with bar(desc="align", unit="epoch", total=total, leave=True, disable=not total) as epochs:
-        trainer.epoch_callback = lambda epoch: epochs.update(epoch + 1 - epochs.n)
-        trainer.train()
+    with _seeded(cfg.SEED):
+        trainer = kind(cfg, *given)
+        total = trainer.max_epoch
+        with bar(desc="align", unit="epoch", total=total, leave=True, disable=not total) as epochs:
+            trainer.epoch_callback = lambda epoch: epochs.update(epoch + 1 - epochs.n)
+            trainer.train()
     return trainer
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed all global random generators as `train.py` does, and restore their states after the block."""
+    python, legacy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        set_random_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)
+
+
+def _write_teacher(teacher: Teacher, folder: Path) -> Path:
+    """Write a teacher to the folder of a run. Raises UserError if the folder has another teacher."""
+    path = folder / "teacher.safetensors"
+    if path.exists():
+        with tempfile.TemporaryDirectory() as other:
+            teacher.save(Path(other) / path.name)
+            if digest(Path(other) / path.name) != digest(path):
+                raise UserError(f"{folder} holds the build of another teacher; choose another folder")
+    else:
+        teacher.save(path)
+    return path
 
 
 @contextlib.contextmanager

@@ -78,7 +78,7 @@ def evaluate(
 ) -> Evaluation:
     """Try a classifier on labelled pictures or features: a folder by class, or x_test of a feature file.
 
-    See `labelled.read_labelled`. Raises UserError for a class that the classifier does
+    See `labeled_images.read_labelled`. Raises UserError for a class that the classifier does
     not know, and for data that are none.
     """
     if not isinstance(data, Labelled):

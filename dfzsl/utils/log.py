@@ -1,9 +1,11 @@
-"""Provide the project's logger and the handler that shows its messages on standard output."""
+"""Provide the project's logger, and handlers for a run's messages."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+from collections.abc import Iterator
 
 logger = logging.getLogger("dfzsl")
 
@@ -19,10 +21,22 @@ class _StandardOutput(logging.Handler):
 
 
 def log_to_stdout() -> None:
-    """Show the messages of trainers on standard output, which Dassl copies to OUTPUT_DIR/log.txt.
+    """Show messages on standard output, which Dassl copies to OUTPUT_DIR/log.txt.
 
-    A trainer calls this when it is built; a second call changes nothing.
+    For programs. A second call changes nothing.
     """
     if not any(isinstance(handler, _StandardOutput) for handler in logger.handlers):
         logger.addHandler(_StandardOutput())
         logger.setLevel(logging.INFO)
+
+
+@contextlib.contextmanager
+def logged_to_stdout() -> Iterator[None]:
+    """Show messages on standard output within the block, as `log_to_stdout` does."""
+    handlers, level = list(logger.handlers), logger.level
+    log_to_stdout()
+    try:
+        yield
+    finally:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)

@@ -447,6 +447,7 @@ ADDRESSES = [
     f"http://user:{SECRET}@",
     f"http://host/ {SECRET}",
     f"http://[{SECRET}/",
+    f"http://xn--/{SECRET} ",
 ]
 
 

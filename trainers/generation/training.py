@@ -32,7 +32,7 @@ class StageThreeSettings:
             there before it stops.
         pull, classifier_steps, classifier_batch, classifier_lr, classifier_anneal, log_prior: see
             `classifier.fit_rows`.
-        calibrate: balance base against new classes on pseudo-new ones, see `rehearsal.calibrate`.
+        calibrate: balance base against new classes on pseudo-new ones, see `calibrated_stacking.calibrate`.
     """
 
     name: str = "closed_form"

@@ -47,7 +47,7 @@ def exchange(
         url: http:// or https:// address.
         content: body of a POST, or None for a GET.
         headers: beyond those of the protocol.
-        seconds: time for the whole exchange.
+        seconds: time for the whole exchange, apart from the resolution of the host name.
         max_bytes: where to stop reading the body of a reply with a status of success; of others at most
             `MAX_ERROR_BYTES` are read, as far as they arrive.
         ssl_context: for https.

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import torch
 from torch import Tensor
 
@@ -49,9 +50,8 @@ def check_address(url: str) -> None:
     """
     try:
         parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and parts.hostname and (parts.port or 1) > 0
-        (parts.hostname or "").encode("idna")
-    except ValueError:
+        valid = parts.scheme in ("http", "https") and (parts.port or 1) > 0 and bool(httpx.URL(url).host)
+    except (ValueError, httpx.InvalidURL):
         valid = False
     if not valid or UNPRINTABLE.search(url) or " " in url:
         raise UserError("a teacher's address starts with http:// or https:// and names a host")

@@ -61,21 +61,37 @@ def simulate(
 
 
 def simulate_moments(weight: Tensor, text: Tensor, kappa: Tensor, options: RecoverySettings) -> Tensor:
-    """`simulate` with its expected loss: for rows D = mu - w and E[x x^T] = a I + b mu_c mu_c^T,
+    """Learn prototypes (C, d) as `simulate` does, by the expected loss in place of draws.
 
-    E (cos(x, mu_k) - cos(x, w_k))^2 = a |D_k|^2 + b (D_k.mu_c)^2, averaged over drawn class c and row k.
+    Args:
+        weight: (C, d) the teacher's class weights.
+        text: (C, d) L2-normalized text embeddings, where the prototypes start.
+        kappa: (C,) concentrations.
+        options: epochs and learning rate.
     """
     a, b = (t.float() for t in VonMisesFisher(text, kappa).second_moment)
     weight = unit(weight)
     mu = nn.Parameter(text.clone())
-
-    def loss() -> Tensor:
-        unit = F.normalize(mu, dim=1)
-        difference = unit - weight
-        return a.mean() * difference.square().sum(1).mean() + (b[:, None] * (unit @ difference.T) ** 2).mean()
-
-    _descend([mu], loss, options)
+    _descend([mu], lambda: expected_loss(F.normalize(mu, dim=1), weight, a, b), options)
     return F.normalize(mu.detach(), dim=1)
+
+
+def expected_loss(mu: Tensor, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Return the simulator's expected loss over draws x of all classes.
+
+    With D = mu - w and E[x x^T] = a I + b mu_c mu_c^T,
+
+        E (cos(x, mu_k) - cos(x, w_k))^2 = a |D_k|^2 + b (D_k.mu_c)^2,
+
+    averaged over the drawn class c and the prototype k.
+
+    Args:
+        mu: (C, d) unit prototypes.
+        weight: (C, d) unit class weights of the teacher.
+        a, b: (C,) second moments of the draws.
+    """
+    difference = mu - weight
+    return a.mean() * difference.square().sum(1).mean() + (b[:, None] * (mu @ difference.T) ** 2).mean()
 
 
 def _descend(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -144,6 +146,14 @@ class VirtualClasses:
             if values[name] is not None:
                 values[name] = values[name][order]
         return VirtualClasses(**values | {"classnames": list(classnames)})
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the distributions and class weights, in hexadecimal."""
+        made = hashlib.sha256(json.dumps(self.classnames).encode())
+        for tensor in (self.mu, self.kappa, self.weight, self.bias):
+            if tensor is not None:
+                made.update(tensor.cpu().contiguous().numpy().tobytes())
+        return made.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all but the geometry, which has a file of its own."""
