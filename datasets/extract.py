@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,6 +11,7 @@ from dassl.data.datasets import DATASET_REGISTRY
 
 from dfzsl.configs import dataset_config
 from dfzsl.io.tensors import save_tensors
+from dfzsl.utils import distributed
 from dfzsl.utils.errors import UserError
 
 from .base import ClassDataset
@@ -71,27 +69,5 @@ def extract(
         "weights": backbone.weights_id,
         "template": dataset.template,
     }
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if distributed.mine() == 0:
         save_tensors(output, tensors, about)
-
-
-@contextlib.contextmanager
-def joined_ranks(device: str) -> Iterator[tuple[int, str]]:
-    """Join the processes that torchrun started, if it did; yield this one's rank and its device."""
-    if "WORLD_SIZE" not in os.environ:
-        yield 0, device
-        return
-    # Gloo: ranks only wait for each other, and the slowest may need hours.
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    try:
-        own_device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
-        yield torch.distributed.get_rank(), own_device
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    from dfzsl.cli.experiments import extract as command
-    from dfzsl.cli.main import run
-
-    run(command)

@@ -123,7 +123,7 @@ MODULES = {
     "dfzsl.launch": experiments.launch,
     "dfzsl.report": experiments.report,
     "dfzsl.prepare": experiments.prepare,
-    "dfzsl.datasets.extract": experiments.extract,
+    "dfzsl": cli.main,
 }
 SCRIPTS = {"data/prepare.py": "DATASET", "dfzsl/pictures.py": "RUN", "dfzsl/predict.py": "IMAGE"}
 SCRIPTS |= {f"shapes/{name}.py": "OPTIONS" for name in ("measure", "train_clip", "train_vit")}

@@ -45,7 +45,7 @@ ELSEWHERE = {"trainers/feature_adapter.py", "parse_test_res.py"}
 MODULES = {
     "dfzsl.launch": experiments.launch,
     "dfzsl.report": experiments.report,
-    "dfzsl.datasets.extract": experiments.extract,
+    "dfzsl": cli.main,
     "dfzsl.prepare": experiments.prepare,
 }
 

@@ -351,21 +351,22 @@ def extract(
 
     DATA is a data set's config (dtd, awa2, ...), folder:PATH or csv:PATH; `features:FILE` then stands for it.
     The feature cache keeps finished parts, so the same command resumes. The ranks of torchrun share the
-    images.
+    images (torchrun ... -m dfzsl extract).
 
     \b
     Example:
       dfzsl extract dtd --root data --backbone ViT-B-16 --output dtd.safetensors
     """
     from dfzsl.datasets.extract import extract as extract_features
-    from dfzsl.datasets.extract import joined_ranks, open_dataset
+    from dfzsl.datasets.extract import open_dataset
     from dfzsl.trainers.clip.loading import load_backbone
+    from dfzsl.utils import distributed
 
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: a feature file ends in .safetensors")
     dataset = open_dataset(data, root)
-    with joined_ranks(resolve_device(device)) as (rank, own_device):
-        encoder = load_backbone(backbone, weights, own_device, precision)
-        extract_features(dataset, encoder, output, batch_size, workers, own_device, cache)
-    if rank == 0:
+    with distributed.joined():  # only the first rank prints
+        device = resolve_device(device)
+        encoder = load_backbone(backbone, weights, device, precision)
+        extract_features(dataset, encoder, output, batch_size, workers, device, cache)
         click.echo(f"{output}: {len(dataset.test)} test images, {len(dataset.all_classnames)} classes")

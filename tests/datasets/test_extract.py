@@ -149,7 +149,7 @@ def test_two_ranks_share_the_images(tmp_path):
 
 def command(*words: str, launcher: Sequence[str] = ()) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *launcher, "-m", "dfzsl.datasets.extract", *words],
+        [sys.executable, *launcher, "-m", "dfzsl", "extract", *words],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
