@@ -18,7 +18,7 @@ from tabulate import tabulate
 from dfzsl.trainers.clip.aligned_text import AlignedText
 from dfzsl.trainers.generation.generate import generate
 from dfzsl.trainers.generation.generators import build_generator
-from dfzsl.trainers.generation.training import StageThreeSettings
+from dfzsl.trainers.generation.training import GenerationSettings
 from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import Teacher
@@ -55,7 +55,7 @@ def main() -> None:
         generate(
             virtual,
             AlignedText(text[:BASE].to(args.device), text[BASE:].to(args.device), names[BASE:]),
-            settings=StageThreeSettings(**settings),  # type: ignore[arg-type]
+            settings=GenerationSettings(**settings),  # type: ignore[arg-type]
             generator=generator,
         )
 

@@ -29,10 +29,10 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor
 
-from dfzsl.client.measure import geometry_of
+from dfzsl.client.measure import measure_encoder
 from dfzsl.trainers.clip.aligned_text import AlignedText
 from dfzsl.trainers.generation.generate import generate
-from dfzsl.trainers.recovery.feature_statistics import Geometry
+from dfzsl.trainers.recovery.feature_statistics import FeatureStatistics
 from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
@@ -166,7 +166,9 @@ def fixed_scores(task: Task, teacher: Teacher) -> dict[str, Tensor]:
     return dict(zip(BASELINES, [by_text, teacher.logits(task.x_test), *mixed], strict=True))
 
 
-def run(task: Task, teacher: Teacher, geometry: Geometry | None) -> dict[str, tuple[float, float, float]]:
+def run(
+    task: Task, teacher: Teacher, geometry: FeatureStatistics | None
+) -> dict[str, tuple[float, float, float]]:
     """(base, new, GZSL's H) of every baseline and of DFZSL."""
     text, base = task.text, task.base
     new = task.x_test @ text[base:].T
@@ -190,11 +192,11 @@ def run(task: Task, teacher: Teacher, geometry: Geometry | None) -> dict[str, tu
     return table
 
 
-def read_geometry(files: list[Path]) -> Geometry | None:
+def read_geometry(files: list[Path]) -> FeatureStatistics | None:
     """From a geometry file, or measured on feature files of other pictures."""
     if not files:
         return None
-    return Geometry.load(files[0]) if files[0].suffix == ".safetensors" else geometry_of(files)
+    return FeatureStatistics.load(files[0]) if files[0].suffix == ".safetensors" else measure_encoder(files)
 
 
 def cells(paths: list[Path], splits: int, kinds: list[str]) -> Iterator[tuple[str, int, str, Task, Teacher]]:

@@ -22,9 +22,9 @@ from dfzsl.trainers.recovery import vmf
 from dfzsl.trainers.recovery.class_directions import (
     class_directions,
     common_direction,
-    cone_of,
-    geometry_concentration,
+    estimate_class_mean_cosine,
     paper_concentration,
+    typical_concentration,
 )
 from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.oracle import Oracle
@@ -160,8 +160,8 @@ def concentration_table(sets: list[RealSet]) -> str:
     for data in sets:
         true, d = float(data.kappa.median()), data.text.shape[1]
         others = [other.coherence for other in sets if other is not data]
-        left_out = geometry_concentration(d, float(np.mean(others)))
-        shipped = geometry_concentration(d)
+        left_out = typical_concentration(d, float(np.mean(others)))
+        shipped = typical_concentration(d)
         rule = paper_concentration(data.text)
         spread = float(data.kappa.log().std())
         table.append(
@@ -191,7 +191,7 @@ def directions_table(sets: list[RealSet]) -> str:
         estimates = {
             "text": data.text,
             "teacher's rows": weight,
-            "geometry (shipped)": class_directions(weight, neutral, cone_of(data.text)),
+            "geometry (shipped)": class_directions(weight, neutral, estimate_class_mean_cosine(data.text)),
             "geometry, cone left out": class_directions(weight, neutral, cone),
             "geometry, image cone of the other sets": class_directions(weight, elsewhere, cone),
             "geometry, own image cone (oracle)": class_directions(weight, data.common, data.cone),

@@ -20,12 +20,12 @@ from tabulate import tabulate
 import dfzsl
 from dfzsl.datasets.encoding import encode_datums
 from dfzsl.datasets.extract import open_dataset
-from dfzsl.datasets.labeled_images import Labelled
+from dfzsl.datasets.labeled_images import LabeledFeatures
 from dfzsl.datasets.shapes.captions import caption
 from dfzsl.datasets.shapes.world import classes
 from dfzsl.io.results import harmonic_mean
+from dfzsl.trainers.clip.class_prompts import ClassPrompts
 from dfzsl.trainers.clip.loading import load_backbone
-from dfzsl.trainers.clip.texts import ClassTexts
 from dfzsl.trainers.generation.classifier import Classifier
 
 
@@ -46,7 +46,7 @@ def main() -> None:
     for part, datums in (("train", dataset.train_x), ("test", dataset.test)):
         x = encode_datums(backbone, datums, backbone.transform, num_workers=0).float()
         labels = torch.tensor([datum.label for datum in datums])
-        found[part] = Labelled(x, labels, names, backbone.identity, [])
+        found[part] = LabeledFeatures(x, labels, names, backbone.identity, [])
     base = found["train"].only(names[:60])
     table = []
     with tempfile.TemporaryDirectory() as folder:
@@ -57,7 +57,7 @@ def main() -> None:
             ("CLIP's 80 templates", "ensemble"),
             (f"{args.sentences} sentences a class", str(said)),
         ):
-            texts = ClassTexts.parse(text)
+            texts = ClassPrompts.parse(text)
             rows = texts.features(backbone, names)
             teacher = dfzsl.fit_teacher(
                 base.features,

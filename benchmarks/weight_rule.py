@@ -30,15 +30,15 @@ from scipy.optimize import minimize
 from tabulate import tabulate
 
 from dfzsl.trainers.generation.closed_form import closed_form
-from dfzsl.trainers.recovery.feature_statistics import Geometry
+from dfzsl.trainers.recovery.feature_statistics import FeatureStatistics
 from dfzsl.trainers.recovery.mixture import (
     PLAIN,
     TEXT_ALREADY,
     WHITENED,
     mix,
-    signs,
     spread_along,
     teacher_rows,
+    text_teacher_statistics,
 )
 from dfzsl.trainers.recovery.teacher import Teacher
 
@@ -61,14 +61,16 @@ class Cell:
     weight: float = 1.0
 
 
-def cell(name: str, task: Task, teacher: Teacher, geometry: Geometry | None, weight: float) -> Cell | None:
+def cell(
+    name: str, task: Task, teacher: Teacher, geometry: FeatureStatistics | None, weight: float
+) -> Cell | None:
     base, new = task.text[: task.base], task.text[task.base :]
     mixture = mix(base, teacher.weight, teacher.bias, geometry=geometry)
     plain = teacher_rows(teacher.weight)[0]
-    near, found, alike = signs(base, plain)
-    if alike > TEXT_ALREADY:
+    nearest_text_cosine, retrieval_accuracy, text_teacher_cosine = text_teacher_statistics(base, plain)
+    if text_teacher_cosine > TEXT_ALREADY:
         return None
-    seen = (-np.log(max(1 - near, 1e-3)), found)
+    seen = (-np.log(max(1 - nearest_text_cosine, 1e-3)), retrieval_accuracy)
     if geometry is not None:
         seen += (-np.log(max(spread_along(plain, geometry), 1e-3)),)
     rows, bias = (mixture.rows - base) / mixture.weight, mixture.bias / mixture.weight
@@ -94,7 +96,7 @@ def parts(path: Path, seed: int = 7) -> Iterator[np.ndarray]:
         yield rng.permutation(nearest)
 
 
-def cells(paths: list[Path], splits: int, geometry: Geometry | None) -> Iterator[Cell]:
+def cells(paths: list[Path], splits: int, geometry: FeatureStatistics | None) -> Iterator[Cell]:
     for path in paths:
         tasks = [(Task(path, split), KINDS, 1.0) for split in range(splits + 1)]
         tasks += [(Task(path, 0, order), PARTS, PART_WEIGHT) for order in parts(path)]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from dassl.data.datasets import DatasetBase, Datum
 
-from dfzsl.io.class_names import checked_names
+from dfzsl.io.class_names import check_class_names
 from dfzsl.io.files import read_json
 from dfzsl.safe_pickle import PLAIN, Inert, Unpickler
 from dfzsl.utils.dassl_plugin import add_keys
@@ -176,7 +176,7 @@ def check(split: Split, place: str) -> None:
         raise UserError(
             f"{place}: label {stray[0]} has no class name (labels count from 0 to {len(names) - 1})"
         )
-    for label, name in enumerate(checked_names(names, place)):
+    for label, name in enumerate(check_class_names(names, place)):
         if label not in seen:
             raise UserError(f"{place}: class '{name}' is in the split but has no image")
         if trained and label not in trained and label not in new:

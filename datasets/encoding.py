@@ -286,14 +286,16 @@ def _encode(
     n = len(paths)
     parts = _parts(whole, n)
     mine = [
-        start for start in list(parts)[distributed.mine() :: distributed.count()] if not parts[start].exists()
+        start
+        for start in list(parts)[distributed.rank() :: distributed.world_size()]
+        if not parts[start].exists()
     ]
     batches = {start: torch.arange(start, min(start + PART, n)).split(batch_size) for start in mine}
     todo = [batch for start in mine for batch in batches[start]]
     left = sum(map(len, todo))
     with (
         contextlib.closing(_pictures(paths, transform, todo, num_workers, device)) as pictures,
-        tqdm(total=n, initial=n - left, unit="img", desc="encode", disable=distributed.mine() > 0) as bar,
+        tqdm(total=n, initial=n - left, unit="img", desc="encode", disable=distributed.rank() > 0) as bar,
     ):
         for start in mine:
             features = []
@@ -305,8 +307,8 @@ def _encode(
                 bar.update(len(batch))
             # One transfer a part: waiting for every batch would leave the device idle between them.
             save_tensors(parts[start], {"features": torch.cat(features).half()}, {"kind": "part"})
-    distributed.wait()
-    if distributed.mine() == 0 and not whole.exists():
+    distributed.barrier()
+    if distributed.rank() == 0 and not whole.exists():
         try:
             joined = torch.cat(
                 [_part(part, "part", (min(PART, n - start), backbone.dim)) for start, part in parts.items()]
@@ -317,4 +319,4 @@ def _encode(
         else:
             about = {"kind": "image features", "backbone": backbone.name, "weights": backbone.weights_id}
             save_tensors(whole, {"features": joined}, about)
-    distributed.wait()
+    distributed.barrier()

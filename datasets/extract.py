@@ -69,5 +69,5 @@ def extract(
         "weights": backbone.weights_id,
         "template": dataset.template,
     }
-    if distributed.mine() == 0:
+    if distributed.rank() == 0:
         save_tensors(output, tensors, about)

@@ -14,7 +14,7 @@ import torch
 from dassl.data.datasets import DATASET_REGISTRY, Datum
 from safetensors import SafetensorError, safe_open
 
-from dfzsl.io.class_names import checked_names
+from dfzsl.io.class_names import check_class_names
 from dfzsl.io.tensors import NUMBERS
 from dfzsl.io.untrusted.archives import npz_names, read_npz_array
 from dfzsl.utils.dassl_plugin import register
@@ -58,7 +58,7 @@ class Features(ClassDataset):
     def read(self) -> Split:
         path = self.dataset_dir
         arrays, about = open_features(path)
-        classnames = checked_names(about.get("classnames"), path)
+        classnames = check_class_names(about.get("classnames"), path)
         if not classnames:
             raise UserError(f"{path}: it names no class")
         self.backbone_id, self.weights_id = about.get("backbone"), about.get("weights")

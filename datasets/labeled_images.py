@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfzsl.io.class_names import checked_names
+from dfzsl.io.class_names import check_class_names
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.progress import bar, hidden
 
@@ -23,7 +23,7 @@ HOW = "name a folder that holds a folder of pictures for each class, or a featur
 
 
 @dataclass(repr=False)
-class Labelled:
+class LabeledFeatures:
     """Unit features (n, d) with labels (n,) into `classnames`.
 
     `backbone` is whose features they are, where that is known; `wrong` says what is wrong with the pictures
@@ -44,7 +44,7 @@ class Labelled:
         of = self.backbone or "an unknown encoder"
         return f"Labelled({n:,} features of {len(self.classnames)} classes, d = {d}, {of})"
 
-    def only(self, classnames: Sequence[str]) -> Labelled:
+    def only(self, classnames: Sequence[str]) -> LabeledFeatures:
         """These classes alone, in this order. Raises UserError for one that is not there."""
         place = {name: label for label, name in enumerate(self.classnames)}
         if missing := [name for name in classnames if name not in place]:
@@ -60,7 +60,7 @@ class Labelled:
         )
 
 
-def read_labelled(
+def read_labeled_features(
     data: str | os.PathLike[str],
     open_backbone: Callable[[], Any],
     parts: Sequence[str] = ("test",),
@@ -69,7 +69,7 @@ def read_labelled(
     num_workers: int = 4,
     device: str | torch.device = "cpu",
     quiet: bool = True,
-) -> Labelled:
+) -> LabeledFeatures:
     """A folder of class folders, or of a feature file (datasets/features.py) the named parts.
 
     Class folders are named like their classes, or a file classnames.txt of lines "folder name" says how.
@@ -92,7 +92,7 @@ def read_labelled(
         raise UserError(f"{path}: no picture could be read ({wrong[0]})")
     classnames = list(dict.fromkeys(names))
     labels = torch.tensor([classnames.index(name) for name in good])
-    return Labelled(torch.cat(features), labels, classnames, backbone.identity, wrong)
+    return LabeledFeatures(torch.cat(features), labels, classnames, backbone.identity, wrong)
 
 
 def _pictures(folder: str) -> tuple[list[str], list[str]]:
@@ -110,13 +110,13 @@ def _pictures(folder: str) -> tuple[list[str], list[str]]:
     return list(files), list(names)
 
 
-def _features(path: str, parts: Sequence[str]) -> Labelled:
+def _features(path: str, parts: Sequence[str]) -> LabeledFeatures:
     arrays, about = open_features(path)
     there = [part for part in parts if f"x_{part}" in arrays and f"y_{part}" in arrays]
     if not there or not about.get("classnames"):
         wanted = " or ".join(f"x_{part}, y_{part}" for part in parts)
         raise UserError(f"{path}: it has no labelled features ({wanted}, classnames)")
-    names = checked_names(about["classnames"], path)
+    names = check_class_names(about["classnames"], path)
     rows, labels = [], []
     for part in there:
         rows.append(unit_rows(arrays[f"x_{part}"](), f"{path}: x_{part}"))
@@ -131,4 +131,4 @@ def _features(path: str, parts: Sequence[str]) -> Labelled:
         if text.shape != (len(names), rows[0].shape[1]):
             raise UserError(f"{path}: its text must be a row of {rows[0].shape[1]} numbers for each class")
         template = str(about.get("template") or ClassDataset.template)
-    return Labelled(torch.cat(rows), torch.cat(labels), names, identity, [], text, template)
+    return LabeledFeatures(torch.cat(rows), torch.cat(labels), names, identity, [], text, template)

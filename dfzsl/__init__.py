@@ -35,7 +35,7 @@ _PUBLIC = {
     "fit_teacher": "trainers.recovery.teacher:fit_teacher",
     "load_classifier": "trainers.generation.classifier:Classifier.load",
     "load_teacher": "trainers.recovery.teacher:Teacher.load",
-    "measure_geometry": "trainers.recovery.feature_statistics:measure_geometry",
+    "measure_feature_statistics": "trainers.recovery.feature_statistics:measure_feature_statistics",
     "open_oracle": "trainers.recovery.open_oracle:open_oracle",
     "recover": "trainers.recovery.recover:recover",
 }

@@ -15,7 +15,7 @@ from dassl.utils import set_random_seed, setup_logger
 from yacs.config import CfgNode
 
 import dfzsl.datasets  # noqa: F401
-from dfzsl.io.run_directory import Folder
+from dfzsl.io.run_directory import RunDirectory
 from dfzsl.io.untrusted.yaml_reader import read_yaml
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.recovery.remote_oracle import check_address, is_address
@@ -128,24 +128,24 @@ def check(cfg) -> None:
         )
 
 
-@distributed.joined()
+@distributed.process_group()
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one experiment, on the processes that torchrun started. Raises UserError for a user's mistake."""
     args = parser().parse_args(argv)
     cfg = setup_cfg(args)
     check(cfg)
-    folder = Folder(cfg)
+    folder = RunDirectory(cfg)
     if cfg.SEED >= 0:
         set_random_seed(cfg.SEED)
-    elif distributed.count() > 1:
+    elif distributed.world_size() > 1:
         raise UserError("several processes need a --seed, to draw the same batches")
-    with folder.held() if distributed.mine() == 0 else contextlib.nullcontext():
+    with folder.held() if distributed.rank() == 0 else contextlib.nullcontext():
         _run(args, cfg, folder)
 
 
-def _run(args: argparse.Namespace, cfg: CfgNode, folder: Folder) -> None:
+def _run(args: argparse.Namespace, cfg: CfgNode, folder: RunDirectory) -> None:
     log_to_stdout()
-    if distributed.mine() == 0:
+    if distributed.rank() == 0:
         setup_logger(cfg.OUTPUT_DIR)
     print(
         f"Setting fixed seed: {cfg.SEED}" if cfg.SEED >= 0 else "No seed is set: this run cannot be repeated"
@@ -155,7 +155,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode, folder: Folder) -> None:
     if args.eval_only:
         trainer.load_model(args.model_dir, epoch=args.load_epoch)
     if not isinstance(trainer, CLIPTrainer):  # which does it when all is read
-        folder.claim()
+        folder.write_config()
     if args.eval_only:
         trainer.test()
     elif not args.no_train:

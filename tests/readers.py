@@ -28,10 +28,10 @@ from dassl.utils import load_checkpoint
 from PIL import Image
 
 from dfzsl import report, train
-from dfzsl.client.measure import geometry_of
+from dfzsl.client.measure import measure_encoder
 from dfzsl.datasets import encoding
 from dfzsl.datasets.base import read_fewshot, read_split
-from dfzsl.datasets.labeled_images import read_labelled
+from dfzsl.datasets.labeled_images import read_labeled_features
 from dfzsl.io import run_directory
 from dfzsl.io.file_summary import card
 from dfzsl.io.tensors import save_tensors
@@ -40,13 +40,13 @@ from dfzsl.owner.server.config import ServerConfig
 from dfzsl.owner.server.protocol import parse_queries
 from dfzsl.owner.server.refusal import Refusal
 from dfzsl.prepare import fetch
+from dfzsl.trainers.clip.class_prompts import ClassPrompts
 from dfzsl.trainers.clip.loading import _read_state
-from dfzsl.trainers.clip.texts import ClassTexts
 from dfzsl.trainers.generation.classifier import Classifier
-from dfzsl.trainers.recovery.feature_statistics import Geometry, measure_geometry
+from dfzsl.trainers.recovery.feature_statistics import FeatureStatistics, measure_feature_statistics
 from dfzsl.trainers.recovery.remote_oracle import HTTPTeacher
 from dfzsl.trainers.recovery.teacher import Teacher
-from dfzsl.trainers.recovery.teacher_card import Card
+from dfzsl.trainers.recovery.teacher_card import TeacherCard
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.utils import errors
 from dfzsl.utils.errors import UserError
@@ -63,7 +63,7 @@ def build(name: str, root: Path, **keys: object) -> Any:
 
 
 def teacher(folder: Path) -> tuple[Path, Callable]:
-    card = Card([5, 6, 7], 3.0, 0.5, {"text": 50.0, "teacher": 60.0, "mixture": 70.0}, 0.8, 0.5)
+    card = TeacherCard([5, 6, 7], 3.0, 0.5, {"text": 50.0, "teacher": 60.0, "mixture": 70.0}, 0.8, 0.5)
     Teacher(torch.randn(3, 8), NAMES, "b", card=card).save(folder / "t.safetensors")
     return folder / "t.safetensors", lambda path: (t := Teacher.load(path)).logits(
         torch.ones(2, t.weight.shape[1])
@@ -234,14 +234,16 @@ def text_of(name: str, content: str | bytes, load: Callable[[Path], object]) -> 
 
 
 def geometry(folder: Path) -> tuple[Path, Callable]:
-    measure_geometry(torch.randn(120, 4), torch.arange(120) % 3, backbone="b").save(folder / "g.safetensors")
-    return folder / "g.safetensors", Geometry.load
+    measure_feature_statistics(torch.randn(120, 4), torch.arange(120) % 3, backbone="b").save(
+        folder / "g.safetensors"
+    )
+    return folder / "g.safetensors", FeatureStatistics.load
 
 
 def pictures_measured(folder: Path) -> tuple[Path, Callable]:
     x = np.random.default_rng(0).normal(size=(120, 4)).astype("float32")
     np.savez(folder / "x.npz", x=x, y=np.arange(120) % 3)
-    return folder / "x.npz", lambda path: geometry_of([path])
+    return folder / "x.npz", lambda path: measure_encoder([path])
 
 
 def labelled(folder: Path) -> tuple[Path, Callable]:
@@ -253,13 +255,13 @@ def labelled_tensors(folder: Path) -> tuple[Path, Callable]:
 
 
 def read_parts(path: Path) -> None:
-    read_labelled(path, lambda: None, ("train", "test"))
+    read_labeled_features(path, lambda: None, ("train", "test"))
 
 
 def tensors_measured(folder: Path) -> tuple[Path, Callable]:
     tensors = {"x": torch.randn(120, 4), "y": torch.arange(120) % 3}
     save_tensors(folder / "x.safetensors", tensors, {"backbone": "b"})
-    return folder / "x.safetensors", lambda path: geometry_of([path])
+    return folder / "x.safetensors", lambda path: measure_encoder([path])
 
 
 def shown(folder: Path) -> tuple[Path, Callable]:
@@ -315,7 +317,7 @@ def names_of_classes(kind: str) -> Callable[[Path], tuple[Path, Callable]]:
 
 def sentences(folder: Path) -> tuple[Path, Callable]:
     content = json.dumps({name: [f"a {name} on grass.", f"a small {name}."] for name in NAMES})
-    return text_of("prompts.json", content, lambda path: ClassTexts.parse(str(path)))(folder)
+    return text_of("prompts.json", content, lambda path: ClassPrompts.parse(str(path)))(folder)
 
 
 def aircraft(folder: Path) -> tuple[Path, Callable]:

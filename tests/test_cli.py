@@ -26,7 +26,7 @@ from dfzsl import train
 from dfzsl.cli import experiments
 from dfzsl.cli import main as cli
 from dfzsl.configs import CONFIGS
-from dfzsl.datasets.labeled_images import Labelled
+from dfzsl.datasets.labeled_images import LabeledFeatures
 from dfzsl.io.class_names import read_classnames
 from dfzsl.launch.runs import PROTOCOLS
 from dfzsl.report import FORMATS
@@ -350,7 +350,9 @@ class TestEvaluate:
         np.savez(tmp_path / "f.npz", x_test=x.numpy(), y_test=labels, classnames=names)
         result = dfzsl.evaluate(known, tmp_path / "f.npz")
         assert (result.base, result.new, result.h) == (100, 100, 100)
-        only = dfzsl.evaluate(known, Labelled(x[:2], torch.zeros(2, dtype=torch.long), ["red star"], "", []))
+        only = dfzsl.evaluate(
+            known, LabeledFeatures(x[:2], torch.zeros(2, dtype=torch.long), ["red star"], "", [])
+        )
         assert only.base == 100 and np.isnan(only.new) and "-" in only.table()
 
 

@@ -6,7 +6,7 @@ from dassl.engine import TRAINER_REGISTRY
 from dfzsl import train
 from dfzsl.configs import CONFIGS
 from dfzsl.trainers.base import CLIPTrainer
-from dfzsl.trainers.generation.training import StageThreeSettings
+from dfzsl.trainers.generation.training import GenerationSettings
 from dfzsl.trainers.recovery.settings import RecoverySettings
 from dfzsl.utils.errors import UserError
 
@@ -49,7 +49,7 @@ def test_every_shipped_config_merges_and_says_what_its_trainer_can_take(path):
     assert trainer in TRAINER_REGISTRY.registered_names()
     cfg = merged("--config-file", str(path), "--trainer", trainer)
     RecoverySettings(**{key.lower(): value for key, value in cfg.RECOVERY.items()})
-    StageThreeSettings(**{key.lower(): value for key, value in cfg.GENERATOR.items()})
+    GenerationSettings(**{key.lower(): value for key, value in cfg.GENERATOR.items()})
 
 
 def test_every_trainer_has_the_recipe_it_names():

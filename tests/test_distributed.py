@@ -82,7 +82,7 @@ RUNS = """
 import json, sys
 from dfzsl import train
 from dfzsl.utils import distributed
-with distributed.joined():
+with distributed.process_group():
     for words in json.loads(sys.argv[1]):
         train.main(words)
 """
@@ -123,7 +123,7 @@ from dfzsl.utils import distributed
 from dfzsl.trainers.coop import CoOp
 step = CoOp.step
 def dies(self, features, label):
-    if distributed.mine() == 1 and self.epoch == 1:
+    if distributed.rank() == 1 and self.epoch == 1:
         {how}
     return step(self, features, label)
 CoOp.step = dies
@@ -155,7 +155,7 @@ WAITS = """
 import os, sys, time
 from pathlib import Path
 from dfzsl.utils import distributed
-with distributed.joined():
+with distributed.process_group():
     Path(sys.argv[1], str(os.getpid())).touch()
     time.sleep(600)
 """

@@ -17,7 +17,7 @@ from dfzsl.launch.forecast import forecast, longest_first
 from dfzsl.launch.runs import Data, Job, Method
 from dfzsl.launch.workers import locked
 from dfzsl.trainers.base import CLIPTrainer
-from dfzsl.trainers.generation.training import StageThreeSettings
+from dfzsl.trainers.generation.training import GenerationSettings
 from dfzsl.trainers.recovery.settings import RecoverySettings
 from dfzsl.utils.errors import UserError
 
@@ -117,7 +117,7 @@ def test_every_variant_is_a_run_of_its_own_with_settings_that_exist(variant, tmp
     assert f"+{variant}" in str(folder)
     cfg = train.setup_cfg(train.parser().parse_args(arguments))
     RecoverySettings(**{key.lower(): value for key, value in cfg.RECOVERY.items()})
-    StageThreeSettings(**{key.lower(): value for key, value in cfg.GENERATOR.items()})
+    GenerationSettings(**{key.lower(): value for key, value in cfg.GENERATOR.items()})
 
 
 def test_a_data_set_that_brings_its_backbone_keeps_it():

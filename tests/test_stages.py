@@ -11,9 +11,9 @@ import torch
 from conftest import CLASSES, unit
 
 import dfzsl
-from dfzsl.datasets.class_names import ClassNames
+from dfzsl.datasets.names_only import ClassNames
 from dfzsl.trainers.clip.loading import BUILT_IN_FOLDER, load_backbone
-from dfzsl.trainers.recovery.feature_statistics import Geometry
+from dfzsl.trainers.recovery.feature_statistics import FeatureStatistics
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.utils.errors import UserError
 
@@ -38,7 +38,7 @@ def teacher(backbone) -> Teacher:
 def test_stages_by_hand_equal_build(teacher, backbone, level):
     built = dfzsl.build(teacher, NEW, access=level, seed=3, settings=QUICK)
 
-    statistics = Geometry.load(BUILT_IN_FOLDER / "geometry.safetensors")
+    statistics = FeatureStatistics.load(BUILT_IN_FOLDER / "geometry.safetensors")
     text = [backbone.class_features(names, [ClassNames.template]) for names in (BASE, NEW)]
     virtual = dfzsl.recover(
         dfzsl.open_oracle(teacher, level),

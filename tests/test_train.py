@@ -13,7 +13,7 @@ from dassl.config import get_cfg_default
 
 from dfzsl import train
 from dfzsl.io.results import read_results
-from dfzsl.io.run_directory import Folder
+from dfzsl.io.run_directory import RunDirectory
 from dfzsl.utils.errors import UserError
 
 CONFIGS = ROOT / "configs"
@@ -166,7 +166,7 @@ def test_config_and_log_open_with_what_differs_from_the_defaults(feature_file, t
 def test_a_value_of_several_lines_changes_no_other(tmp_path):
     cfg = get_cfg_default()
     cfg.OUTPUT_DIR, cfg.INPUT.INTERPOLATION = str(tmp_path), "bicubic\nSEED: 7"
-    Folder(cfg).claim()
+    RunDirectory(cfg).write_config()
     written = yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8"))
     assert written["SEED"] == cfg.SEED and written["INPUT"]["INTERPOLATION"] == cfg.INPUT.INTERPOLATION
-    Folder(cfg)
+    RunDirectory(cfg)

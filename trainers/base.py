@@ -21,23 +21,23 @@ from dassl.engine import TrainerX
 from dassl.utils import load_checkpoint
 from tqdm import tqdm
 
-from dfzsl.datasets.class_names import ClassNames
 from dfzsl.datasets.encoding import checksum, encode_datums
 from dfzsl.datasets.features import FeatureDatum
 from dfzsl.datasets.loader import FeatureLoader
+from dfzsl.datasets.names_only import ClassNames
 from dfzsl.datasets.virtual_features import DataFreeManager, VirtualLoader
-from dfzsl.io.files import digest, naming, read_json, write_json
+from dfzsl.io.files import digest, read_json, with_filename, write_json
 from dfzsl.io.results import RESULTS, peak_memory, per_class_counts, write_results
-from dfzsl.io.run_directory import Folder
+from dfzsl.io.run_directory import RunDirectory
 from dfzsl.utils import distributed
 from dfzsl.utils.dassl_plugin import add_keys, keys_of
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.log import log_to_stdout, logger
 
 from .clip.backbone import FeatureBackbone
+from .clip.class_prompts import ClassPrompts
 from .clip.loading import BUILT_IN, BUILT_IN_FOLDER, load_backbone
-from .clip.texts import ClassTexts
-from .recovery.feature_statistics import Geometry
+from .recovery.feature_statistics import FeatureStatistics
 from .recovery.open_oracle import open_oracle
 from .recovery.oracle import Oracle
 from .recovery.recover import recover
@@ -64,7 +64,7 @@ class CLIPTrainer(TrainerX):
         backbone: the frozen model (trainers/clip/backbone.py).
         classnames: names of this run's classes, in label order.
         template: the data set's prompt, such as "a photo of a {}."
-        texts: what is said of a class, TEXT.PROMPTS or else that prompt (trainers/clip/texts.py).
+        texts: what is said of a class, TEXT.PROMPTS or else that prompt (trainers/clip/class_prompts.py).
 
     A run is data-free when `TEACHER.FILE` is set or `virtual` is given: the data set then knows names and
     test images only, and training batches are drawn from the vMF distributions recovered from the teacher
@@ -99,7 +99,7 @@ class CLIPTrainer(TrainerX):
         self.stage_seconds: dict[str, float] = {}
         self.losses: dict[int, float] = {}
         self.queries = 0
-        self.folder = Folder(self.cfg)
+        self.folder = RunDirectory(self.cfg)
         cfg = self.cfg = _for_this_machine(self.cfg)
         backbone_cfg = cfg.MODEL.BACKBONE
         backbone: Any = None
@@ -112,12 +112,12 @@ class CLIPTrainer(TrainerX):
         if backbone is None:
             backbone = _feature_backbone(dataset)
         self.backbone = backbone
-        with distributed.first_alone():
+        with distributed.rank_zero_first():
             test = checksum(dataset, dataset.test)
         self.folder.add({"backbone": backbone.identity, "test data": test})
         self.classnames = list(dataset.classnames)
         self.template = dataset.template
-        self.texts = ClassTexts.parse(cfg.TEXT.PROMPTS, self.template)
+        self.texts = ClassPrompts.parse(cfg.TEXT.PROMPTS, self.template)
         self.num_classes = self.dm.num_classes
         self.num_source_domains = self.dm.num_source_domains
         self.lab2cname = self.dm.lab2cname
@@ -185,7 +185,7 @@ class CLIPTrainer(TrainerX):
                 f"{self.cfg.DATASET.NAME} ({self.cfg.DATASET.SUBSAMPLE_CLASSES}) has test images only; "
                 "test a trained model on it with --eval-only --model-dir"
             )
-        with distributed.first_alone():
+        with distributed.rank_zero_first():
             training = checksum(self.dm.dataset, [*self.dm.dataset.train_x, *self.dm.dataset.val])
         self.folder.add({"training data": training})
 
@@ -194,7 +194,7 @@ class CLIPTrainer(TrainerX):
             self.require_training_images()
         super().before_train()
         self.train_loader_x = self.recover_virtual_features() if self.data_free else self._train_loader()
-        self.folder.claim()
+        self.folder.write_config()
         self.train_started = time.perf_counter()
 
     def before_epoch(self) -> None:
@@ -204,21 +204,21 @@ class CLIPTrainer(TrainerX):
             self.draws.manual_seed(max(self.cfg.SEED, 0) * 1_000_003 + self.epoch + 1)
 
     def write_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
-        with naming(Path(self.output_dir) / "tensorboard"):
+        with with_filename(Path(self.output_dir) / "tensorboard"):
             super().write_scalar(tag, scalar_value, global_step)
         if tag == "train/loss":
             self.losses[self.epoch] = float(scalar_value)  # the epoch's mean so far
 
     def save_model(self, epoch: int, directory: str, *args: Any, **kwargs: Any) -> None:
         # Before the checkpoint: an epoch that is redone finds its loss here and replaces it.
-        if distributed.mine() == 0:
+        if distributed.rank() == 0:
             write_json(Path(directory) / LOSSES, list(self.losses.values()))
             super().save_model(epoch, directory, *args, **kwargs)
-        distributed.wait()
+        distributed.barrier()
 
     def init_writer(self, log_dir: str) -> None:
-        if distributed.mine() == 0:
-            with naming(log_dir):
+        if distributed.rank() == 0:
+            with with_filename(log_dir):
                 super().init_writer(log_dir)
 
     def after_epoch(self) -> None:
@@ -235,12 +235,12 @@ class CLIPTrainer(TrainerX):
             self.folder.add({"virtual classes": self.virtual.digest()})
         else:
             path, geometry = Path(self.cfg.OUTPUT_DIR) / "virtual.safetensors", self.geometry()
-            with distributed.first_alone():
+            with distributed.rank_zero_first():
                 if path.exists():
                     self.virtual = replace(VirtualClasses.load(path), geometry=geometry)
                 else:
                     self.virtual = self.ask_teacher(geometry, settings)
-                    self.folder.claim()
+                    self.folder.write_config()
                     self.virtual.save(path)
         self.virtual = self.virtual.ordered_as(self.classnames)
         self.queries = self.virtual.queries
@@ -254,7 +254,7 @@ class CLIPTrainer(TrainerX):
         self.stage_seconds["recovery"] = time.perf_counter() - started
         return loader
 
-    def ask_teacher(self, geometry: Geometry | None, settings: dict[str, Any]) -> VirtualClasses:
+    def ask_teacher(self, geometry: FeatureStatistics | None, settings: dict[str, Any]) -> VirtualClasses:
         """Recover the base classes from the teacher, by the settings of `RecoverySettings`."""
         oracle = self.oracle
         if oracle.backbone and oracle.backbone != self.backbone.identity:
@@ -265,7 +265,7 @@ class CLIPTrainer(TrainerX):
         if note := self.text_note:
             logger.warning(f"Text: {note}")
         if oracle.journal:  # it is this run's
-            self.folder.claim()
+            self.folder.write_config()
         virtual = recover(
             oracle,
             self.text_of(self.classnames).cpu(),
@@ -275,7 +275,7 @@ class CLIPTrainer(TrainerX):
             geometry=geometry,
             **settings,
         )
-        logger.info(f"Teacher: {virtual.told}")
+        logger.info(f"Teacher: {virtual.summary}")
         return virtual
 
     @property
@@ -286,13 +286,13 @@ class CLIPTrainer(TrainerX):
         card = self.oracle.card
         return card.measured_elsewhere(self.texts.about) if card else ""
 
-    def geometry(self) -> Geometry | None:
+    def geometry(self) -> FeatureStatistics | None:
         """The encoder's geometry that GEOMETRY.FILE names (a file, or the built-in "shapes"), if any."""
         name = self.cfg.GEOMETRY.FILE
         if not name:
             return None
         path = BUILT_IN_FOLDER / "geometry.safetensors" if name == BUILT_IN else Path(name)
-        geometry = Geometry.load(path)
+        geometry = FeatureStatistics.load(path)
         self.folder.add({"geometry": digest(path)})
         if geometry.backbone and geometry.backbone != self.backbone.identity:
             raise UserError(
@@ -375,13 +375,13 @@ class CLIPTrainer(TrainerX):
         results = self.evaluator.evaluate()
         for key, value in results.items():
             self.write_scalar(f"{split}/{key}", value, self.epoch)
-        if split == "test" and distributed.mine() == 0:
+        if split == "test" and distributed.rank() == 0:
             self._write_results(torch.cat(predictions), torch.cat(labels))
         return next(iter(results.values()))
 
     def _write_results(self, predictions: torch.Tensor, labels: torch.Tensor) -> None:
         path = Path(self.cfg.OUTPUT_DIR) / RESULTS
-        self.folder.claim()
+        self.folder.write_config()
         write_results(
             path,
             cfg=self.cfg,

@@ -90,7 +90,7 @@ class CoOp(CLIPTrainer):
 
     def image_features(self, input: Tensor) -> Tensor:
         """Unit features (n, d) of a batch of pictures (n, 3, h, w); features stay as they are."""
-        return distributed.encoded(self.backbone.encode_image, input)
+        return distributed.encode_sharded(self.backbone.encode_image, input)
 
     def step(self, features: Tensor, label: Tensor) -> dict[str, float]:
         """One optimiser step on unit features (n, d) and labels (n,); returns what the log shows."""

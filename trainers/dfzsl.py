@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from dassl.engine import TRAINER_REGISTRY
 
-from dfzsl.io.class_names import checked_names
+from dfzsl.io.class_names import check_class_names
 from dfzsl.utils.dassl_plugin import add_keys, keys_of, register
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.log import logger
@@ -22,10 +22,10 @@ from .clip.aligned_text import AlignedText
 from .flpt import FLPT
 from .generation.classifier import Classifier
 from .generation.generate import generate
-from .generation.training import StageThreeSettings
+from .generation.training import GenerationSettings
 
 add_keys("TRAINER.DFZSL", FLPT=True, NEW_CLASSES=())
-add_keys("GENERATOR", **keys_of(StageThreeSettings))
+add_keys("GENERATOR", **keys_of(GenerationSettings))
 
 CLASSIFIER = "classifier.safetensors"
 
@@ -86,7 +86,7 @@ class DFZSL(FLPT):
         ]
 
     def before_train(self) -> None:
-        checked_names(self.new_classnames, "the new classes", taken=self.classnames)
+        check_class_names(self.new_classnames, "the new classes", taken=self.classnames)
         super().before_train()
 
     @torch.no_grad()
@@ -114,7 +114,7 @@ class DFZSL(FLPT):
         classifier = generate(
             self.virtual,
             self.aligned_text(self.new_classnames),
-            StageThreeSettings(**{key.lower(): value for key, value in self.cfg.GENERATOR.items()}),
+            GenerationSettings(**{key.lower(): value for key, value in self.cfg.GENERATOR.items()}),
             generator=self.stage_generator(),
             folder=self.checkpoints,
         )

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dfzsl.utils.dassl_plugin import add_keys, register
-from dfzsl.utils.numerics import checked
+from dfzsl.utils.numerics import check_unit_rows
 
 from .clip.aligned_text import AlignedText
+from .clip.class_prompts import ClassPrompts
 from .clip.learner import PromptLearner
-from .clip.texts import ClassTexts
 from .coop import CoOp, PromptedCLIP
 
 add_keys("TRAINER.FLPT", N_CTX=4, CTX_INIT="a photo of a", PREC="fp16", RESIDUAL_WEIGHT=0.005)
@@ -56,7 +56,7 @@ class FeatureLanguagePromptLearner(PromptLearner):
 class ShiftedCLIP(PromptedCLIP):
     """Logits of shifted image features, normalised again.
 
-    `beside` (C, d) is added to the text features before they are compared (`ClassTexts.beside`), or None.
+    `beside` (C, d) is added to the text features before they are compared (`ClassPrompts.beside`), or None.
     """
 
     prompt_learner: FeatureLanguagePromptLearner
@@ -86,7 +86,7 @@ class FLPT(CoOp):
         model.beside = self.tuned_texts(learner).beside(self.backbone, self.classnames)
         return model
 
-    def tuned_texts(self, learner: FeatureLanguagePromptLearner) -> ClassTexts:
+    def tuned_texts(self, learner: FeatureLanguagePromptLearner) -> ClassPrompts:
         """What is said of any classes, new ones too, in the tuned context."""
         return replace(self.texts, context=learner.ctx.detach(), words=self.cfg.TRAINER.FLPT.CTX_INIT)
 
@@ -104,7 +104,7 @@ class FLPT(CoOp):
         """Return the result of stage 2 for the base classes of this run and for new classes."""
         self.set_model_mode("eval")
         base, new = (
-            checked(self.text_features(names).detach(), "stage 2 (FLPT)", "tuned text feature", names)
+            check_unit_rows(self.text_features(names).detach(), "stage 2 (FLPT)", "tuned text feature", names)
             if names
             else torch.empty(0, self.backbone.dim, device=self.device)
             for names in (self.classnames, list(new_classnames))

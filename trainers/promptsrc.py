@@ -18,8 +18,8 @@ from dfzsl.utils import distributed
 from dfzsl.utils.dassl_plugin import add_keys, register
 
 from .clip.backbone import Backbone
+from .clip.class_prompts import ENSEMBLE, ClassPrompts
 from .clip.deep import DeepPromptLearner, tokens
-from .clip.texts import ENSEMBLE, ClassTexts
 from .maple import MaPLe
 
 add_keys(
@@ -101,7 +101,7 @@ class PromptSRC(MaPLe):
 
     def build_model(self) -> None:
         super().build_model()
-        texts = ClassTexts.parse(self.cfg.TEXT.PROMPTS or ENSEMBLE)
+        texts = ClassPrompts.parse(self.cfg.TEXT.PROMPTS or ENSEMBLE)
         self.fixed_text = texts.features(self.backbone, self.classnames)
         epochs = torch.arange(1, self.max_epoch + 1, dtype=torch.float64)
         deviations = (epochs - self.settings.GPA_MEAN) / self.settings.GPA_STD
@@ -109,7 +109,7 @@ class PromptSRC(MaPLe):
 
     def forward_backward(self, batch: dict) -> dict[str, float]:
         pictures, _ = self.parse_batch_train(batch)
-        self.fixed_image = distributed.encoded(self.backbone.encode_image, pictures)
+        self.fixed_image = distributed.encode_sharded(self.backbone.encode_image, pictures)
         return super().forward_backward(batch)
 
     def step(self, features: Tensor, label: Tensor) -> dict[str, float]:

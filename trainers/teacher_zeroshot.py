@@ -59,7 +59,7 @@ class TeacherZeroshot(CLIPTrainer):
             )
             if card := self.teacher.card:
                 logger.info(f"The teacher's card: {card}")
-            self.folder.claim()
+            self.folder.write_config()
             self.teacher.save(path)
         self.stage_seconds["teacher"] = time.perf_counter() - started
         self.test()

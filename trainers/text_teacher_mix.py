@@ -9,9 +9,9 @@ from dfzsl.utils.dassl_plugin import add_keys, register
 from dfzsl.utils.errors import UserError
 
 from .base import CLIPTrainer
-from .owner import teacher_weights
 from .recovery.remote_oracle import is_address
 from .recovery.teacher import Teacher
+from .teacher_zeroshot import teacher_weights
 
 add_keys("TRAINER.TEXTTEACHERMIX", TEXT=0.7)
 

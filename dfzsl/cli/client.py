@@ -79,12 +79,12 @@ def add(classifier: Path, new: str, text: str, weights: str, output: Path | None
     """
     from dfzsl.client.encoder import load_encoder
     from dfzsl.io.class_names import read_classnames
-    from dfzsl.trainers.clip.texts import ClassTexts
+    from dfzsl.trainers.clip.class_prompts import ClassPrompts
     from dfzsl.trainers.generation.classifier import Classifier
 
     names, old = read_classnames(new), Classifier.load(classifier)
     backbone = load_encoder(old, weights, source=classifier)
-    extended = old.add(names, backbone, ClassTexts.parse(text) if text else None)
+    extended = old.add(names, backbone, ClassPrompts.parse(text) if text else None)
     extended.save(output or classifier)
     click.echo(f"{output or classifier}: {extended!r}")
 

@@ -365,7 +365,7 @@ def extract(
     if output.suffix != ".safetensors":
         raise UserError(f"--output {output}: a feature file ends in .safetensors")
     dataset = open_dataset(data, root)
-    with distributed.joined():  # only the first rank prints
+    with distributed.process_group():  # only the first rank prints
         device = resolve_device(device)
         encoder = load_backbone(backbone, weights, device, precision)
         extract_features(dataset, encoder, output, batch_size, workers, device, cache)

@@ -41,8 +41,8 @@ def geometry(images: tuple[Path, ...], backbone: str, weights: str, output: Path
     Example:
       dfzsl geometry images/ --backbone ViT-B/16 -o geometry.safetensors
     """
-    from dfzsl.client.measure import geometry_of
+    from dfzsl.client.measure import measure_encoder
 
-    measured = geometry_of(images, backbone, weights)
+    measured = measure_encoder(images, backbone, weights)
     measured.save(output)
     click.echo(f"{output}: {measured}")

@@ -10,7 +10,7 @@ import click
 
 from dfzsl.utils.errors import UserError, cli
 
-from . import client, experiments, files, owner
+from . import client, experiments, inspect_files, owner
 from .options import HELP, OrderedGroup
 
 
@@ -35,7 +35,7 @@ def main(context: click.Context) -> None:
 
 for _command in (
     *(client.build, client.add, client.predict, client.evaluate, client.export),
-    *(files.show, files.geometry, owner.teacher),
+    *(inspect_files.show, inspect_files.geometry, owner.teacher),
     *experiments.launch.commands.values(),
     *(experiments.report, experiments.plot, experiments.prepare, experiments.extract),
 ):

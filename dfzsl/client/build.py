@@ -18,7 +18,7 @@ from dassl.utils import set_random_seed
 from yacs.config import CfgNode
 
 from dfzsl.configs import CONFIGS
-from dfzsl.io.class_names import checked_names
+from dfzsl.io.class_names import check_class_names
 from dfzsl.io.files import digest
 from dfzsl.train import merge, read_config
 from dfzsl.trainers.clip.aligned_text import AlignedText
@@ -61,7 +61,7 @@ def build(
         new_classnames: names of the new classes; none is the name of a base class.
         backbone: open_clip's name of the model whose features the teacher reads; by default the teacher's.
         weights: pretrained tag or file of its weights.
-        text: prompts of the classes, TEXT.PROMPTS (trainers/clip/texts.py).
+        text: prompts of the classes, TEXT.PROMPTS (trainers/clip/class_prompts.py).
         geometry: file of the backbone's feature statistics (dfzsl.measure_geometry); the built-in backbone
             has its own.
         access: what a query returns, TEACHER.ACCESS.
@@ -80,7 +80,7 @@ def build(
     cfg = _read_settings("DFZSL", given, settings, seed)
     # For class names and backbone; the trainer opens its own, which keeps a server's responses in the folder.
     oracle = open_oracle(teacher, cfg.TEACHER.ACCESS)
-    checked_names(new_classnames, "the new classes", taken=oracle.classnames)
+    check_class_names(new_classnames, "the new classes", taken=oracle.classnames)
     _set_backbone(cfg, backbone, weights, oracle.backbone)
     cfg.TRAINER.DFZSL.NEW_CLASSES = tuple(new_classnames)
     with _run(folder, quiet) as run_folder:
@@ -118,7 +118,7 @@ def align(
         UserError: a mistake in the names, the backbone or the settings.
     """
     cfg = _read_settings("FLPT", {"TEXT.PROMPTS": text}, settings, seed)
-    checked_names(new_classnames, "the new classes", taken=virtual.classnames)
+    check_class_names(new_classnames, "the new classes", taken=virtual.classnames)
     _set_backbone(cfg, backbone, weights, virtual.backbone)
     with _run(folder, quiet) as run_folder:
         cfg.OUTPUT_DIR = str(run_folder)

@@ -9,7 +9,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from dfzsl.datasets.labeled_images import Labelled, read_labelled
+from dfzsl.datasets.labeled_images import LabeledFeatures, read_labeled_features
 from dfzsl.io.results import harmonic_mean
 from dfzsl.trainers.clip.backbone import Backbone
 from dfzsl.trainers.generation.classifier import Classifier
@@ -68,7 +68,7 @@ class Evaluation:
 
 def evaluate(
     classifier: Classifier,
-    data: str | os.PathLike[str] | Labelled,
+    data: str | os.PathLike[str] | LabeledFeatures,
     backbone: Backbone | None = None,
     *,
     batch_size: int = 64,
@@ -78,11 +78,11 @@ def evaluate(
 ) -> Evaluation:
     """Try a classifier on labelled pictures or features: a folder by class, or x_test of a feature file.
 
-    See `labeled_images.read_labelled`. Raises UserError for a class that the classifier does
+    See `labeled_images.read_labeled_features`. Raises UserError for a class that the classifier does
     not know, and for data that are none.
     """
-    if not isinstance(data, Labelled):
-        data = read_labelled(
+    if not isinstance(data, LabeledFeatures):
+        data = read_labeled_features(
             data,
             lambda: backbone or load_encoder(classifier, device=device),
             batch_size=batch_size,
@@ -116,7 +116,7 @@ def _measured(classifier: Classifier, x: Tensor, y: Tensor, wrong: list[str]) ->
     return Evaluation(base, new, joint_base, joint_new, confusion.cpu(), names, wrong)
 
 
-def _places(classifier: Classifier, data: Labelled) -> Tensor:
+def _places(classifier: Classifier, data: LabeledFeatures) -> Tensor:
     """The classifier's row of each class of the data that is there. In folders a space may be written _."""
     rows = {name.replace("_", " "): row for row, name in enumerate(classifier.classnames)}
     rows |= {name: row for row, name in enumerate(classifier.classnames)}

@@ -14,13 +14,13 @@ from dfzsl.datasets.base import IMAGES, folders_in, images_in
 from dfzsl.datasets.encoding import encode_files
 from dfzsl.datasets.features import labels_of, open_features, unit_rows
 from dfzsl.trainers.clip.loading import load_backbone
-from dfzsl.trainers.recovery.feature_statistics import Geometry, measure_geometry
+from dfzsl.trainers.recovery.feature_statistics import FeatureStatistics, measure_feature_statistics
 from dfzsl.utils.errors import UserError
 
 
-def geometry_of(
+def measure_encoder(
     sources: Iterable[str | os.PathLike[str]], backbone: str = "", weights: str = "openai"
-) -> Geometry:
+) -> FeatureStatistics:
     """Measure a geometry on images and features.
 
     Args:
@@ -59,7 +59,7 @@ def geometry_of(
         raise UserError("some of the images are labeled and some are not; measure on one kind")
     if len({x.shape[1] for x in features}) > 1:
         raise UserError("the feature files have different dimensions; measure one encoder at a time")
-    return measure_geometry(
+    return measure_feature_statistics(
         torch.cat(features),
         torch.cat(known) if known else None,
         backbone=encoder.identity if encoder else "",

@@ -21,7 +21,7 @@ def read_classnames(source: str) -> list[str]:
             commas.
 
     Raises:
-        UserError: the file is missing or broken, or the names are refused by `checked_names`.
+        UserError: the file is missing or broken, or the names are refused by `check_class_names`.
     """
     if not source.endswith(SUFFIXES) and not os.path.exists(source):
         names = [name.strip() for name in source.split(",")]
@@ -35,10 +35,10 @@ def read_classnames(source: str) -> list[str]:
     names = [name for name in names if name]
     if not names:
         raise UserError(f"{source}: it names no class")
-    return checked_names(names, source)
+    return check_class_names(names, source)
 
 
-def checked_names(names: object, where: object, taken: Iterable[str] = ()) -> list[str]:
+def check_class_names(names: object, where: object, taken: Iterable[str] = ()) -> list[str]:
     """Check class names and return them as a list.
 
     Args:
@@ -48,18 +48,18 @@ def checked_names(names: object, where: object, taken: Iterable[str] = ()) -> li
 
     Raises:
         UserError: `names` is no list of texts; a name is empty, has control characters (logs, tables and
-            terminals would obey them), or is read by the text encoder like another one (`spoken`).
+            terminals would obey them), or is read by the text encoder like another one (`normalize_class_name`).
     """
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{where}: it has no list of class names")
-    base = {spoken(name): name for name in taken}
+    base = {normalize_class_name(name): name for name in taken}
     seen = dict(base)
     for label, name in enumerate(names):
         if UNPRINTABLE.search(name):
             raise UserError(
                 f"{where}: the name of class {label} has characters that cannot be shown: '{name}'"
             )
-        if not (key := spoken(name)):
+        if not (key := normalize_class_name(name)):
             raise UserError(f"{where}: class {label} has no name")
         if key in seen:
             problem = "is a base class already" if key in base else "is the name of two classes"
@@ -69,7 +69,7 @@ def checked_names(names: object, where: object, taken: Iterable[str] = ()) -> li
     return list(names)
 
 
-def spoken(name: str) -> str:
+def normalize_class_name(name: str) -> str:
     """Normalize a class name to what a text encoder reads of it.
 
     Underscores become spaces; case, repeated blanks and the Unicode form of a letter do not matter. Two names

@@ -25,7 +25,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    with naming(target):
+    with with_filename(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         # With the rights that any new file gets here; a writer may put a file with others in its place.
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -50,7 +50,7 @@ def _to_disk(path: Path, flags: int) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+def with_filename(path: str | os.PathLike[str]) -> Iterator[None]:
     """An error of the system in this block says that it is about `path`: of a full disk it says nothing."""
     try:
         yield

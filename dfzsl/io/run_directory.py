@@ -22,7 +22,7 @@ HALF = re.compile(r"\..+\.[0-9a-f]{8}\.tmp|.+\.partial-\d+")  # files that are b
 ROOT = re.compile("(?<=^  ROOT: ).*$", re.MULTILINE)  # of DATASET, in the settings
 
 
-class Folder:
+class RunDirectory:
     """OUTPUT_DIR of one run: its config.yaml holds the settings and, in lines above, what the run is made of.
 
     What the settings change of the defaults stands before them in comments, for a reader; these are not
@@ -72,7 +72,7 @@ class Folder:
                         (place / left).unlink(missing_ok=True)
             yield
 
-    def claim(self) -> None:
+    def write_config(self) -> None:
         """Write config.yaml, when all that the run reads was read: a mistake must not mark the folder."""
         was = read(self.path)[0] if self.path.exists() else {}
         made_of = {**was, **self.made_of}

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from dfzsl.datasets.labeled_images import read_labelled
+from dfzsl.datasets.labeled_images import read_labeled_features
+from dfzsl.trainers.clip.class_prompts import ClassPrompts
 from dfzsl.trainers.clip.loading import load_backbone, parse_identity
-from dfzsl.trainers.clip.texts import ClassTexts
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.utils.errors import UserError
 
@@ -56,7 +56,7 @@ def fit_teacher_on(
     """
     # The encoder is loaded once, and only if the data are images.
     open_backbone = functools.cache(lambda: load_backbone(backbone, weights or "openai", device))
-    data_set = read_labelled(
+    data_set = read_labeled_features(
         data,
         open_backbone,
         ("train", "val"),
@@ -69,10 +69,10 @@ def fit_teacher_on(
         raise UserError(data_set.wrong[0])
     if classnames:
         data_set = data_set.only(classnames)
-    text_features, texts = data_set.text, ClassTexts((data_set.template,) if data_set.template else ())
+    text_features, texts = data_set.text, ClassPrompts((data_set.template,) if data_set.template else ())
     is_folder = os.path.isdir(data)
     if text or is_folder:
-        texts = ClassTexts.parse(text)
+        texts = ClassPrompts.parse(text)
         encoder = open_backbone() if is_folder else load_backbone(*parse_identity(data_set.backbone), device)
         text_features = texts.features(encoder, data_set.classnames).cpu()
     return fit_teacher(

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dfzsl.io.class_names import checked_names
+from dfzsl.io.class_names import check_class_names
 from dfzsl.io.files import read_json, read_text
 from dfzsl.io.untrusted.archives import npz_names, read_npz_array
 from dfzsl.io.untrusted.memory_limited import read_arrays
@@ -178,7 +178,7 @@ def _read_classnames(
     if not isinstance(source, str | os.PathLike):
         if not source and classes is None:
             raise UserError(f"{path}: it does not name its classes; give their names with --classes")
-        return checked_names(list(source or classes or ()), path)
+        return check_class_names(list(source or classes or ()), path)
     where = Path(source)
     if where.suffix.lower() == ".json":
         names = read_json(where)
@@ -198,7 +198,7 @@ def _read_classnames(
         names = _read_csv_column(where)
     else:
         names = [line.strip() for line in read_text(where).splitlines() if line.strip()]
-    return checked_names(names, where)
+    return check_class_names(names, where)
 
 
 def _read_csv_column(path: Path) -> list[str]:

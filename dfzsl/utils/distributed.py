@@ -23,39 +23,39 @@ from torch import Tensor, distributed
 from .errors import UserError
 
 
-def count() -> int:
+def world_size() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
-def mine() -> int:
+def rank() -> int:
     """This process's rank; the first is 0."""
-    return distributed.get_rank() if count() > 1 else 0
+    return distributed.get_rank() if world_size() > 1 else 0
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until every rank is here."""
-    if count() > 1:
+    if world_size() > 1:
         distributed.barrier()
 
 
 @contextlib.contextmanager
-def first_alone() -> Iterator[None]:
+def rank_zero_first() -> Iterator[None]:
     """The first rank runs the block; the others run it once that has left its files."""
-    if mine() > 0:
-        wait()
+    if rank() > 0:
+        barrier()
     yield
-    if mine() == 0:
-        wait()
+    if rank() == 0:
+        barrier()
 
 
 @contextlib.contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Join the ranks that torchrun started; all but the first are silent.
 
     Raises UserError where there are more ranks than GPUs.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world == 1 or count() > 1:
+    if world == 1 or world_size() > 1:
         yield
         return
     if torch.cuda.is_available():
@@ -69,7 +69,7 @@ def joined() -> Iterator[None]:
     # A rank that dies is torchrun's to notice; one that waits may wait for hours of another's work.
     distributed.init_process_group(timeout=timedelta(days=7))
     with contextlib.ExitStack() as stack:
-        if mine() > 0:
+        if rank() > 0:
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))
@@ -77,39 +77,39 @@ def joined() -> Iterator[None]:
     distributed.destroy_process_group()
 
 
-def share(n: int) -> Tensor:
+def rank_indices(n: int) -> Tensor:
     """Which of n items this rank encodes: equally many on each; the first items fill the last places up."""
-    return torch.arange(mine(), mine() + -(-n // count()) * count(), count()) % n
+    return torch.arange(rank(), rank() + -(-n // world_size()) * world_size(), world_size()) % n
 
 
-def gathered(rows: Tensor, n: int) -> Tensor:
-    """All n rows, from the rows (k, ...) of `share(n)` that each rank has; differentiable."""
+def gather_rows(rows: Tensor, n: int) -> Tensor:
+    """All n rows, from the rows (k, ...) of `rank_indices(n)` that each rank has; differentiable."""
     return _Gathered.apply(rows)[:n]
 
 
-def shared(context: Tensor) -> Tensor:
+def sum_gradients(context: Tensor) -> Tensor:
     """`context` itself; its gradient is the sum over the ranks, of which each used it for its share."""
     return _Shared.apply(context)
 
 
-def encoded(encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def encode_sharded(encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """encode(x) of frozen `encode`, each rank encoding its share of the rows."""
-    if count() == 1:
+    if world_size() == 1:
         return encode(x)
-    return gathered(encode(x[share(len(x)).to(x.device)]), len(x))
+    return gather_rows(encode(x[rank_indices(len(x)).to(x.device)]), len(x))
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(count())]
+        parts = [torch.empty_like(rows, memory_format=torch.contiguous_format) for _ in range(world_size())]
         distributed.all_gather(parts, rows.contiguous())
         return torch.stack(parts, dim=1).flatten(0, 1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         # Every rank computes the whole loss, and so has the gradient of its rows already.
-        return gradients[0].unflatten(0, (-1, count()))[:, mine()]
+        return gradients[0].unflatten(0, (-1, world_size()))[:, rank()]
 
 
 class _Shared(torch.autograd.Function):

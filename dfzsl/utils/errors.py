@@ -24,7 +24,7 @@ TOKEN = "DFZSL_TEACHER_TOKEN"  # in the environment: for the teacher's server, a
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def scrubbed(text: str) -> str:
+def remove_token(text: str) -> str:
     """`text` without the token, which a server may have put into what it said."""
     token = os.environ.get(TOKEN, "").strip()
     return text.replace(token, "[token]") if len(token) > 3 else text
@@ -32,7 +32,7 @@ def scrubbed(text: str) -> str:
 
 def one_line(text: str) -> str:
     """`text` on one line, scrubbed, with what is unprintable spelt out: it must not steer a terminal."""
-    text = scrubbed(text)
+    text = remove_token(text)
     return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], " ".join(text.split()))
 
 
@@ -97,7 +97,7 @@ def cli(run: Callable[[], object]) -> None:
         said = explain(error)
         if said is None:  # a defect of the program
             told = traceback.format_exc()
-            if (shown := scrubbed(told)) == told:
+            if (shown := remove_token(told)) == told:
                 raise
             print(shown, end="", file=sys.__stderr__)
             raise SystemExit(1) from None

@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dfzsl.utils.errors import UserError
 
-AT_ONCE = 2**27  # numbers of an intermediate result that are held at once: half a gigabyte in float32
+MAX_ELEMENTS = 2**27  # numbers of an intermediate result that are held at once: half a gigabyte in float32
 
 
-def portions(x: Tensor, width: int) -> tuple[Tensor, ...]:
+def split_rows(x: Tensor, width: int) -> tuple[Tensor, ...]:
     """The rows of x in runs so short that `width` numbers for each of them stay below AT_ONCE."""
-    return x.split(max(1, AT_ONCE // width))
+    return x.split(max(1, MAX_ELEMENTS // width))
 
 
 def unit(x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
     return sums / counts.clamp(min=1)[:, None]
 
 
-def checked(
+def check_unit_rows(
     x: Tensor, stage: str, what: str, classnames: Sequence[str] = (), labels: Tensor | None = None
 ) -> Tensor:
     """`x` (n, d) itself, if its rows are finite and of unit length to 1 %.

@@ -12,7 +12,7 @@ from dfzsl.cli.main import run
 from dfzsl.datasets.shapes.captions import training_compositions
 from dfzsl.datasets.shapes.world import STYLES, render
 from dfzsl.trainers.clip.loading import BUILT_IN, BUILT_IN_FOLDER, load_backbone
-from dfzsl.trainers.recovery.feature_statistics import measure_geometry
+from dfzsl.trainers.recovery.feature_statistics import measure_feature_statistics
 
 COMPOSITIONS, SEED = 1_000, 1
 
@@ -40,7 +40,7 @@ def main() -> None:
             with torch.no_grad():
                 features.append(backbone.encode_image(image)[0])
             labels.append(label)
-    geometry = measure_geometry(
+    geometry = measure_feature_statistics(
         torch.stack(features),
         torch.tensor(labels),
         backbone=backbone.identity,

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from dfzsl.configs import CONFIGS
 from dfzsl.datasets.features import FeatureDatum
-from dfzsl.io.class_names import spoken
+from dfzsl.io.class_names import normalize_class_name
 from dfzsl.utils.errors import UserError
 
 # They draw their own pictures: see test_shapes.py.
@@ -400,7 +400,9 @@ def test_a_read_only_data_folder(tmp_path):
 
 # ---------------------------------------------------------------- your own images
 
-ANY_NAME = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1).filter(spoken)
+ANY_NAME = st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1).filter(
+    normalize_class_name
+)
 
 
 def test_undivided_folders_are_shared_out(tmp_path):
@@ -469,10 +471,10 @@ def test_a_csv_that_is_a_picture(tmp_path):
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.sets(ANY_NAME, min_size=2).filter(lambda names: len(set(map(spoken, names))) > 1))
+@given(st.sets(ANY_NAME, min_size=2).filter(lambda names: len(set(map(normalize_class_name, names))) > 1))
 def test_class_names_of_a_csv_may_be_any_text(tmp_path_factory, names):
     folder = tmp_path_factory.mktemp("csv")
-    names = list({spoken(name): name for name in names}.values())
+    names = list({normalize_class_name(name): name for name in names}.values())
     with open(folder / "own.csv", "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "split"])

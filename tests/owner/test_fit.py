@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from dfzsl.datasets.labeled_images import read_labelled
+from dfzsl.datasets.labeled_images import read_labeled_features
 from dfzsl.owner.fit import fit_teacher_on
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.recovery.teacher import fit_teacher
@@ -49,7 +49,7 @@ def test_a_feature_file_is_fitted_with_its_own_text(tmp_path):
 def test_images_are_encoded_once_and_fitted_with_the_text_of_their_names(folder):
     teacher = fit_teacher_on(folder, backbone="shapes", text="a drawn {}", num_workers=0)
     backbone = load_backbone("shapes")
-    images = read_labelled(folder, lambda: backbone, num_workers=0)
+    images = read_labeled_features(folder, lambda: backbone, num_workers=0)
     text = backbone.class_features(images.classnames, ["a drawn {}"])
     expected = fit_teacher(images.features, images.labels, images.classnames, text=text, said="'a drawn {}'")
     assert torch.equal(teacher.weight, expected.weight) and teacher.card == expected.card

@@ -26,7 +26,7 @@ from dfzsl.trainers.clip.aligned_text import AlignedText
 from dfzsl.trainers.coop import CoOp
 from dfzsl.trainers.generation.generate import generate
 from dfzsl.trainers.generation.generators import GENERATORS
-from dfzsl.trainers.generation.training import StageThreeSettings
+from dfzsl.trainers.generation.training import GenerationSettings
 from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.oracle import LEVELS
 from dfzsl.trainers.recovery.recover import recover
@@ -64,7 +64,7 @@ def classified(generator: str) -> Callable[[int], Made]:
         virtual = recover(open_oracle(Teacher(weight, NAMES), "logits"), text, new_text=new)
         own = {"epochs": 1, "hidden": 32} if generator in GENERATORS and generator != "vmf" else {}
         few = {"num_per_class": 20, "num_generated": 20, "classifier_steps": 10, "calibrate": False}
-        settings = StageThreeSettings(name=generator, **few, **own)
+        settings = GenerationSettings(name=generator, **few, **own)
         made = generate(
             virtual,
             AlignedText(text, new, ["gnu", "hen", "ibis"]),

@@ -47,7 +47,7 @@ from scipy.io import loadmat, savemat
 from dfzsl import report, train
 from dfzsl.datasets import encoding
 from dfzsl.datasets.base import read_fewshot, read_split, relocate
-from dfzsl.io.class_names import checked_names
+from dfzsl.io.class_names import check_class_names
 from dfzsl.io.files import read_json
 from dfzsl.io.tensors import save_tensors
 from dfzsl.prepare import fetch
@@ -389,7 +389,7 @@ EVIL_NAMES = [
 def entrances(name: str, folder: Path) -> dict[str, Callable[[], object]]:
     """Ways in which a class name comes in."""
     names = ["ant", name, "cat"]
-    found: dict[str, Callable[[], object]] = {"list": lambda: checked_names(names, "x")}
+    found: dict[str, Callable[[], object]] = {"list": lambda: check_class_names(names, "x")}
     if name.isascii() or "\udc80" not in name:
         about: dict[str, Any] = {"classnames": names, "backbone": "", "normalized": True}
         save_tensors(folder / "t", {"weight": torch.ones(3, 2)}, {"kind": "teacher", **about})

@@ -19,7 +19,7 @@ from dfzsl import train
 from dfzsl.datasets.encoding import checksum
 from dfzsl.datasets.extract import open_dataset
 from dfzsl.io.files import lock
-from dfzsl.io.run_directory import HELD, Folder
+from dfzsl.io.run_directory import HELD, RunDirectory
 from dfzsl.launch import workers
 from dfzsl.launch.__main__ import main
 from dfzsl.launch.preflight import check
@@ -276,7 +276,7 @@ def test_what_killed_runs_left_half_written_goes_and_nothing_else(tmp_path, trie
 def test_two_runs_in_one_folder_at_once_are_refused(tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     given = words("ZeroshotCLIP", path, tmp_path / "out", "--eval-only")
-    folder = Folder(train.setup_cfg(train.parser().parse_args(given)))
+    folder = RunDirectory(train.setup_cfg(train.parser().parse_args(given)))
     with folder.held(), pytest.raises(UserError, match="out"):
         train.main(given)
     train.main(given)

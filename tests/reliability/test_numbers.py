@@ -12,10 +12,10 @@ from torch import Tensor
 
 from dfzsl.trainers.clip.aligned_text import AlignedText
 from dfzsl.trainers.generation.calibrated_stacking import _margins
-from dfzsl.trainers.generation.classifier import Classifier, Rows
+from dfzsl.trainers.generation.classifier import Classifier, ClassWeights
 from dfzsl.trainers.generation.generate import generate
 from dfzsl.trainers.generation.generators import GENERATORS
-from dfzsl.trainers.generation.training import StageThreeSettings
+from dfzsl.trainers.generation.training import GenerationSettings
 from dfzsl.trainers.recovery.class_directions import paper_concentration
 from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.oracle import LEVELS
@@ -25,7 +25,7 @@ from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.trainers.recovery.vmf import VonMisesFisher
 from dfzsl.utils.errors import UserError
-from dfzsl.utils.numerics import checked, unit
+from dfzsl.utils.numerics import check_unit_rows, unit
 
 NAMES = ["ant", "bee", "cat", "dog", "elk", "fox"]
 NEW = ["gnu", "hen", "ibis"]
@@ -63,7 +63,7 @@ def stages(
     own = {} if made is None or generator == "vmf" else {"epochs": 2, "hidden": 16, "batch": 16}
     # Rehearsals of a generator are many trainings: they are left to the closed form.
     own |= {"calibrate": generator == "closed_form"}
-    settings = StageThreeSettings(name=generator, **SMALL, **own)
+    settings = GenerationSettings(name=generator, **SMALL, **own)
     classifier = generate(
         virtual,
         AlignedText(unit(text), unit(new), NEW[: len(new)]),
@@ -92,7 +92,7 @@ def test_short_floats_in_every_stage(generator, tried):
             )
             model.fit(features.to(kind), torch.arange(24) % 6, text.to(kind), stream())
             made = model.sample(new.to(kind), 4, stream())
-            checked(made, generator, "feature")
+            check_unit_rows(made, generator, "feature")
     tried("numbers", "float16, bfloat16 and float64 input, every generator", len(kinds), "float32, finite")
 
 
@@ -264,8 +264,8 @@ def _many(out) -> None:
     paper_concentration(text)
     x, y = virtual.sample(10, rng)
     virtual.kept(x, y)
-    _margins(x, y, Rows(virtual.weight, text[base:], torch.zeros(base)))
-    settings = StageThreeSettings(name="vmf", classifier_steps=3, calibrate=False)
+    _margins(x, y, ClassWeights(virtual.weight, text[base:], torch.zeros(base)))
+    settings = GenerationSettings(name="vmf", classifier_steps=3, calibrate=False)
     classifier = generate(
         virtual, AlignedText(text[:base], text[base:], names[base:]), settings=settings, generator=rng
     )

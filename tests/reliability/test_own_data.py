@@ -14,7 +14,7 @@ import fake_data
 import pytest
 from readers import build
 
-from dfzsl.datasets.labeled_images import read_labelled
+from dfzsl.datasets.labeled_images import read_labeled_features
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.utils.errors import UserError
 
@@ -186,11 +186,11 @@ def test_links_and_spellings_that_are_fine(folders, tried):
 def test_labelled_folders_have_the_same_eyes(folders, tried):
     (folders / "cat").symlink_to("ant")
     with pytest.raises(UserError, match="cat"):
-        read_labelled(folders, lambda: load_backbone("shapes"))
+        read_labeled_features(folders, lambda: load_backbone("shapes"))
     (folders / "cat").unlink()
     (folders / "cat").symlink_to("gone")
     with pytest.raises(UserError, match="cat"):
-        read_labelled(folders, lambda: load_backbone("shapes"))
+        read_labeled_features(folders, lambda: load_backbone("shapes"))
     tried("own data", "folders: links and names that make one thing two, or nothing", 2, "refused, one line")
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .texts import ClassTexts
+from .class_prompts import ClassPrompts
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class AlignedText:
     new: Tensor
     new_classnames: list[str]
     shift: Tensor | None = None
-    texts: ClassTexts = field(default_factory=lambda: ClassTexts(("a photo of a {}.",)))
+    texts: ClassPrompts = field(default_factory=lambda: ClassPrompts(("a photo of a {}.",)))
     backbone: str = ""
     weights: str = ""
     epochs: int = 0

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.datasets.encoding import default_cache_dir
-from dfzsl.io.class_names import spoken
+from dfzsl.io.class_names import normalize_class_name
 from dfzsl.io.files import read_json
 from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import UserError
@@ -28,7 +28,7 @@ CACHED = 512  # texts from which on their features are kept on disk
 
 
 @dataclass(frozen=True)
-class ClassTexts:
+class ClassPrompts:
     """The texts of classes, whose normalised mean feature stands for the class.
 
     Attributes:
@@ -57,7 +57,7 @@ class ClassTexts:
             raise UserError(f"a context is a table of tokens, got shape {tuple(self.context.shape)}")
 
     @classmethod
-    def parse(cls, prompts: str, template: str = "a photo of a {}.") -> ClassTexts:
+    def parse(cls, prompts: str, template: str = "a photo of a {}.") -> ClassPrompts:
         """The texts that TEXT.PROMPTS asks for.
 
         "" stands for `template`; "ensemble" for the 80 templates that CLIP's authors published for ImageNet,
@@ -114,13 +114,13 @@ class ClassTexts:
         if self.spec != SENTENCES:
             texts = [[t.replace("{}", name.replace("_", " ")) for t in self.templates] for name in classnames]
         else:
-            if missing := [name for name in classnames if spoken(name) not in self.sentences]:
+            if missing := [name for name in classnames if normalize_class_name(name) not in self.sentences]:
                 more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
                 raise UserError(
                     f"no sentence for the class {', '.join(missing[:5])}{more}: give a .json file "
                     "(TEXT.PROMPTS, --text) that names every class"
                 )
-            texts = [list(self.sentences[spoken(name)]) for name in classnames]
+            texts = [list(self.sentences[normalize_class_name(name)]) for name in classnames]
         if sum(map(len, texts)) < CACHED:
             return backbone.mean_features(texts)
         said = json.dumps([backbone.identity, backbone.precision, texts]).encode()
@@ -143,5 +143,5 @@ def _sentences(path: str) -> dict[str, list[str]]:
             raise UserError(
                 f'{path}: not a JSON of sentences: it must be {{"class name": ["sentence", ...], ...}}'
             )
-        found.setdefault(spoken(name), []).extend(texts)
+        found.setdefault(normalize_class_name(name), []).extend(texts)
     return found

@@ -100,5 +100,7 @@ class DeepPromptLearner(PromptLearner):
 
     def encode_image(self, pictures: Tensor) -> Tensor:
         """Unit image features (n, d) of pictures (n, 3, h, w)."""
-        prompts = [distributed.shared(p) if distributed.count() > 1 else p for p in self.image_prompts()]
-        return distributed.encoded(lambda x: encode_image(self.backbone, x, prompts), pictures)
+        prompts = [
+            distributed.sum_gradients(p) if distributed.world_size() > 1 else p for p in self.image_prompts()
+        ]
+        return distributed.encode_sharded(lambda x: encode_image(self.backbone, x, prompts), pictures)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dfzsl.io.class_names import checked_names
+from dfzsl.io.class_names import check_class_names
 from dfzsl.utils import distributed
 from dfzsl.utils.errors import UserError
 
@@ -85,7 +85,7 @@ class Prompts:
             raise UserError(f"unknown class token position '{position}'; known: {', '.join(POSITIONS)}")
         if not classnames:
             raise UserError("no class names: nothing to make prompts of")
-        names = [name.replace("_", " ") for name in checked_names(classnames, "prompts")]
+        names = [name.replace("_", " ") for name in check_class_names(classnames, "prompts")]
         tower = self.tower = backbone.text_tower
         self.autocast = backbone.autocast
         self.rows_at_once = backbone.rows_at_once
@@ -122,20 +122,20 @@ class Prompts:
         """
         if context.ndim == 3:
             context = context[:, None]
-        if distributed.count() == 1:
+        if distributed.world_size() == 1:
             return self._encode(context, tuple(deep))
         classes = len(self.ids)
-        context = distributed.shared(context)
+        context = distributed.sum_gradients(context)
         if self.class_specific:
-            context = context[:, distributed.share(classes).to(context.device)]
-        rows = self.my_share._encode(context, tuple(map(distributed.shared, deep)))
-        return distributed.gathered(rows.transpose(0, 1), classes).transpose(0, 1)
+            context = context[:, distributed.rank_indices(classes).to(context.device)]
+        rows = self.my_share._encode(context, tuple(map(distributed.sum_gradients, deep)))
+        return distributed.gather_rows(rows.transpose(0, 1), classes).transpose(0, 1)
 
     @functools.cached_property
     def my_share(self) -> Prompts:
         """The prompts of the classes that this rank encodes."""
         part = copy.copy(self)
-        chosen = distributed.share(len(self.ids)).to(self.ids.device)
+        chosen = distributed.rank_indices(len(self.ids)).to(self.ids.device)
         part.ids, part.slots, part.end = self.ids[chosen], self.slots[chosen], self.end[chosen]
         return part
 

@@ -7,25 +7,29 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from dfzsl.utils.numerics import portions
+from dfzsl.utils.numerics import split_rows
 from dfzsl.utils.progress import bar
 
-from .classifier import Rows
+from .classifier import ClassWeights
 
-MOST_REHEARSED = 20_000  # virtual features of all classes together, where rows are in closed form
-REHEARSALS = 4  # at least
-PERFORMANCES = 480  # base classes times rehearsals, where rows are in closed form: 4 of a dozen tell little
-RowsOf = Callable[[Tensor, Tensor], Rows]  # from the indices of known base classes and the texts of others
+MAX_CALIBRATION_SAMPLES = 20_000  # virtual features of all classes together, where rows are in closed form
+MIN_FOLDS = 4  # at least
+MIN_CLASS_FOLDS = (
+    480  # base classes times rehearsals, where rows are in closed form: 4 of a dozen tell little
+)
+RowsOf = Callable[
+    [Tensor, Tensor], ClassWeights
+]  # from the indices of known base classes and the texts of others
 
 
-def plays(
+def pseudo_novel_folds(
     x: Tensor,
     y: Tensor,
     text: Tensor,
     num_new: int,
     rows_of: RowsOf,
     rng: torch.Generator,
-    rehearsals: int = REHEARSALS,
+    rehearsals: int = MIN_FOLDS,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Rehearsals of stage 3 in which base classes play the new ones.
 
@@ -56,7 +60,7 @@ def plays(
 def calibrate(played: Iterable[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> float:
     """The bias of new classes, in units of the cosine, that balances them against base classes.
 
-    It is the one with the highest harmonic mean of per-class accuracies in rehearsals (see `plays`).
+    It is the one with the highest harmonic mean of per-class accuracies in rehearsals (see `pseudo_novel_folds`).
     """
     grid = torch.linspace(-0.15, 0.15, 301, device=device)
     seen, unseen = torch.zeros_like(grid), torch.zeros_like(grid)
@@ -67,10 +71,10 @@ def calibrate(played: Iterable[tuple[Tensor, Tensor, Tensor]], device: torch.dev
     return float(grid[harmonic >= 0.999 * harmonic.max()].mean())
 
 
-def _margins(x: Tensor, y: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+def _margins(x: Tensor, y: Tensor, rows: ClassWeights) -> tuple[Tensor, Tensor]:
     """By how much the best base class beats the best new one, and whether the best of y's own part is y."""
     base, new = rows.base, rows.new
-    parts = portions(x, max(len(base), len(new)))
+    parts = split_rows(x, max(len(base), len(new)))
     tops = [((part @ base.T + rows.bias).max(1), (part @ new.T).max(1)) for part in parts]
     (base_top, base_class), (new_top, new_class) = (
         (torch.cat([top.values for top in part]), torch.cat([top.indices for top in part]))

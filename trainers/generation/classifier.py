@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfzsl.io.class_names import checked_names
+from dfzsl.io.class_names import check_class_names
 from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import UserError, unknown
 from dfzsl.utils.progress import bar
 
-from ..clip.texts import ClassTexts
+from ..clip.class_prompts import ClassPrompts
 from .decision import Decision
 
 TEMPERATURE = 0.01  # CLIP's own, 1 / logit_scale
@@ -33,7 +33,7 @@ SHORTEST, LONGEST = 1e-3, 1e3  # of rows, whose unit is the cosine
 
 
 @dataclass(frozen=True)
-class Rows:
+class ClassWeights:
     """Class weights of base (C, d) and new classes (K, d), and biases of base classes (C,).
 
     Attributes:
@@ -78,7 +78,7 @@ class Classifier:
     new_bias: float = 0.0
     backbone: str = ""
     weights: str = ""
-    texts: ClassTexts = field(default_factory=lambda: ClassTexts((TEMPLATE,)))
+    texts: ClassPrompts = field(default_factory=lambda: ClassPrompts((TEMPLATE,)))
     decision: Decision | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
@@ -89,7 +89,7 @@ class Classifier:
         )
 
     def __post_init__(self) -> None:
-        names, shape = len(checked_names(self.classnames, "a classifier")), tuple(self.weight.shape)
+        names, shape = len(check_class_names(self.classnames, "a classifier")), tuple(self.weight.shape)
         fits = len(shape) == 2 and 0 not in shape and self.is_new.shape == self.bias.shape == (names,)
         if not fits or shape[0] != names:
             raise UserError(f"a classifier needs a row, flag and bias per class; got {shape}, {names} names")
@@ -134,7 +134,7 @@ class Classifier:
 
     def extend(self, classnames: Sequence[str], text: Tensor) -> Classifier:
         """This classifier and new classes with unit text features (K, d); old rows stay as they are."""
-        checked_names(classnames, "the new classes", taken=self.classnames)
+        check_class_names(classnames, "the new classes", taken=self.classnames)
         if text.shape != (len(classnames), self.weight.shape[1]):
             raise UserError(
                 f"{len(classnames)} new classes need text features ({len(classnames)}, "
@@ -152,7 +152,7 @@ class Classifier:
             bias=torch.cat([self.bias, torch.full_like(added, self.new_bias, dtype=self.bias.dtype)]),
         )
 
-    def add(self, classnames: Sequence[str], backbone: Any, texts: ClassTexts | None = None) -> Classifier:
+    def add(self, classnames: Sequence[str], backbone: Any, texts: ClassPrompts | None = None) -> Classifier:
         """This classifier and new classes by their names; old rows stay as they are.
 
         `backbone` is the one that the classifier was made on. `texts` say something else of the new classes
@@ -187,10 +187,10 @@ class Classifier:
         tensors, about = load_tensors(path, "classifier")
         about.pop("kind")
         try:
-            names = checked_names(about.pop("classnames"), "its names")
-            templates = checked_names(about.pop("templates", [TEMPLATE]), "its texts")
+            names = check_class_names(about.pop("classnames"), "its names")
+            templates = check_class_names(about.pop("templates", [TEMPLATE]), "its texts")
             spec, words = (str(about.pop(name, "")) for name in ("prompts", "words"))
-            texts = ClassTexts(tuple(templates), {}, spec, tensors.pop("context", None), words)
+            texts = ClassPrompts(tuple(templates), {}, spec, tensors.pop("context", None), words)
             if not all(isinstance(value, KINDS[name]) for name, value in about.items()):
                 raise TypeError
             is_new = tensors.pop("is_new").bool()
@@ -204,7 +204,7 @@ class Classifier:
             raise UserError(f"{path}: an incomplete classifier file; train again to write it anew") from None
 
 
-def fit_rows(
+def fit_class_weights(
     features: Tensor,
     labels: Tensor,
     rows: Tensor,
@@ -234,7 +234,7 @@ def fit_rows(
         logits = x @ (rows + delta).T / temperature + prior
         return F.cross_entropy(logits, y) + 0.5 * pull * delta.square().sum(1).mean()
 
-    delta = minimise(
+    delta = minimize_loss(
         loss,
         torch.zeros_like(rows),
         features,
@@ -249,7 +249,7 @@ def fit_rows(
 
 
 @torch.enable_grad()
-def minimise(
+def minimize_loss(
     loss: Callable[[Tensor, Tensor, Tensor], Tensor],
     start: Tensor,
     features: Tensor,

@@ -10,17 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfzsl.io.class_names import checked_names
+from dfzsl.io.class_names import check_class_names
 from dfzsl.utils.errors import UserError
-from dfzsl.utils.numerics import checked
+from dfzsl.utils.numerics import check_unit_rows
 
 from ..clip.aligned_text import AlignedText
-from .calibrated_stacking import MOST_REHEARSED, PERFORMANCES, REHEARSALS, calibrate, plays
-from .classifier import Classifier, Rows
+from .calibrated_stacking import (
+    MAX_CALIBRATION_SAMPLES,
+    MIN_CLASS_FOLDS,
+    MIN_FOLDS,
+    calibrate,
+    pseudo_novel_folds,
+)
+from .classifier import Classifier, ClassWeights
 from .closed_form import closed_form
 from .decision import Decision
 from .generators.base import device_generator
-from .training import STAGE, StageThreeSettings, affordable, train
+from .training import STAGE, GenerationSettings, samples_per_class, train
 
 if TYPE_CHECKING:
     from ..recovery.virtual_classes import VirtualClasses
@@ -29,7 +35,7 @@ if TYPE_CHECKING:
 def generate(
     virtual: VirtualClasses,
     text: AlignedText,
-    settings: StageThreeSettings | None = None,
+    settings: GenerationSettings | None = None,
     *,
     generator: torch.Generator | None = None,
     folder: Path | None = None,
@@ -43,7 +49,7 @@ def generate(
         virtual: C base classes, the result of stage 1.
         text: text embeddings of the same C base classes in the same order and of K new classes, the result of
             stage 2. All computation runs on their device.
-        settings: of stage 3; by default those of `StageThreeSettings`.
+        settings: of stage 3; by default those of `GenerationSettings`.
         generator: source of all random draws; by default seed 0.
         folder: where trained generators write checkpoints; an interrupted call resumes from them.
 
@@ -54,7 +60,7 @@ def generate(
         UserError: new class names that repeat or are names of base classes, shapes that do not fit, text
             embeddings that are not L2-normalized, and unknown settings.
     """
-    settings = settings or StageThreeSettings()
+    settings = settings or GenerationSettings()
     generator = generator or torch.Generator().manual_seed(0)
     base_text, new_text = _check_text(virtual, text)
     device = base_text.device
@@ -63,7 +69,9 @@ def generate(
     closed = settings.name == "closed_form"
     x = y = torch.empty(0)
     if calibrated or not closed:
-        draws = affordable(settings.num_per_class, len(base_text), MOST_REHEARSED if closed else 0)
+        draws = samples_per_class(
+            settings.num_per_class, len(base_text), MAX_CALIBRATION_SAMPLES if closed else 0
+        )
         x, y = virtual.sample(draws, generator)
         x, y = x.to(base_text), y.to(device)
         if text.shift is not None:
@@ -72,7 +80,7 @@ def generate(
     intercepts = torch.zeros(len(weight), device=device) if virtual.bias is None else virtual.bias.to(weight)
     trainings = itertools.count()
 
-    def rows_of(known: Tensor, others: Tensor) -> Rows:
+    def rows_of(known: Tensor, others: Tensor) -> ClassWeights:
         """Compute class weights of the base classes `known` (indices) and of others by text embeddings."""
         if closed:
             return closed_form(
@@ -80,7 +88,7 @@ def generate(
                 others,
                 weight[known],
                 intercepts[known],
-                known_weight=virtual.known_weight,
+                owner_weight=virtual.owner_weight,
                 geometry=virtual.geometry,
             )
         relabel = torch.full((len(base_text),), -1, device=device)
@@ -92,8 +100,8 @@ def generate(
     rows = rows_of(torch.arange(len(base_text), device=device), new_text)
     bias = 0.0
     if calibrated:
-        rehearsals = max(REHEARSALS, PERFORMANCES // len(base_text) if closed else 0)
-        bias = calibrate(plays(x, y, base_text, len(new_text), rows_of, rng, rehearsals), device)
+        rehearsals = max(MIN_FOLDS, MIN_CLASS_FOLDS // len(base_text) if closed else 0)
+        bias = calibrate(pseudo_novel_folds(x, y, base_text, len(new_text), rows_of, rng, rehearsals), device)
     return Classifier(
         weight=torch.cat([rows.base, rows.new]),
         classnames=[*virtual.classnames, *text.new_classnames],
@@ -113,7 +121,7 @@ def generate(
 def _check_text(virtual: VirtualClasses, text: AlignedText) -> tuple[Tensor, Tensor]:
     """Return text embeddings of base (C, d) and new classes (K, d) in float32 on one device."""
     base_classnames, new_classnames = list(virtual.classnames), text.new_classnames
-    checked_names(new_classnames, "the new classes", taken=base_classnames)
+    check_class_names(new_classnames, "the new classes", taken=base_classnames)
     expected = (len(new_classnames), text.base.shape[1])
     if len(text.base) != len(base_classnames) or text.new.shape != expected:
         raise UserError(
@@ -121,18 +129,18 @@ def _check_text(virtual: VirtualClasses, text: AlignedText) -> tuple[Tensor, Ten
             f"got {tuple(text.base.shape)} and {tuple(text.new.shape)}"
         )
     base_text, new_text = text.base.float(), text.new.to(text.base).float()
-    checked(base_text, STAGE, "text feature", base_classnames)
-    checked(new_text, STAGE, "text feature", new_classnames)
+    check_unit_rows(base_text, STAGE, "text feature", base_classnames)
+    check_unit_rows(new_text, STAGE, "text feature", new_classnames)
     return base_text, new_text
 
 
 def _describe(
-    virtual: VirtualClasses, text: AlignedText, settings: StageThreeSettings, rows: Rows, bias: float
+    virtual: VirtualClasses, text: AlignedText, settings: GenerationSettings, rows: ClassWeights, bias: float
 ) -> Decision:
     encoder = virtual.backbone or "features"
     return Decision(
         teacher=f"{len(virtual.classnames)} base classes, {virtual.level} of {encoder}",
-        recovered=f"{virtual.told}, kappa {float(virtual.kappa.mean()):,.0f}",
+        recovered=f"{virtual.summary}, kappa {float(virtual.kappa.mean()):,.0f}",
         geometry=str(virtual.geometry) if virtual.geometry else "none given: isotropic",
         text=text.texts.about,
         aligned="; ".join(filter(None, [f"FLPT, {text.epochs} epochs" if text.epochs else "", text.note])),

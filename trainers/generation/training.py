@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dfzsl.utils.numerics import checked
+from dfzsl.utils.numerics import check_unit_rows
 
-from .classifier import Rows, fit_rows
+from .classifier import ClassWeights, fit_class_weights
 from .generators import build_generator
 
 STAGE = "stage 3 (generation)"
@@ -19,7 +19,7 @@ MAX_GENERATED = 200_000  # features held at once; with thousands of new classes 
 
 
 @dataclass(frozen=True)
-class StageThreeSettings:
+class GenerationSettings:
     """All of stage 3. The config keys are the field names in capitals, under GENERATOR.
 
     Attributes:
@@ -31,7 +31,7 @@ class StageThreeSettings:
         holdout: share of base classes that watch the generator's training; patience: epochs without progress
             there before it stops.
         pull, classifier_steps, classifier_batch, classifier_lr, classifier_anneal, log_prior: see
-            `classifier.fit_rows`.
+            `classifier.fit_class_weights`.
         calibrate: balance base against new classes on pseudo-new ones, see `calibrated_stacking.calibrate`.
     """
 
@@ -53,7 +53,7 @@ class StageThreeSettings:
     calibrate: bool = True
 
 
-def affordable(wanted: int, classes: int, most: int = 0) -> int:
+def samples_per_class(wanted: int, classes: int, most: int = 0) -> int:
     """How many features each of so many classes gets, `most` (MAX_GENERATED) in all."""
     return min(wanted, max(1, (most or MAX_GENERATED) // classes))
 
@@ -63,10 +63,10 @@ def train(
     y: Tensor,
     base_text: Tensor,
     new_text: Tensor,
-    s: StageThreeSettings,
+    s: GenerationSettings,
     rng: torch.Generator,
     checkpoint: Path | None = None,
-) -> Rows:
+) -> ClassWeights:
     """Unit rows of base (C, d) and new classes (K, d), trained on virtual features x (n, d) with labels y.
 
     A generator that trains for long keeps its state in the file `checkpoint`, and goes on from there."""
@@ -79,12 +79,12 @@ def train(
             own |= {"holdout": s.holdout, "patience": s.patience}
         model = build_generator(s.name, x.shape[1], base_text.shape[1], **own)
         model.fit(x, y, base_text, rng, checkpoint)
-        count = affordable(s.num_generated, len(new_text))
-        made = checked(model.sample(new_text, count, rng), STAGE, f"feature made by '{s.name}'")
+        count = samples_per_class(s.num_generated, len(new_text))
+        made = check_unit_rows(model.sample(new_text, count, rng), STAGE, f"feature made by '{s.name}'")
         labels = torch.arange(len(base_text), len(base_text) + len(new_text), device=y.device)
         x, y = torch.cat([x, made]), torch.cat([y, labels.repeat_interleave(count)])
         rows = torch.cat([base_text, new_text])
-    rows = fit_rows(
+    rows = fit_class_weights(
         x,
         y,
         rows,
@@ -96,6 +96,6 @@ def train(
         batch=s.classifier_batch,
         log_prior=s.log_prior,
     )
-    rows = checked(rows, STAGE, "row of the classifier")
+    rows = check_unit_rows(rows, STAGE, "row of the classifier")
     base, new = rows[: len(base_text)], rows[len(base_text) :]
-    return Rows(base, new if len(new) else new_text, torch.zeros(len(base), device=y.device))
+    return ClassWeights(base, new if len(new) else new_text, torch.zeros(len(base), device=y.device))

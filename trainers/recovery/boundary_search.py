@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.utils.errors import UserError
-from dfzsl.utils.numerics import AT_ONCE
+from dfzsl.utils.numerics import MAX_ELEMENTS
 from dfzsl.utils.progress import bar
 
 from .boundary_fit import HalfCircles, fit_boundaries
@@ -72,9 +72,9 @@ def rows_from_labels(
     holds_antipode = ask(-starts) == torch.arange(classes)
     if budget:
         # An end that is no antipode costs two labels or more.
-        affordable = (budget - ask.spent) / (classes * d) - 2 * float(holds_antipode.any())
-        bisections = min(bisections, int(affordable / MIN_CIRCLES))
-        rays = min(rays, affordable / max(bisections, 1))
+        samples_per_class = (budget - ask.spent) / (classes * d) - 2 * float(holds_antipode.any())
+        bisections = min(bisections, int(samples_per_class / MIN_CIRCLES))
+        rays = min(rays, samples_per_class / max(bisections, 1))
         if bisections < 1:
             raise UserError(f"TEACHER.BUDGET {budget:,} does not suffice to close in on boundaries; raise it")
     count = int(rays * d) if budget else math.ceil(rays * d)
@@ -87,7 +87,7 @@ def rows_from_labels(
         parts = torch.arange(len(own)).split(QUERIES_AT_ONCE)
         x = torch.cat([circles.at(middle, part) for middle, _ in history for part in parts])
         labels = torch.cat([label for _, label in history])
-        if budget and (left := min(budget - ask.spent, AT_ONCE // d)) > 0:
+        if budget and (left := min(budget - ask.spent, MAX_ELEMENTS // d)) > 0:
             more = F.normalize(torch.randn(left, d, generator=generator), dim=1)
             x, labels = torch.cat([x, more]), torch.cat([labels, ask(more)])
         return fit_surrogate(x, labels, classes)
@@ -189,7 +189,7 @@ def _bisect(
             for part in parts:
                 label[part] = ask(circles.at(middle, part))
                 queries.update(len(part))
-            if len(history) * len(own) * d < AT_ONCE:
+            if len(history) * len(own) * d < MAX_ELEMENTS:
                 history.append((middle, label))
             inside = label == own
             low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)

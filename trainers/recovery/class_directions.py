@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dfzsl.utils.errors import UserError
-from dfzsl.utils.numerics import portions, unit
+from dfzsl.utils.numerics import split_rows, unit
 
 from . import vmf
 
-COHERENCE = 0.88  # mean resultant length of a class
-CONE_SLOPE = 0.38  # 1 - cone^2 for each unit of the texts' spread, see `cone_of`
+MEAN_RESULTANT_LENGTH = 0.88  # mean resultant length of a class
+CONE_SLOPE = 0.38  # 1 - cone^2 for each unit of the texts' spread, see `estimate_class_mean_cosine`
 
 
 def paper_concentration(text: Tensor) -> float:
@@ -37,7 +37,7 @@ def paper_concentration(text: Tensor) -> float:
     if len(text) < 2:
         raise UserError("the paper's concentration rule compares classes: it needs at least two")
     nearest = -1.0
-    for rows in portions(torch.arange(len(text)), len(text)):
+    for rows in split_rows(torch.arange(len(text)), len(text)):
         cosine = text[rows].double() @ text.double().T
         cosine[torch.arange(len(rows)), rows] = -1
         nearest = max(nearest, float(cosine.max()))
@@ -49,7 +49,7 @@ def paper_concentration(text: Tensor) -> float:
     return 36 / theta**2
 
 
-def geometry_concentration(d: int, coherence: float = COHERENCE) -> float:
+def typical_concentration(d: int, coherence: float = MEAN_RESULTANT_LENGTH) -> float:
     """Return the concentration of a vMF in d dimensions with mean resultant length `coherence`.
 
     Raises:
@@ -79,7 +79,7 @@ def common_direction(text: Tensor) -> Tensor:
     return F.normalize(direction.flatten(), dim=0).to(text)
 
 
-def cone_of(text: Tensor) -> float:
+def estimate_class_mean_cosine(text: Tensor) -> float:
     """Estimate the mean cosine of class means to their common mean from text features.
 
     Classes that differ in text differ in images: cone^2 = 1 - 0.38 s, where s is the root mean square

@@ -22,7 +22,7 @@ MIN_IMAGES = 100
 
 
 @dataclass(frozen=True, eq=False)
-class Geometry:
+class FeatureStatistics:
     """The statistics of an encoder's image features, measured once on images that need not be of any task.
 
     The within-class covariance belongs to the encoder: that of one data set has cosine 0.4 to 0.8 to
@@ -84,7 +84,7 @@ class Geometry:
         save_tensors(path, {"mean": self.mean, "scatter": self.scatter}, {"kind": "geometry", **about})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Geometry:
+    def load(cls, path: str | os.PathLike[str]) -> FeatureStatistics:
         """Load a file that `save` wrote. Raises UserError if it is missing, broken or of another kind."""
         tensors, about = load_tensors(path, "geometry")
         try:
@@ -97,9 +97,9 @@ class Geometry:
             raise UserError(f"{path}: an incomplete geometry file; measure it again") from None
 
 
-def measure_geometry(
+def measure_feature_statistics(
     features: Tensor, labels: Tensor | None = None, *, backbone: str = "", source: str = ""
-) -> Geometry:
+) -> FeatureStatistics:
     """Measure the statistics of an encoder on the features of any images.
 
     Args:
@@ -129,4 +129,4 @@ def measure_geometry(
     if not scatter.trace() > 0:
         raise UserError("the images do not differ within any class: their geometry cannot be measured")
     scatter = (scatter / scatter.trace()).float()
-    return Geometry(F.normalize(mean, dim=0).float(), scatter, backbone, len(x), classes, source)
+    return FeatureStatistics(F.normalize(mean, dim=0).float(), scatter, backbone, len(x), classes, source)

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfzsl.utils.numerics import portions, unit
+from dfzsl.utils.numerics import split_rows, unit
 
-from .feature_statistics import Geometry
+from .feature_statistics import FeatureStatistics
 from .ridge import leave_one_out_ridge
 
 # ln g = A - B ln(1 - near) + C found - D ln(spread): a regression on 360 cells of four data sets and their
@@ -40,9 +40,9 @@ class Mixture:
     rows: Tensor
     bias: Tensor
     weight: float
-    why: str
-    foretell: Tensor
-    sure: float
+    reason: str
+    text_to_weight: Tensor
+    loo_predictability: float
 
 
 def teacher_rows(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -55,7 +55,7 @@ def teacher_rows(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Te
     return rows / scale, offset / scale
 
 
-def signs(text: Tensor, rows: Tensor) -> tuple[float, float, float]:
+def text_teacher_statistics(text: Tensor, rows: Tensor) -> tuple[float, float, float]:
     """What a client sees of text (C, d) and teacher `rows` (C, d) of the same classes.
 
     near: mean cosine of a text to its nearest other one: how alike the classes are in words.
@@ -65,42 +65,48 @@ def signs(text: Tensor, rows: Tensor) -> tuple[float, float, float]:
     centred = text - text.mean(0)
     rows = unit(rows - rows.mean(0))
     middle = centred @ rows.mean(0)
-    near, found = [], []
-    for index in portions(torch.arange(len(text), device=text.device), len(text)):
+    nearest_text_cosine, retrieval_accuracy = [], []
+    for index in split_rows(torch.arange(len(text), device=text.device), len(text)):
         cosine = text[index] @ text.T
         cosine[torch.arange(len(index)), index] = -1
-        near.append(cosine.max(1).values)
-        found.append((rows[index] @ centred.T - middle).argmax(1) == index)
-    alike = float((rows * unit(centred)).sum(1).mean())
-    return float(torch.cat(near).mean()), float(torch.cat(found).float().mean()), alike
+        nearest_text_cosine.append(cosine.max(1).values)
+        retrieval_accuracy.append((rows[index] @ centred.T - middle).argmax(1) == index)
+    text_teacher_cosine = float((rows * unit(centred)).sum(1).mean())
+    return (
+        float(torch.cat(nearest_text_cosine).mean()),
+        float(torch.cat(retrieval_accuracy).float().mean()),
+        text_teacher_cosine,
+    )
 
 
-def spread_along(rows: Tensor, geometry: Geometry) -> float:
+def spread_along(rows: Tensor, geometry: FeatureStatistics) -> float:
     """How much of the teacher's `rows` (C, d) lies where images of any class scatter: 1 if isotropic."""
     centred = unit(rows - rows.mean(0))
     return float(((centred @ geometry.scatter.to(rows)) * centred).sum(1).mean()) * rows.shape[1]
 
 
-def foretold(text: Tensor, rows: Tensor) -> tuple[Tensor, float]:
-    """The map from centred text (C, d) to rows of length 1 in the mean, and `Mixture.sure` of it."""
+def fit_text_to_weight(text: Tensor, rows: Tensor) -> tuple[Tensor, float]:
+    """The map from centred text (C, d) to rows of length 1 in the mean, and `Mixture.loo_predictability` of it."""
     ridge, left_out = leave_one_out_ridge(text, rows)
     s = float(F.cosine_similarity(left_out, rows, dim=1).mean().clamp(0, MOST_SURE))
     return ridge / left_out.norm(dim=1).mean().clamp(min=1e-6), (s * s / (1 - s * s)) ** 2
 
 
-def rule_weight(text: Tensor, rows: Tensor, geometry: Geometry | None = None, sure: float = 0.0) -> float:
+def predict_teacher_weight(
+    text: Tensor, rows: Tensor, geometry: FeatureStatistics | None = None, loo_predictability: float = 0.0
+) -> float:
     """The teacher's weight g from what can be seen; infinite where its rows hold the text already.
 
-    Noise cannot be foretold: a teacher whose left-out rows text foretells (`sure` above 1) is heard the more.
+    Noise cannot be foretold: a teacher whose left-out rows text foretells (`loo_predictability` above 1) is heard the more.
     """
-    near, found, alike = signs(text, rows)
-    if alike > TEXT_ALREADY:
+    nearest_text_cosine, retrieval_accuracy, text_teacher_cosine = text_teacher_statistics(text, rows)
+    if text_teacher_cosine > TEXT_ALREADY:
         return math.inf
     start, words, agreement, scatter = PLAIN if geometry is None else WHITENED
     spread = 1.0 if geometry is None else spread_along(rows, geometry)
-    logarithm = start - words * math.log(max(1 - near, 1e-3)) + agreement * found
+    logarithm = start - words * math.log(max(1 - nearest_text_cosine, 1e-3)) + agreement * retrieval_accuracy
     logarithm -= scatter * math.log(max(spread, 1e-3))
-    return min(max(max(sure, 1.0) * math.exp(logarithm), WEIGHTS[0]), WEIGHTS[1])
+    return min(max(max(loo_predictability, 1.0) * math.exp(logarithm), WEIGHTS[0]), WEIGHTS[1])
 
 
 def mix(
@@ -109,11 +115,11 @@ def mix(
     bias: Tensor | None = None,
     *,
     known: float | None = None,
-    geometry: Geometry | None = None,
+    geometry: FeatureStatistics | None = None,
 ) -> Mixture:
     """Text (C, d) and a teacher's rows (C, d) and intercepts (C,) combined.
 
-    known: the weight g of plain rows as the owner found it by cross-validation; else `rule_weight`, and with
+    known: the weight g of plain rows as the owner found it by cross-validation; else `predict_teacher_weight`, and with
     a geometry rows that are whitened by it, unless they hold the text already.
     """
     plain, plain_offset = rows, offset = teacher_rows(weight, bias)
@@ -121,13 +127,20 @@ def mix(
         rows = geometry.whiten(rows)
         scale = rows.square().sum(1).mean().sqrt().clamp(min=1e-12)
         rows, offset = rows / scale, offset / scale
-    foretell, sure = foretold(text, unit(rows))
+    text_to_weight, loo_predictability = fit_text_to_weight(text, unit(rows))
     if known is not None:
         return Mixture(
-            text + known * rows, known * offset, known, "the owner's cross-validation", foretell, sure
+            text + known * rows,
+            known * offset,
+            known,
+            "the owner's cross-validation",
+            text_to_weight,
+            loo_predictability,
         )
-    g = rule_weight(text, plain, geometry, sure)
+    g = predict_teacher_weight(text, plain, geometry, loo_predictability)
     if math.isinf(g):
-        return Mixture(plain, plain_offset, g, "the teacher's rows hold the text already", foretell, 0.0)
-    why = "how alike words are, and how teacher and words agree"
-    return Mixture(text + g * rows, g * offset, g, why, foretell, sure)
+        return Mixture(
+            plain, plain_offset, g, "the teacher's rows hold the text already", text_to_weight, 0.0
+        )
+    reason = "how alike words are, and how teacher and words agree"
+    return Mixture(text + g * rows, g * offset, g, reason, text_to_weight, loo_predictability)

@@ -23,7 +23,7 @@ from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import UserError, unknown
 
 from .responses import step_of
-from .teacher_card import Card
+from .teacher_card import TeacherCard
 
 LEVELS = ("weights", "logits", "probabilities", "labels")
 
@@ -73,7 +73,7 @@ class Oracle:
         weight: Tensor | None = None,
         bias: Tensor | None = None,
         budget: int = 0,
-        card: Card | None = None,
+        card: TeacherCard | None = None,
     ) -> None:
         if level not in LEVELS:
             raise unknown("access level (TEACHER.ACCESS)", level, LEVELS)

@@ -12,24 +12,24 @@ import torch
 from torch import Tensor
 
 from dfzsl.utils.errors import UserError
-from dfzsl.utils.numerics import checked, unit
+from dfzsl.utils.numerics import check_unit_rows, unit
 from dfzsl.utils.progress import bar
 
 from .class_directions import (
-    COHERENCE,
+    MEAN_RESULTANT_LENGTH,
     class_directions,
     common_direction,
-    cone_of,
-    geometry_concentration,
+    estimate_class_mean_cosine,
     paper_concentration,
+    typical_concentration,
 )
-from .extract import extract_rows
-from .feature_statistics import Geometry
+from .feature_statistics import FeatureStatistics
 from .oracle import Oracle
 from .responses import Extracted
 from .settings import RecoverySettings
 from .simulator import simulate, simulate_moments, train_generator
 from .virtual_classes import STAGE, VirtualClasses, matching_order
+from .weight_recovery import recover_class_weights
 
 
 def recover(
@@ -38,7 +38,7 @@ def recover(
     classnames: Sequence[str] | None = None,
     new_text: Tensor | None = None,
     generator: torch.Generator | None = None,
-    geometry: Geometry | None = None,
+    geometry: FeatureStatistics | None = None,
     **settings,
 ) -> VirtualClasses:
     """Model every base class of a teacher as a von Mises-Fisher distribution.
@@ -82,7 +82,7 @@ def recover(
                 weight = oracle.weight[order].float()
                 bias = None if oracle.bias is None else oracle.bias[order].float()
                 return Extracted(unit(weight) if oracle.normalized else weight, bias, 0.0)
-            return extract_rows(
+            return recover_class_weights(
                 ask,
                 oracle.level,
                 names,
@@ -108,7 +108,7 @@ def recover(
         network = train_generator(weight, bias, text, options, generator)
     mu = _directions(oracle, weight, text, all_text, geometry, options)
     return VirtualClasses(
-        checked(mu, STAGE, "mean direction", names),
+        check_unit_rows(mu, STAGE, "mean direction", names),
         kappa,
         names,
         weight,
@@ -119,23 +119,27 @@ def recover(
         network,
         bias,
         error=error,
-        known_weight=oracle.card.weight if oracle.card else None,
+        owner_weight=oracle.card.weight if oracle.card else None,
         geometry=geometry,
     )
 
 
 def _check_inputs(
-    oracle: Oracle, names: list[str], text: Tensor, new_text: Tensor | None, geometry: Geometry | None
+    oracle: Oracle,
+    names: list[str],
+    text: Tensor,
+    new_text: Tensor | None,
+    geometry: FeatureStatistics | None,
 ) -> tuple[Tensor, Tensor]:
     """Return L2-normalized text embeddings of the base classes, and of base and new classes together."""
     if geometry is not None and len(geometry.mean) != oracle.dim:
         raise UserError(f"the geometry is of {len(geometry.mean)} dimensions, the teacher of {oracle.dim}")
     if text.shape != (len(names), oracle.dim):
         raise UserError(f"text features have shape {tuple(text.shape)}, expected {(len(names), oracle.dim)}")
-    text = checked(unit(text.float()), STAGE, "text feature", names)
+    text = check_unit_rows(unit(text.float()), STAGE, "text feature", names)
     if new_text is None:
         return text, text
-    new_text = checked(unit(new_text.float()), f"{STAGE}, new classes", "text feature")
+    new_text = check_unit_rows(unit(new_text.float()), f"{STAGE}, new classes", "text feature")
     return text, torch.cat([text, new_text])
 
 
@@ -146,7 +150,7 @@ def _concentration(oracle: Oracle, text: Tensor, all_text: Tensor, options: Reco
         rule = paper_concentration(all_text if options.method == "gmm" else text)
     else:
         measured = oracle.card.coherence if oracle.card else None
-        rule = geometry_concentration(oracle.dim, options.coherence or measured or COHERENCE)
+        rule = typical_concentration(oracle.dim, options.coherence or measured or MEAN_RESULTANT_LENGTH)
     if not options.theta * rule < torch.finfo(torch.float32).max:
         raise UserError(f"RECOVERY.THETA {options.theta} makes the concentration infinite; lower it")
     return options.theta * rule
@@ -157,7 +161,7 @@ def _directions(
     weight: Tensor,
     text: Tensor,
     all_text: Tensor,
-    geometry: Geometry | None,
+    geometry: FeatureStatistics | None,
     options: RecoverySettings,
 ) -> Tensor:
     """Return the mean direction (C, d) of each class."""
@@ -167,4 +171,4 @@ def _directions(
         return unit(weight)
     common = common_direction(all_text) if geometry is None else geometry.mean.to(text)
     measured = oracle.card.cone if oracle.card else None
-    return class_directions(weight, common, options.cone or measured or cone_of(text))
+    return class_directions(weight, common, options.cone or measured or estimate_class_mean_cosine(text))

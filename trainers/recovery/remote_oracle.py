@@ -24,7 +24,7 @@ import httpx
 import torch
 from torch import Tensor
 
-from dfzsl.io.class_names import checked_names
+from dfzsl.io.class_names import check_class_names
 from dfzsl.io.files import read_json, write_json
 from dfzsl.utils.errors import TOKEN, UNPRINTABLE, UserError, one_line
 
@@ -125,7 +125,7 @@ class HTTPTeacher:
         names, dim, batch = (about.get(name) for name in ("classnames", "dim", "batch"))
         if not isinstance(names, list) or type(dim) is not int or not names or dim < 1:
             raise UserError(f"{self.url}: the server's description lacks 'classnames' or 'dim'")
-        names = checked_names(names, self.url)
+        names = check_class_names(names, self.url)
         if not isinstance(normalized := about.get("normalized", True), bool):
             raise UserError(f"{self.url}: 'normalized' in the server's description is not true or false")
         return Oracle(

@@ -14,7 +14,7 @@ class RecoverySettings:
     """Config keys RECOVERY.*, in upper case. The paper's own values: configs/trainers/DFZSL/paper/.
 
     method: how the teacher is learned.
-        closed_form  its rows, exactly where the access level shows them (extract.py)
+        closed_form  its rows, exactly where the access level shows them (weight_recovery.py)
         simulator    the paper: prototypes learned on vMF draws, epochs x draws x classes queries
         moments      the simulator's expected loss from the vMF's second moment: no draws, d queries
         gmm          the paper's: nothing is learned, prototypes are the text features
@@ -25,7 +25,7 @@ class RecoverySettings:
     theta: factor on the concentration.
     epochs, lr, draws: of simulator, moments and generator; draws per class and epoch.
     coherence: mean cosine of a class's features to their mean; cone: of class means to their common mean. 0:
-        what the teacher's card says, else 0.88, amid real data sets, and `cone_of` the texts.
+        what the teacher's card says, else 0.88, amid real data sets, and `estimate_class_mean_cosine` the texts.
     rays, bisections: the price of a teacher that answers labels alone.
     tolerance: relative error of the rows below which no more logits or probabilities are asked for.
     num_per_class, filter, fresh: the virtual-feature loader's (datasets/virtual_features.py).

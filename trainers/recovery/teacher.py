@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dfzsl.io.class_names import checked_names
+from dfzsl.io.class_names import check_class_names
 from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import UserError
-from dfzsl.utils.numerics import checked, unit
+from dfzsl.utils.numerics import check_unit_rows, unit
 
 from .logistic import regression
-from .teacher_card import Card, cross_validate
+from .teacher_card import TeacherCard, cross_validate
 
 PAPER_STRENGTH = 0.316  # the paper's C
 
@@ -39,7 +39,7 @@ class Teacher:
     backbone: str = ""
     normalized: bool = True
     bias: Tensor | None = None
-    card: Card | None = None
+    card: TeacherCard | None = None
 
     def __repr__(self) -> str:
         kind = "cosine" if self.normalized else "linear"
@@ -51,8 +51,8 @@ class Teacher:
         shape, names = tuple(self.weight.shape), len(self.classnames)
         if len(shape) != 2 or shape[0] != names or 0 in shape:
             raise UserError(f"a teacher needs one weight row per class; got shape {shape} and {names} names")
-        checked_names(self.classnames, "the teacher")
-        checked(unit(self.weight), "the teacher", "row", self.classnames)
+        check_class_names(self.classnames, "the teacher")
+        check_unit_rows(unit(self.weight), "the teacher", "row", self.classnames)
         if self.bias is not None:
             if self.bias.shape != self.weight.shape[:1]:
                 raise UserError(f"a teacher needs one intercept per class; got {tuple(self.bias.shape)}")
@@ -97,8 +97,8 @@ class Teacher:
         if weight is None or not isinstance(backbone, str) or not isinstance(normalized, bool):
             raise UserError(f"{path}: an incomplete teacher file; write it again with TeacherZeroshot")
         try:
-            names = checked_names(about.get("classnames"), "the teacher")
-            card = None if about.get("card") is None else Card.of(about["card"], len(names))
+            names = check_class_names(about.get("classnames"), "the teacher")
+            card = None if about.get("card") is None else TeacherCard.of(about["card"], len(names))
             bias = None if bias is None else bias.float()
             return cls(weight.float(), names, backbone, normalized, bias, card)
         except UserError as error:

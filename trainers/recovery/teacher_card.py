@@ -30,7 +30,7 @@ MOST_IMAGES = 10_000  # in all, as many of each class: beyond, the folds would t
 
 
 @dataclass(frozen=True)
-class Card:
+class TeacherCard:
     """Of a teacher, by its owner.
 
     Attributes:
@@ -39,7 +39,7 @@ class Card:
         accuracy: cross-validated accuracies in percent: "text", "teacher", "mixture".
         coherence: mean length of the classes' mean features; cone: mean cosine of these means to their own
             mean. None where every class has one image.
-        text: what was said of a class when the weight was measured, as `ClassTexts.about` puts it.
+        text: what was said of a class when the weight was measured, as `ClassPrompts.about` puts it.
     """
 
     images: list[int]
@@ -62,7 +62,7 @@ class Card:
         return asdict(self)
 
     @classmethod
-    def of(cls, words: object, classes: int) -> Card:
+    def of(cls, words: object, classes: int) -> TeacherCard:
         """The card in a file's words. Raises UserError for one that is not of so many classes."""
         try:
             if not isinstance(words, Mapping):
@@ -96,8 +96,10 @@ def rank_in_class(labels: Tensor) -> Tensor:
     return rank
 
 
-def spread_of(features: Tensor, labels: Tensor, classes: int) -> tuple[float | None, float | None]:
-    """`Card.coherence` and `Card.cone`, without the part that few images add to the length of a mean."""
+def estimate_class_spread(
+    features: Tensor, labels: Tensor, classes: int
+) -> tuple[float | None, float | None]:
+    """`TeacherCard.coherence` and `TeacherCard.cone`, without the part that few images add to the length of a mean."""
     mean = class_means(features, labels, classes)
     count = torch.bincount(labels, minlength=classes).to(features)
     mean, count = mean[count > 1], count[count > 1]
@@ -108,7 +110,7 @@ def spread_of(features: Tensor, labels: Tensor, classes: int) -> tuple[float | N
     return round(coherence, 4), round(min(max(float(mean.mean(0).norm()) / coherence, 0.01), 0.99), 4)
 
 
-def chosen(right: Tensor) -> tuple[int, int]:
+def one_standard_error_choice(right: Tensor) -> tuple[int, int]:
     """Which strength and weight to take: `right` (strengths, weights, n) says of each left-out image whether
     it was classified rightly.
 
@@ -133,18 +135,18 @@ def cross_validate(
     strengths: Sequence[float] = STRENGTHS,
     *,
     balanced: bool = False,
-) -> Card:
+) -> TeacherCard:
     """The card with the strength and the weight that classify left-out images well.
 
     features (n, d) unit rows with labels (n,), text (C, d) of the classes. Three folds for each strength, of
-    which `chosen` takes one, and a weight. Where the median class has fewer than three images nothing is left
+    which `one_standard_error_choice` takes one, and a weight. Where the median class has fewer than three images nothing is left
     out, and the first strength stands.
     """
     classes = len(text)
     images = torch.bincount(labels, minlength=classes)
-    spread = spread_of(features, labels, classes)
+    spread = estimate_class_spread(features, labels, classes)
     if images.double().median() < LEAST_IMAGES:
-        return Card(images.tolist(), strengths[0], None, None, *spread)
+        return TeacherCard(images.tolist(), strengths[0], None, None, *spread)
     rank = rank_in_class(labels)
     few = rank < max(LEAST_IMAGES, MOST_IMAGES // classes)
     features, labels, fold = features[few], labels[few], rank[few] % FOLDS
@@ -167,7 +169,7 @@ def cross_validate(
             right[row, :, tried.cpu()] = torch.stack([s.argmax(1) == y for s in scores]).cpu()
             tries.update()
     tries.close()
-    best, column = chosen(right[:, :-1])
+    best, column = one_standard_error_choice(right[:, :-1])
     rate = 100 * right[best].double().mean(1)
     accuracy = {
         "text": float(rate[0]),
@@ -175,4 +177,4 @@ def cross_validate(
         "mixture": float(rate[column]),
     }
     accuracy = {name: round(value, 2) for name, value in accuracy.items()}
-    return Card(images.tolist(), strengths[best], WEIGHTS[column], accuracy, *spread)
+    return TeacherCard(images.tolist(), strengths[best], WEIGHTS[column], accuracy, *spread)

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dfzsl.io.class_names import checked_names
+from dfzsl.io.class_names import check_class_names
 from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import UserError
-from dfzsl.utils.numerics import checked, portions
+from dfzsl.utils.numerics import check_unit_rows, split_rows
 
-from .feature_statistics import MIXING, Geometry
+from .feature_statistics import MIXING, FeatureStatistics
 from .vmf import VonMisesFisher, mean_resultant_length
 
 STAGE = "stage 1 (recovery)"
@@ -80,8 +80,8 @@ class VirtualClasses:
     network: FeatureMLP | None = None
     bias: Tensor | None = None
     error: float | None = None
-    known_weight: float | None = None
-    geometry: Geometry | None = None
+    owner_weight: float | None = None
+    geometry: FeatureStatistics | None = None
 
     def __repr__(self) -> str:
         kappa = f"mean kappa {float(self.kappa.mean()):.0f}"
@@ -89,7 +89,7 @@ class VirtualClasses:
         return f"VirtualClasses({len(self.classnames)} classes, d = {self.mu.shape[1]}; {how})"
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """One line on what the teacher's rows rest on."""
         sure = "" if self.error is None else f", relative error {self.error:.1g} as estimated"
         asked = f" from {self.queries:,} queries" if self.queries else ""
@@ -103,7 +103,7 @@ class VirtualClasses:
         """
         parts = []
         width = n_per_class * self.mu.shape[1]
-        for mu, kappa in zip(portions(self.mu, width), portions(self.kappa, width), strict=True):
+        for mu, kappa in zip(split_rows(self.mu, width), split_rows(self.kappa, width), strict=True):
             if self.network is not None:
                 with torch.no_grad():
                     draws = self.network(mu, n_per_class, generator)
@@ -114,7 +114,7 @@ class VirtualClasses:
             parts.append(draws.transpose(0, 1).reshape(-1, self.mu.shape[1]))
         features = parts[0] if len(parts) == 1 else torch.cat(parts)
         labels = torch.arange(len(self.mu)).repeat_interleave(n_per_class)
-        return checked(features, STAGE, "virtual feature", self.classnames, labels), labels
+        return check_unit_rows(features, STAGE, "virtual feature", self.classnames, labels), labels
 
     def _scattered(self, mu: Tensor, kappa: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
         """Unit draws (n, C, d) around mu (C, d) with the geometry's covariance."""
@@ -130,7 +130,7 @@ class VirtualClasses:
 
     def kept(self, features: Tensor, labels: Tensor) -> Tensor:
         """(n,) bool: the recovered teacher assigns the draw to its own class (the paper's filter)."""
-        parts = portions(features, len(self.weight))
+        parts = split_rows(features, len(self.weight))
         return torch.cat([self.logits(part).argmax(1) for part in parts]) == labels
 
     def logits(self, x: Tensor) -> Tensor:
@@ -163,15 +163,15 @@ class VirtualClasses:
             tensors["bias"] = self.bias
         if self.network is not None:
             tensors |= {f"network.{name}": value for name, value in self.network.state_dict().items()}
-        words = ("classnames", "queries", "method", "level", "backbone", "error", "known_weight")
-        about = {name: getattr(self, name) for name in words}
+        names = ("classnames", "queries", "method", "level", "backbone", "error")
+        about = {name: getattr(self, name) for name in names} | {"known_weight": self.owner_weight}
         save_tensors(path, tensors, {"kind": "virtual", **about})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> VirtualClasses:
         """Read `save`'s file. Raises UserError when it is missing, broken or of another kind."""
         tensors, about = load_tensors(path, "virtual")
-        names = checked_names(about.get("classnames"), path)
+        names = check_class_names(about.get("classnames"), path)
         try:
             queries = int(about["queries"])  # type: ignore[call-overload]
             method, level, backbone = (str(about[name]) for name in ("method", "level", "backbone"))
@@ -179,8 +179,8 @@ class VirtualClasses:
             mu, kappa, weight = (tensors.pop(name).float() for name in ("mu", "kappa", "weight"))
             bias = tensors.pop("bias").float() if "bias" in tensors else None
             known = about.get("known_weight")
-            known_weight = None if known is None else float(known)  # type: ignore[arg-type]
-            if known_weight is not None and not known_weight >= 0:
+            owner_weight = None if known is None else float(known)  # type: ignore[arg-type]
+            if owner_weight is not None and not owner_weight >= 0:
                 raise ValueError("the teacher's weight beside text is at least 0")
             if (
                 mu.dim() != 2
@@ -204,7 +204,7 @@ class VirtualClasses:
                 f"{path}: an incomplete file of virtual classes ({error}); recover again"
             ) from None
         return cls(
-            mu, kappa, names, weight, queries, method, level, backbone, network, bias, off, known_weight
+            mu, kappa, names, weight, queries, method, level, backbone, network, bias, off, owner_weight
         )
 
 

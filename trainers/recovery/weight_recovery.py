@@ -12,7 +12,7 @@ from .responses import Ask, Extracted
 from .score_recovery import rows_from_scores
 
 
-def extract_rows(
+def recover_class_weights(
     ask: Ask,
     level: str,
     classnames: Sequence[str],

@@ -14,8 +14,8 @@ from dfzsl import train
 from dfzsl.configs import CONFIGS
 from dfzsl.io.results import read_results
 from dfzsl.trainers.clip.backbone import FeatureBackbone
+from dfzsl.trainers.clip.class_prompts import ClassPrompts
 from dfzsl.trainers.clip.loading import load_backbone
-from dfzsl.trainers.clip.texts import ClassTexts
 from dfzsl.trainers.generation.classifier import Classifier
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.utils.errors import UserError
@@ -45,47 +45,47 @@ def mean(backbone, texts: list[str]) -> torch.Tensor:
 
 
 def test_a_template(backbone):
-    made = ClassTexts.parse("a drawing of a {}!").features(backbone, NAMES)
+    made = ClassPrompts.parse("a drawing of a {}!").features(backbone, NAMES)
     texts = ["a drawing of a red star!", "a drawing of a blue circle!", "a drawing of a green square!"]
     assert torch.allclose(made, backbone.encode_text(texts), atol=1e-6)
     assert torch.equal(
-        ClassTexts.parse("").features(backbone, NAMES), backbone.class_features(NAMES, ["a photo of a {}."])
+        ClassPrompts.parse("").features(backbone, NAMES), backbone.class_features(NAMES, ["a photo of a {}."])
     )
 
 
 def test_the_ensemble_is_clips_eighty(backbone):
     from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
 
-    texts = ClassTexts.parse("ensemble")
+    texts = ClassPrompts.parse("ensemble")
     assert len(texts.templates) == 80
     expected = mean(backbone, [template("red star") for template in OPENAI_IMAGENET_TEMPLATES])
     assert torch.allclose(texts.features(backbone, NAMES)[0], expected, atol=1e-5)
 
 
 def test_sentences(backbone, sentences):
-    made = ClassTexts.parse(sentences).features(backbone, NAMES)
+    made = ClassPrompts.parse(sentences).features(backbone, NAMES)
     assert torch.allclose(made[0], mean(backbone, SAID["Red star"]), atol=1e-6)
     assert torch.allclose(made[1], mean(backbone, [SAID["blue circle"]]), atol=1e-6)
     with pytest.raises(UserError, match="plaid cat, plaid dog"):
-        ClassTexts.parse(sentences).features(backbone, ["plaid cat", "red star", "plaid dog"])
+        ClassPrompts.parse(sentences).features(backbone, ["plaid cat", "red star", "plaid dog"])
 
 
 def test_many_texts_are_encoded_once(backbone, monkeypatch):
     names = [f"{color} star" for color in ("red", "blue", "green", "yellow", "white", "black", "pink")]
-    first = ClassTexts.parse("ensemble").features(backbone, names)
+    first = ClassPrompts.parse("ensemble").features(backbone, names)
     monkeypatch.setattr(type(backbone), "encode_text", lambda *_: pytest.fail("encoded again"))
-    assert torch.equal(ClassTexts.parse("ensemble").features(backbone, names), first)
+    assert torch.equal(ClassPrompts.parse("ensemble").features(backbone, names), first)
 
 
 def test_beside_a_context_texts_say_what_they_add(backbone, sentences):
     start = backbone.tokenize(["a photo of a"])[0, 1:5]
     words = backbone.text_tower.embed(start).detach()
-    untuned = ClassTexts.parse(sentences)
+    untuned = ClassPrompts.parse(sentences)
     context = words + 0.05 * torch.randn(words.shape, generator=torch.Generator().manual_seed(0))
-    for ctx, said in ((words, untuned), (context, untuned), (context, ClassTexts.parse(""))):
-        texts = ClassTexts(said.templates, said.sentences, said.spec, ctx, "a photo of a")
+    for ctx, said in ((words, untuned), (context, untuned), (context, ClassPrompts.parse(""))):
+        texts = ClassPrompts(said.templates, said.sentences, said.spec, ctx, "a photo of a")
         made = texts.features(backbone, NAMES)
-        in_context = ClassTexts(("{}",), {}, "", ctx).features(backbone, NAMES)
+        in_context = ClassPrompts(("{}",), {}, "", ctx).features(backbone, NAMES)
         if not said.spec:
             assert torch.equal(made, in_context)
             continue
@@ -100,7 +100,7 @@ def test_beside_a_context_texts_say_what_they_add(backbone, sentences):
 @pytest.mark.parametrize("prompts", ["a photo", "{} and {}", "{0}", "{name}", "none.json"])
 def test_mistakes(prompts):
     with pytest.raises(UserError):
-        ClassTexts.parse(prompts)
+        ClassPrompts.parse(prompts)
 
 
 @pytest.mark.parametrize(
@@ -109,14 +109,14 @@ def test_mistakes(prompts):
 def test_files_that_are_none(tmp_path, content, backbone):
     (tmp_path / "said.json").write_text(content)
     with pytest.raises(UserError):
-        ClassTexts.parse(str(tmp_path / "said.json")).features(backbone, ["a"])
+        ClassPrompts.parse(str(tmp_path / "said.json")).features(backbone, ["a"])
 
 
 def test_features_alone_have_no_texts(sentences):
     backbone = FeatureBackbone(4, {"a": torch.ones(4)})
     with pytest.raises(UserError, match="text encoder"):
-        ClassTexts.parse("ensemble").features(backbone, ["a"])
-    assert torch.allclose(ClassTexts.parse("").features(backbone, ["a"]), torch.full((1, 4), 0.5))
+        ClassPrompts.parse("ensemble").features(backbone, ["a"])
+    assert torch.allclose(ClassPrompts.parse("").features(backbone, ["a"]), torch.full((1, 4), 0.5))
 
 
 @pytest.fixture
@@ -153,8 +153,10 @@ def run(tmp_path, backbone):
 def test_trainers_hear_them(run, tmp_path, sentences, trainer, monkeypatch):
     """Where each class's features lie at its own sentences, a trainer that hears them is right."""
     heard = []
-    plain = ClassTexts.plain
-    monkeypatch.setattr(ClassTexts, "plain", lambda self, *of: (heard.append(self.spec), plain(self, *of))[1])
+    plain = ClassPrompts.plain
+    monkeypatch.setattr(
+        ClassPrompts, "plain", lambda self, *of: (heard.append(self.spec), plain(self, *of))[1]
+    )
     classes = "all" if trainer == "ZeroshotCLIP" else "base"
     given = ["TEXT.PROMPTS", sentences, "DATASET.SUBSAMPLE_CLASSES", classes]
     if trainer != "ZeroshotCLIP":
@@ -180,7 +182,7 @@ def test_names_added_later(run, tmp_path, sentences, backbone):
     expected = known.texts.features(backbone, ["black cross"])
     assert torch.allclose(added.weight[-1:], expected, atol=1e-6)
     said = known.add(
-        ["yellow  Ring 2"], backbone, ClassTexts((), {"yellow ring 2": ["a ring."]}, "sentences")
+        ["yellow  Ring 2"], backbone, ClassPrompts((), {"yellow ring 2": ["a ring."]}, "sentences")
     )
     assert said.texts.context is not None and said.texts.spec == "sentences"
     said.save(tmp_path / "c.safetensors")

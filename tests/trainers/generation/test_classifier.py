@@ -13,11 +13,11 @@ from scipy.optimize import minimize
 from dfzsl.io.tensors import save_tensors
 from dfzsl.trainers.clip.aligned_text import AlignedText
 from dfzsl.trainers.generation.calibrated_stacking import _curve as curve
-from dfzsl.trainers.generation.calibrated_stacking import calibrate, plays
-from dfzsl.trainers.generation.classifier import Classifier, Rows, fit_rows, minimise
+from dfzsl.trainers.generation.calibrated_stacking import calibrate, pseudo_novel_folds
+from dfzsl.trainers.generation.classifier import Classifier, ClassWeights, fit_class_weights, minimize_loss
 from dfzsl.trainers.generation.generate import generate
 from dfzsl.trainers.generation.generators import GENERATORS
-from dfzsl.trainers.generation.training import StageThreeSettings
+from dfzsl.trainers.generation.training import GenerationSettings
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.utils.errors import UserError
 
@@ -37,7 +37,7 @@ def world():
     every = VirtualClasses(means, kappa, names, weight=means - means.mean(0))
     # A teacher that was trained tells classes apart by what they do not share.
     rows = deviation[:BASE] - (deviation[:BASE] @ image_side)[:, None] * image_side
-    virtual = VirtualClasses(means[:BASE], kappa[:BASE], names[:BASE], weight=rows, known_weight=3.0)
+    virtual = VirtualClasses(means[:BASE], kappa[:BASE], names[:BASE], weight=rows, owner_weight=3.0)
     return virtual, text[:BASE], text[BASE:], names, every
 
 
@@ -49,7 +49,7 @@ def build(world, new=None, **settings) -> Classifier:
     return generate(
         virtual,
         AlignedText(base_text, new_text, new_names, backbone="ViT-B-32", weights="openai"),
-        settings=StageThreeSettings(**{"num_per_class": 40, "classifier_steps": 80} | settings),
+        settings=GenerationSettings(**{"num_per_class": 40, "classifier_steps": 80} | settings),
         generator=rng(1),
     )
 
@@ -155,7 +155,7 @@ class TestClassifier:
 class TestFits:
     def test_minimise_finds_the_minimum(self):
         x, y = torch.randn(20, 3, generator=rng()), torch.zeros(20)
-        found = minimise(
+        found = minimize_loss(
             lambda x, y, p: (x @ p - 1).square().mean(),
             torch.zeros(3),
             x,
@@ -171,7 +171,7 @@ class TestFits:
         g = rng(2)
         x, y = unit(torch.randn(60, 4, generator=g)), torch.arange(60) % 3
         rows = unit(torch.randn(3, 4, generator=g))
-        found = fit_rows(x, y, rows, g, pull=5.0, steps=3000, lr=1e-2, temperature=0.1)
+        found = fit_class_weights(x, y, rows, g, pull=5.0, steps=3000, lr=1e-2, temperature=0.1)
 
         def objective(flat):
             delta = torch.tensor(flat, dtype=torch.float64).view(3, 4).requires_grad_()
@@ -187,7 +187,7 @@ class TestFits:
         """Features at the text rows themselves: nothing to learn, whatever the pull."""
         rows = torch.eye(5)
         x = rows.repeat_interleave(10, 0)
-        found = fit_rows(x, torch.arange(5).repeat_interleave(10), rows, rng(), pull=0.0)
+        found = fit_class_weights(x, torch.arange(5).repeat_interleave(10), rows, rng(), pull=0.0)
         assert torch.allclose(found, rows, atol=1e-6)
 
     def test_log_prior_corrects_unequal_class_sizes(self):
@@ -198,14 +198,17 @@ class TestFits:
         x = unit(start[y] + 0.5 * torch.randn(len(y), 2, generator=g))
         head_start = {}
         for prior in (True, False):
-            on_plane = fit_rows(x, y, start, g, pull=0.1, log_prior=prior, temperature=0.2) @ torch.eye(2)[1]
+            on_plane = (
+                fit_class_weights(x, y, start, g, pull=0.1, log_prior=prior, temperature=0.2)
+                @ torch.eye(2)[1]
+            )
             head_start[prior] = float(on_plane[0] - on_plane[1])
         assert abs(head_start[True]) < 0.1 * head_start[False]
 
     def test_divergence_is_a_clear_error(self):
         x = torch.full((4, 3), math.inf)
         with pytest.raises(UserError, match="diverged"):
-            fit_rows(x, torch.zeros(4, dtype=torch.long), torch.eye(3), rng(), steps=2)
+            fit_class_weights(x, torch.zeros(4, dtype=torch.long), torch.eye(3), rng(), steps=2)
 
 
 class TestStageThree:
@@ -311,8 +314,8 @@ class TestCalibration:
             lift = start / float((x @ axis).mean()) * axis
 
             def rows_of(known, others, lift=lift):
-                return Rows(base_text[known] + lift, others, torch.zeros(len(known)))
+                return ClassWeights(base_text[known] + lift, others, torch.zeros(len(known)))
 
-            found[start] = calibrate(plays(x, y, base_text, NEW, rows_of, rng()), x.device)
+            found[start] = calibrate(pseudo_novel_folds(x, y, base_text, NEW, rows_of, rng()), x.device)
         assert found[0.0] == pytest.approx(0.0, abs=0.02)
         assert found[0.05] - found[0.0] == pytest.approx(0.05, abs=0.01)

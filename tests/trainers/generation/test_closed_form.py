@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from draws import rng, unit
 
 from dfzsl.trainers.generation.closed_form import closed_form
-from dfzsl.trainers.recovery.feature_statistics import measure_geometry
+from dfzsl.trainers.recovery.feature_statistics import measure_feature_statistics
 from dfzsl.trainers.recovery.mixture import mix, teacher_rows
 
 DIM, BASE, NEW = 32, 80, 12
@@ -25,7 +25,9 @@ def world():
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "geometry"])
 def geometry(request):
     scale = torch.linspace(0.3, 2, DIM)
-    return measure_geometry(torch.randn(500, DIM, generator=rng()) * scale) if request.param else None
+    return (
+        measure_feature_statistics(torch.randn(500, DIM, generator=rng()) * scale) if request.param else None
+    )
 
 
 def made(world, geometry=None, **options):
@@ -75,9 +77,9 @@ def test_text_that_foretells_the_teacher_makes_new_rows_better(world):
 
 def test_the_owners_weight_decides(world):
     text, truth = world
-    rows = made(world, known_weight=0.0)
+    rows = made(world, owner_weight=0.0)
     assert torch.allclose(rows.base, text[:BASE], atol=1e-5)
-    alone = made(world, known_weight=1e6).base
+    alone = made(world, owner_weight=1e6).base
     cosine = F.cosine_similarity(alone - alone.mean(0), teacher_rows(truth[:BASE])[0], dim=1)
     assert cosine.min() > 0.999
 

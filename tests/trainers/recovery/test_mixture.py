@@ -9,11 +9,23 @@ import torch.nn.functional as F
 from draws import rng, unit
 from sklearn.linear_model import LogisticRegression
 
-from dfzsl.trainers.recovery.feature_statistics import Geometry, measure_geometry
-from dfzsl.trainers.recovery.mixture import WEIGHTS, mix, rule_weight, signs, teacher_rows
+from dfzsl.trainers.recovery.feature_statistics import FeatureStatistics, measure_feature_statistics
+from dfzsl.trainers.recovery.mixture import (
+    WEIGHTS,
+    mix,
+    predict_teacher_weight,
+    teacher_rows,
+    text_teacher_statistics,
+)
 from dfzsl.trainers.recovery.ridge import RIDGES, leave_one_out_ridge
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
-from dfzsl.trainers.recovery.teacher_card import Card, chosen, cross_validate, rank_in_class, spread_of
+from dfzsl.trainers.recovery.teacher_card import (
+    TeacherCard,
+    chosen,
+    cross_validate,
+    estimate_class_spread,
+    rank_in_class,
+)
 from dfzsl.utils.errors import UserError
 
 DIM, CLASSES = 24, 10
@@ -86,13 +98,13 @@ class TestMixture:
         weight = torch.randn(CLASSES, DIM, generator=rng(7))
         made = mix(text, weight, known=0.4)
         assert torch.allclose(made.rows, text + 0.4 * teacher_rows(weight)[0], atol=1e-6)
-        assert (made.weight, made.why) == (0.4, "the owner's cross-validation")
+        assert (made.weight, made.reason) == (0.4, "the owner's cross-validation")
         assert not made.bias.any()
 
     def test_signs_by_loops(self, world):
         text, x, labels = world
         weight = torch.stack([x[labels == c].mean(0) for c in range(CLASSES)])
-        near, found, alike = signs(text, weight)
+        near, found, alike = text_teacher_statistics(text, weight)
         w = unit(weight - weight.mean(0))
         t = text - text.mean(0)
         scores = np.array([[float(w[r] @ t[c]) for c in range(CLASSES)] for r in range(CLASSES)])
@@ -108,25 +120,25 @@ class TestMixture:
         text, x, labels = world
         means = torch.stack([x[labels == c].mean(0) for c in range(CLASSES)])
         noise = torch.randn(CLASSES, DIM, generator=rng(8))
-        assert rule_weight(text, means) > rule_weight(text, noise)
+        assert predict_teacher_weight(text, means) > predict_teacher_weight(text, noise)
         alike = unit(text + 4 * text.mean(0))
-        assert rule_weight(alike, means) > rule_weight(text, means)
-        assert WEIGHTS[0] <= rule_weight(text, noise) <= WEIGHTS[1]
+        assert predict_teacher_weight(alike, means) > predict_teacher_weight(text, means)
+        assert WEIGHTS[0] <= predict_teacher_weight(text, noise) <= WEIGHTS[1]
 
     def test_a_teacher_that_grew_from_the_text_is_left_alone(self, world):
         text, *_ = world
         weight = text + 0.1 * unit(torch.randn(CLASSES, DIM, generator=rng(9)))
         made = mix(text, weight)
-        assert math.isinf(made.weight) and made.sure == 0
+        assert math.isinf(made.weight) and made.loo_predictability == 0
         assert torch.allclose(made.rows, teacher_rows(weight)[0], atol=1e-6)
 
     @pytest.mark.parametrize("classes", [1, 2, 3])
     @pytest.mark.parametrize("whitened", [False, True])
     def test_few_classes_and_equal_ones(self, classes, whitened):
-        geometry = measure_geometry(torch.randn(200, DIM, generator=rng())) if whitened else None
+        geometry = measure_feature_statistics(torch.randn(200, DIM, generator=rng())) if whitened else None
         text = unit(torch.ones(classes, DIM))
         made = mix(text, torch.ones(classes, DIM), geometry=geometry)
-        assert torch.isfinite(made.rows).all() and torch.isfinite(made.foretell).all()
+        assert torch.isfinite(made.rows).all() and torch.isfinite(made.text_to_weight).all()
 
 
 class TestGeometry:
@@ -136,14 +148,14 @@ class TestGeometry:
         labels = torch.arange(400).repeat_interleave(10)
         means = 5 * torch.eye(DIM)[0] + torch.randn(400, DIM, generator=g)
         x = means[labels] + 0.05 * torch.randn(4000, DIM, generator=g) @ root
-        scatter = measure_geometry(x, labels).scatter
+        scatter = measure_feature_statistics(x, labels).scatter
         true = (root @ root)[1:, 1:]  # the mean's own direction is lost on the sphere
         assert F.cosine_similarity(scatter[1:, 1:].flatten(), true.flatten(), dim=0) > 0.97
-        assert measure_geometry(x).scatter.trace() == pytest.approx(1, abs=1e-5)
+        assert measure_feature_statistics(x).scatter.trace() == pytest.approx(1, abs=1e-5)
 
     def test_whitening_undoes_the_scatter_and_noise_has_it(self):
         scatter = torch.diag(torch.linspace(0.1, 3, DIM))
-        geometry = Geometry(torch.eye(DIM)[0], scatter / scatter.trace())
+        geometry = FeatureStatistics(torch.eye(DIM)[0], scatter / scatter.trace())
         eye = torch.eye(DIM)
         expected = torch.linalg.inv((scatter / scatter.trace() * DIM + 3 * eye) / 4)
         assert torch.allclose(geometry.whiten(eye), expected, atol=1e-5)
@@ -151,16 +163,18 @@ class TestGeometry:
         assert torch.allclose(drawn.T @ drawn / 20_000, geometry.scatter, atol=5e-3)
 
     def test_file_round_trip_and_broken_ones(self, tmp_path):
-        geometry = measure_geometry(torch.randn(150, DIM, generator=rng()), backbone="b", source="pictures")
+        geometry = measure_feature_statistics(
+            torch.randn(150, DIM, generator=rng()), backbone="b", source="pictures"
+        )
         geometry.save(tmp_path / "g.safetensors")
-        loaded = Geometry.load(tmp_path / "g.safetensors")
+        loaded = FeatureStatistics.load(tmp_path / "g.safetensors")
         assert torch.equal(loaded.scatter, geometry.scatter) and repr(loaded) == repr(geometry)
         Teacher(torch.eye(2), ["a", "b"]).save(tmp_path / "t.safetensors")
         for path, said in (("none", "no such geometry file"), ("t.safetensors", "found teacher")):
             with pytest.raises(UserError, match=said):
-                Geometry.load(tmp_path / path)
+                FeatureStatistics.load(tmp_path / path)
         with pytest.raises(UserError, match="100 images or more, got 3"):
-            measure_geometry(torch.eye(3))
+            measure_feature_statistics(torch.eye(3))
 
 
 class TestCard:
@@ -178,8 +192,8 @@ class TestCard:
         x = unit(
             mean[labels] + math.sqrt(1 - coherence**2) * torch.randn(len(labels), d, generator=g) / d**0.5
         )
-        assert spread_of(x, labels, classes) == pytest.approx((coherence, cone), abs=0.03)
-        assert spread_of(x[::2], labels[::2], classes) == (None, None)
+        assert estimate_class_spread(x, labels, classes) == pytest.approx((coherence, cone), abs=0.03)
+        assert estimate_class_spread(x[::2], labels[::2], classes) == (None, None)
 
     def test_finds_a_strength_and_a_weight_that_beat_text_and_the_papers_teacher(self, world):
         text, x, labels = world
@@ -245,7 +259,7 @@ class TestCard:
         [3, {}, {"images": [1]}, {"weight": -1.0}, {"weight": float("nan")}, {"strength": 0}, {"cone": 2.0}],
     )
     def test_a_card_that_cannot_be_is_refused(self, wrong):
-        words = Card([3, 3], 1.0, 0.2, {"text": 50.0}, 0.9, 0.9).as_dict()
-        assert Card.of(words, 2).weight == 0.2
+        words = TeacherCard([3, 3], 1.0, 0.2, {"text": 50.0}, 0.9, 0.9).as_dict()
+        assert TeacherCard.of(words, 2).weight == 0.2
         with pytest.raises(UserError, match="its card"):
-            Card.of(words | wrong if wrong and isinstance(wrong, dict) else wrong, 2)
+            TeacherCard.of(words | wrong if wrong and isinstance(wrong, dict) else wrong, 2)

@@ -11,11 +11,10 @@ from draws import rng
 from dfzsl.trainers.recovery.class_directions import (
     class_directions,
     common_direction,
-    cone_of,
-    geometry_concentration,
+    estimate_class_mean_cosine,
     paper_concentration,
+    typical_concentration,
 )
-from dfzsl.trainers.recovery.extract import extract_rows
 from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.oracle import Oracle
 from dfzsl.trainers.recovery.recover import recover
@@ -24,6 +23,7 @@ from dfzsl.trainers.recovery.simulator import expected_loss
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.trainers.recovery.vmf import VonMisesFisher, fit_classes, mean_resultant_length
+from dfzsl.trainers.recovery.weight_recovery import recover_class_weights
 from dfzsl.utils.errors import UserError
 
 C, D = 5, 24
@@ -231,7 +231,7 @@ def test_more_bisections_come_nearer(text):
     gaps = [
         1
         - cosines(
-            extract_rows(oracle, "labels", NAMES, text, bisections=n, generator=rng()).weight, true
+            recover_class_weights(oracle, "labels", NAMES, text, bisections=n, generator=rng()).weight, true
         ).min()
         for n in (5, 8, 11)
     ]
@@ -318,7 +318,7 @@ def test_the_simulator_needs_cosines(text, level):
 def test_the_second_moment_gives_the_simulators_expected_loss(text):
     """The loss of `moments` against the mean over many draws."""
     weight = F.normalize(rows(C, 2), dim=1)
-    draws = VonMisesFisher(text, torch.full((C,), geometry_concentration(D, 0.6)))
+    draws = VonMisesFisher(text, torch.full((C,), typical_concentration(D, 0.6)))
     loss = expected_loss(text, weight, *(moment.float() for moment in draws.second_moment))
     x = draws.sample((20_000,), rng(3)).flatten(0, 1)
     assert float(loss) == pytest.approx(float(F.mse_loss(x @ text.T, x @ weight.T)), rel=0.01)
@@ -362,7 +362,7 @@ def test_every_method_gives_virtual_classes_that_survive_a_file(text, method, tm
     virtual = recover(oracle, text, method=method, epochs=2, draws=2, generator=rng(), theta=2.0)
     assert virtual.mu.shape == virtual.weight.shape == (C, D)
     assert torch.allclose(virtual.mu.norm(dim=1), torch.ones(C), atol=1e-5)
-    assert virtual.kappa.tolist() == pytest.approx([2 * geometry_concentration(D)] * C, rel=1e-5)
+    assert virtual.kappa.tolist() == pytest.approx([2 * typical_concentration(D)] * C, rel=1e-5)
     virtual.save(tmp_path / "v.safetensors")
     loaded = VirtualClasses.load(tmp_path / "v.safetensors")
     assert torch.equal(loaded.sample(3, rng())[0], virtual.sample(3, rng())[0])
@@ -437,7 +437,7 @@ def test_the_papers_concentration():
 
 
 def test_the_concentration_of_a_coherence():
-    assert mean_resultant_length(geometry_concentration(512), 512) == pytest.approx(0.88, rel=1e-9)
+    assert mean_resultant_length(typical_concentration(512), 512) == pytest.approx(0.88, rel=1e-9)
 
 
 def test_the_common_direction_favours_no_text():
@@ -475,18 +475,22 @@ class TestConeOfTexts:
     def test_of_texts_at_a_known_distance_from_their_mean(self, spread):
         """Two texts, 2 arcsin(spread) apart: each at that distance from the mean of both."""
         text = torch.tensor([[math.sqrt(1 - spread**2), spread], [math.sqrt(1 - spread**2), -spread]])
-        assert cone_of(text) ** 2 == pytest.approx(1 - 0.38 * spread, abs=1e-6)
+        assert estimate_class_mean_cosine(text) ** 2 == pytest.approx(1 - 0.38 * spread, abs=1e-6)
 
     def test_stays_where_real_sets_lie_for_texts_that_are_alike_or_opposed(self):
-        assert cone_of(torch.ones(5, 4) / 2) == pytest.approx(math.sqrt(0.96))
-        assert cone_of(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])) == pytest.approx(math.sqrt(0.7))
+        assert estimate_class_mean_cosine(torch.ones(5, 4) / 2) == pytest.approx(math.sqrt(0.96))
+        assert estimate_class_mean_cosine(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])) == pytest.approx(
+            math.sqrt(0.7)
+        )
 
     @pytest.mark.parametrize("named", [{}, {"cone": 0.5}])
     def test_classes_lie_in_the_cone_of_their_texts_unless_one_is_named(self, named):
         text, teacher = rows(C, 1), Teacher(rows(C, 2), [f"c{i}" for i in range(C)])
         virtual = recover(open_oracle(teacher, "weights"), text, generator=rng(), **named)
         expected = class_directions(
-            F.normalize(teacher.weight, dim=1), common_direction(text), named.get("cone") or cone_of(text)
+            F.normalize(teacher.weight, dim=1),
+            common_direction(text),
+            named.get("cone") or estimate_class_mean_cosine(text),
         )
         assert torch.allclose(virtual.mu, expected, atol=1e-5)
 
