@@ -29,7 +29,7 @@ from sweeps import planned_jobs
 from dfzsl import train
 from dfzsl.datasets import encoding, extract
 from dfzsl.launch import workers
-from dfzsl.trainers import base, owner
+from dfzsl.trainers import base, teacher_zeroshot
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.dfzsl import CLASSIFIER, DFZSL
 
@@ -166,7 +166,9 @@ def run(words: list[str], output: str, log: Path) -> None:
         return lambda *_: (folder / name).exists()
 
     base.recover = noted(log, "recover", there("virtual.safetensors"), base.recover)
-    owner.fit_teacher = noted(log, "teacher", there(owner.TEACHER), owner.fit_teacher)
+    teacher_zeroshot.fit_teacher = noted(
+        log, "teacher", there(teacher_zeroshot.TEACHER), teacher_zeroshot.fit_teacher
+    )
     DFZSL.generate = noted(log, "generate", there(CLASSIFIER), DFZSL.generate)
     base.CLIPTrainer.run_epoch = noted(log, "epoch", epoch_done, base.CLIPTrainer.run_epoch)
     train.main(["--output-dir", output, *words])

@@ -27,7 +27,7 @@ from dfzsl import train
 from dfzsl.io.results import CHANGING
 from dfzsl.launch import workers
 from dfzsl.launch.runs import Job
-from dfzsl.trainers import owner
+from dfzsl.trainers import teacher_zeroshot
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.dfzsl import DFZSL
 from dfzsl.trainers.generation.generators import NeuralGenerator
@@ -192,7 +192,7 @@ def test_a_fitted_teacher_is_not_fitted_again(world, tmp_path, monkeypatch):
     given = ["--output-dir", str(tmp_path), *words("TeacherZeroshot", world)]
     train.main(given)
     (tmp_path / "results.json").unlink()
-    monkeypatch.setattr(owner, "fit_teacher", lambda *_: pytest.fail("it is fitted again"))
+    monkeypatch.setattr(teacher_zeroshot, "fit_teacher", lambda *_: pytest.fail("it is fitted again"))
     train.main(given)
     assert results(tmp_path)["trained_parameters"] > 0
 

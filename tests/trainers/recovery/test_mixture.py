@@ -21,9 +21,9 @@ from dfzsl.trainers.recovery.ridge import RIDGES, leave_one_out_ridge
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
 from dfzsl.trainers.recovery.teacher_card import (
     TeacherCard,
-    chosen,
     cross_validate,
     estimate_class_spread,
+    one_standard_error_choice,
     rank_in_class,
 )
 from dfzsl.utils.errors import UserError
@@ -215,11 +215,11 @@ class TestCard:
     def test_of_weights_that_cannot_be_told_apart_the_least_is_taken(self):
         right = torch.zeros(2, 14, 300, dtype=torch.bool)
         right[1, :, :200] = True
-        assert chosen(right) == (1, 0)
+        assert one_standard_error_choice(right) == (1, 0)
         right[1, 6:, 200:260] = True  # clearly better from here on, and alike
-        assert chosen(right) == (1, 8)  # the first whose neighbours are as good
+        assert one_standard_error_choice(right) == (1, 8)  # the first whose neighbours are as good
         right[0] = True
-        assert chosen(right) == (0, 0)
+        assert one_standard_error_choice(right) == (0, 0)
 
     def test_the_chosen_weight_is_better_than_the_best_of_noisy_accuracies(self):
         """A curve whose truth is known, seen on 300 images that most weights agree on."""
@@ -233,7 +233,7 @@ class TestCard:
                 300, generator=g
             )  # how hard an image is, the same for all weights, and a little luck
             right = ease + 0.1 * torch.randn(14, 300, generator=g) < truth[:, None]
-            _, column = chosen(right[None])
+            _, column = one_standard_error_choice(right[None])
             plain = int(right.double().mean(1).argmax())
             lost += float(truth.max() - truth[column]) / 200
             best += float(truth.max() - truth[plain]) / 200
