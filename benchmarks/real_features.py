@@ -36,7 +36,7 @@ from dfzsl.trainers.recovery.feature_statistics import FeatureStatistics
 from dfzsl.trainers.recovery.open_oracle import open_oracle
 from dfzsl.trainers.recovery.recover import recover
 from dfzsl.trainers.recovery.teacher import Teacher, fit_teacher
-from dfzsl.utils.progress import hidden
+from dfzsl.utils.progress import hide_progress_bars
 
 WEIGHTS = (0.1, 0.2, 0.3, 0.43, 1.0)
 BASELINES = ("CLIP", "Linear probe + CLIP", *(f"text + {g} teacher" for g in WEIGHTS))
@@ -175,7 +175,7 @@ def run(
     scores = fixed_scores(task, teacher)
     table = {name: (*task.base_to_new(score, new), task.gzsl(score, new)) for name, score in scores.items()}
     generator = torch.Generator().manual_seed(task.seed)
-    with contextlib.redirect_stdout(io.StringIO()), hidden():
+    with contextlib.redirect_stdout(io.StringIO()), hide_progress_bars():
         virtual = recover(
             open_oracle(teacher, "weights"),
             text[:base],

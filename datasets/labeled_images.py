@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfzsl.io.class_names import check_class_names
 from dfzsl.utils.errors import UserError
-from dfzsl.utils.progress import bar, hidden
+from dfzsl.utils.progress import hide_progress_bars, progress_bar
 
 from .base import ClassDataset, folders_in, images_in
 from .encoding import encode_files
@@ -82,7 +82,10 @@ def read_labeled_features(
     backbone = open_backbone()
     place = dict(zip(files, names, strict=True))
     features, good, wrong = [], [], []
-    with hidden(quiet), bar(total=len(files), unit="img", desc="encode", leave=True) as told:
+    with (
+        hide_progress_bars(quiet),
+        progress_bar(total=len(files), unit="img", desc="encode", leave=True) as told,
+    ):
         for read, rows, errors in encode_files(backbone, files, batch_size, num_workers, device):
             features.append(rows.cpu())
             good += [place[file] for file in read]

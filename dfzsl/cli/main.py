@@ -28,9 +28,9 @@ def main(context: click.Context) -> None:
     A data owner fits a teacher on images of base classes. A client has the teacher, or only its answers, and
     the names of new classes: it builds one classifier for base and new classes together, without an image.
     """
-    from dfzsl.utils.progress import hidden
+    from dfzsl.utils.progress import hide_progress_bars
 
-    context.with_resource(hidden(not sys.stderr.isatty()))
+    context.with_resource(hide_progress_bars(not sys.stderr.isatty()))
 
 
 for _command in (

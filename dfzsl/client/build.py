@@ -31,7 +31,7 @@ from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.log import logged_to_stdout
-from dfzsl.utils.progress import bar, hidden
+from dfzsl.utils.progress import hide_progress_bars, progress_bar
 
 AnyFLPT = TypeVar("AnyFLPT", bound=FLPT)
 
@@ -134,7 +134,7 @@ def _run(folder: str | os.PathLike[str] | None, quiet: bool) -> Iterator[Path]:
         log = stack.enter_context(open(path / "log.txt", "a", encoding="utf-8"))
         stack.enter_context(contextlib.redirect_stdout(log))
         stack.enter_context(logged_to_stdout())
-        stack.enter_context(hidden(quiet))
+        stack.enter_context(hide_progress_bars(quiet))
         yield path
 
 
@@ -171,7 +171,7 @@ def _train(kind: type[AnyFLPT], cfg: CfgNode, *given: Any) -> AnyFLPT:
     with _seeded(cfg.SEED):
         trainer = kind(cfg, *given)
         total = trainer.max_epoch
-        with bar(desc="align", unit="epoch", total=total, leave=True, disable=not total) as epochs:
+        with progress_bar(desc="align", unit="epoch", total=total, leave=True, disable=not total) as epochs:
             trainer.epoch_callback = lambda epoch: epochs.update(epoch + 1 - epochs.n)
             trainer.train()
     return trainer

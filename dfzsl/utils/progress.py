@@ -13,7 +13,7 @@ _HIDDEN = ContextVar("hidden", default=False)
 
 
 @contextlib.contextmanager
-def hidden(quiet: bool = True) -> Iterator[None]:
+def hide_progress_bars(quiet: bool = True) -> Iterator[None]:
     """No bar shows itself in this block, if `quiet`."""
     token = _HIDDEN.set(quiet)
     try:
@@ -22,7 +22,9 @@ def hidden(quiet: bool = True) -> Iterator[None]:
         _HIDDEN.reset(token)
 
 
-def bar(iterable: Iterable | None = None, desc: str = "", leave: bool = False, **settings: Any) -> tqdm:
+def progress_bar(
+    iterable: Iterable | None = None, desc: str = "", leave: bool = False, **settings: Any
+) -> tqdm:
     """tqdm's bar, which goes when its part of the work is done unless it is to `leave` its line."""
     if _HIDDEN.get():
         settings["disable"] = True

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dfzsl.utils.numerics import split_rows
-from dfzsl.utils.progress import bar
+from dfzsl.utils.progress import progress_bar
 
 from .classifier import ClassWeights
 
@@ -45,7 +45,7 @@ def pseudo_novel_folds(
     share = min(num_new / (classes + num_new), 0.5)
     folds = min(round(1 / share), 5, classes)
     order = torch.empty(0)
-    for number in bar(range(folds * -(-rehearsals // folds)), "rehearse", unit="rehearsal"):
+    for number in progress_bar(range(folds * -(-rehearsals // folds)), "rehearse", unit="rehearsal"):
         fold = number % folds
         if fold == 0:
             order = torch.randperm(classes, device=x.device, generator=rng)

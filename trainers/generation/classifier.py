@@ -21,7 +21,7 @@ from torch import Tensor
 from dfzsl.io.class_names import check_class_names
 from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import UserError, unknown
-from dfzsl.utils.progress import bar
+from dfzsl.utils.progress import progress_bar
 
 from ..clip.class_prompts import ClassPrompts
 from .decision import Decision
@@ -264,7 +264,7 @@ def minimize_loss(
     """Adam on `loss(x, y, parameter)` over batches drawn on the features' device; lr falls to 0 linearly."""
     parameter = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([parameter], lr=lr)
-    for step in bar(range(steps), "fit rows", unit="step"):
+    for step in progress_bar(range(steps), "fit rows", unit="step"):
         if anneal:
             optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
         x, y = features, labels

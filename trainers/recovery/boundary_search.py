@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.numerics import MAX_ELEMENTS
-from dfzsl.utils.progress import bar
+from dfzsl.utils.progress import progress_bar
 
 from .boundary_fit import HalfCircles, fit_boundaries
 from .responses import Ask, Extracted
@@ -183,7 +183,9 @@ def _bisect(
     parts = torch.arange(len(own)).split(QUERIES_AT_ONCE)
     low, high, other = torch.zeros(len(own)), end, torch.full_like(own, -1)
     history: list[tuple[Tensor, Tensor]] = []
-    with bar(total=bisections * len(own), desc="boundary search", unit="query", unit_scale=True) as queries:
+    with progress_bar(
+        total=bisections * len(own), desc="boundary search", unit="query", unit_scale=True
+    ) as queries:
         for _ in range(bisections):
             middle, label = (low + high) / 2, torch.empty_like(own)
             for part in parts:

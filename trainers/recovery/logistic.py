@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dfzsl.utils.progress import bar
+from dfzsl.utils.progress import progress_bar
 
 ROWS = 4096  # features at a time: their scores stay in a processor's cache
 COARSE = 1e-4  # the tolerance that sums in float32 are exact enough for
@@ -74,7 +74,7 @@ def regression(
     if start is not None:
         begin = torch.linalg.solve_triangular(inverse, start[there].to(inverse), upper=False, left=False)
         rows = begin.flatten().cpu().numpy()
-    with bar(desc="regression", unit="step", delay=5) as steps:
+    with progress_bar(desc="regression", unit="step", delay=5) as steps:
         for dtype, reached in ((torch.float32, max(tolerance, COARSE)), (torch.float64, tolerance)):
             rows = minimize(
                 lambda flat, dtype=dtype: tuple(part / scale for part in loss(flat, dtype)),

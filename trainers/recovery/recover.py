@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.numerics import check_unit_rows, unit
-from dfzsl.utils.progress import bar
+from dfzsl.utils.progress import progress_bar
 
 from .class_directions import (
     MEAN_RESULTANT_LENGTH,
@@ -67,7 +67,9 @@ def recover(
     kappa = torch.full((len(names),), _concentration(oracle, text, all_text, options))
     label = torch.argsort(order)
 
-    with bar(desc="recover", unit="query", unit_scale=True, disable=oracle.level == "weights") as queries:
+    with progress_bar(
+        desc="recover", unit="query", unit_scale=True, disable=oracle.level == "weights"
+    ) as queries:
 
         def ask(x: Tensor) -> Tensor:
             """Query the teacher; its responses are put in the order of `names`."""

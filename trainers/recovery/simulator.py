@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.numerics import unit
-from dfzsl.utils.progress import bar
+from dfzsl.utils.progress import progress_bar
 
 from .oracle import Oracle
 from .responses import Ask
@@ -100,7 +100,7 @@ def _descend(
     """The paper's optimiser: Adam with weight decay 5e-4 and lr falling as (1 + 0.001 epoch)^-0.75."""
     optimizer = torch.optim.Adam(parameters, lr=options.lr, weight_decay=5e-4)
     with torch.enable_grad():
-        for epoch in bar(range(options.epochs), "recover", unit="epoch"):
+        for epoch in progress_bar(range(options.epochs), "recover", unit="epoch"):
             optimizer.param_groups[0]["lr"] = options.lr * (1 + 0.001 * epoch) ** -0.75
             optimizer.zero_grad()
             loss().backward()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dfzsl.utils.errors import UserError, one_line
 from dfzsl.utils.numerics import class_means
-from dfzsl.utils.progress import bar
+from dfzsl.utils.progress import progress_bar
 
 from .logistic import COARSE, regression
 from .mixture import teacher_rows
@@ -151,7 +151,7 @@ def cross_validate(
     few = rank < max(LEAST_IMAGES, MOST_IMAGES // classes)
     features, labels, fold = features[few], labels[few], rank[few] % FOLDS
     right = torch.zeros(len(strengths), len(WEIGHTS) + 1, len(labels), dtype=torch.bool)
-    tries = bar(total=FOLDS * len(strengths), desc="cross-validation", unit="fit")
+    tries = progress_bar(total=FOLDS * len(strengths), desc="cross-validation", unit="fit")
     for left_out in range(FOLDS):
         kept, tried = fold != left_out, fold == left_out
         learned, named = features[kept], labels[kept]

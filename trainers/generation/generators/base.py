@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import UserError, unknown
 from dfzsl.utils.numerics import class_means
-from dfzsl.utils.progress import bar
+from dfzsl.utils.progress import progress_bar
 
 CHECKPOINT = "generator checkpoint"
 GENERATORS: dict[str, type[FeatureGenerator]] = {}
@@ -326,7 +326,7 @@ class NeuralGenerator(FeatureGenerator):
         else:
             self.history = [distance()]
             epoch, best, since, best_state = 0, math.inf, 0, None
-        with bar(desc=f"train {self.name}", total=self.epochs, initial=epoch, unit="epoch") as shown:
+        with progress_bar(desc=f"train {self.name}", total=self.epochs, initial=epoch, unit="epoch") as shown:
             while epoch < self.epochs and since < max(self.patience, 1):
                 self.start_epoch(epoch)
                 losses = [self.step(batches, rng) for _ in range(math.ceil(len(x_train) / self.batch))]
