@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from extract import pictures
 from tabulate import tabulate
 
-from dfzsl.client.predict import Jsonl, find_pictures, predict
+from dfzsl.client.predict import Jsonl, find_images, predict
 from dfzsl.datasets.encoding import read_image
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.generation.classifier import Classifier
@@ -42,7 +42,7 @@ def main() -> None:
     table = []
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         pictures(Path(folder), args.pictures, args.side)
-        paths = find_pictures([folder])
+        paths = find_images([folder])
         for workers in (0, cores):
             best = {"decode": float("inf"), "encode": float("inf"), "predict": float("inf")}
             for _ in range(args.rounds):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dfzsl.utils.errors import unknown
+from dfzsl.utils.errors import unknown_name
 
 CONFIGS = Path(__file__).parent
 
@@ -11,5 +11,5 @@ def dataset_config(name: str) -> Path:
     """The config of a data set. Raises UserError for an unknown one, listing the known ones."""
     path = CONFIGS / "datasets" / f"{name}.yaml"
     if not path.is_file():
-        raise unknown("data set", name, (known.stem for known in path.parent.glob("*.yaml")))
+        raise unknown_name("data set", name, (known.stem for known in path.parent.glob("*.yaml")))
     return path

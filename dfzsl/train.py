@@ -20,8 +20,8 @@ from dfzsl.io.untrusted.yaml_reader import read_yaml
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.recovery.remote_oracle import check_address, is_address
 from dfzsl.utils import distributed
-from dfzsl.utils.dassl_plugin import changes
-from dfzsl.utils.errors import UserError, cli, unknown
+from dfzsl.utils.dassl_plugin import list_changes
+from dfzsl.utils.errors import UserError, run_program, unknown_name
 from dfzsl.utils.log import log_to_stdout
 
 BASE = "_BASE_"  # in a config: the one that it changes, a path from its own folder (as in detectron2)
@@ -119,7 +119,7 @@ def check(cfg) -> None:
         ("data set", cfg.DATASET.NAME, DATASET_REGISTRY),
     ):
         if name not in registry.registered_names():
-            raise unknown(kind, name, registry.registered_names())
+            raise unknown_name(kind, name, registry.registered_names())
     if is_address(cfg.TEACHER.FILE):
         check_address(cfg.TEACHER.FILE)
     elif cfg.TEACHER.FILE and not Path(cfg.TEACHER.FILE).is_file():
@@ -150,7 +150,7 @@ def _run(args: argparse.Namespace, cfg: CfgNode, folder: RunDirectory) -> None:
     print(
         f"Setting fixed seed: {cfg.SEED}" if cfg.SEED >= 0 else "No seed is set: this run cannot be repeated"
     )
-    print(f"** Config ** (all keys: {folder.path})", *changes(cfg), sep="\n")
+    print(f"** Config ** (all keys: {folder.path})", *list_changes(cfg), sep="\n")
     trainer = build_trainer(cfg)
     if args.eval_only:
         trainer.load_model(args.model_dir, epoch=args.load_epoch)
@@ -163,4 +163,4 @@ def _run(args: argparse.Namespace, cfg: CfgNode, folder: RunDirectory) -> None:
 
 
 if __name__ == "__main__":
-    cli(main)
+    run_program(main)

@@ -1,7 +1,7 @@
 """Every reader of what comes from outside, with one valid file of each kind: what is fuzzed.
 
 A kind is a function of a folder that writes its file there and returns (path, reader). Readers end well, or
-in an error that `dfzsl.utils.errors.explain` puts into one line.
+in an error that `dfzsl.utils.errors.describe_user_error` puts into one line.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dfzsl.datasets import encoding
 from dfzsl.datasets.base import read_fewshot, read_split
 from dfzsl.datasets.labeled_images import read_labeled_features
 from dfzsl.io import run_directory
-from dfzsl.io.file_summary import card
+from dfzsl.io.file_summary import summarize_file
 from dfzsl.io.tensors import save_tensors
 from dfzsl.owner.import_head import import_teacher
 from dfzsl.owner.server.config import ServerConfig
@@ -266,7 +266,7 @@ def tensors_measured(folder: Path) -> tuple[Path, Callable]:
 
 def shown(folder: Path) -> tuple[Path, Callable]:
     path, _ = classifier(folder)
-    return path, card
+    return path, summarize_file
 
 
 def head(kind: str) -> Callable[[Path], tuple[Path, Callable]]:
@@ -353,7 +353,7 @@ def question(folder: Path) -> tuple[Path, Callable]:
 
 def run_config(folder: Path) -> tuple[Path, Callable]:
     words = "# made of test data: 0123456789abcdef\nDATASET:\n  ROOT: data/x\nSEED: 1\n"
-    load = lambda path: run_directory.refuse_others(path, {"test data": "0123456789abcdef"}, "--output")  # noqa: E731
+    load = lambda path: run_directory.check_provenance(path, {"test data": "0123456789abcdef"}, "--output")  # noqa: E731
     return text_of("config.yaml", words, load)(folder)
 
 
@@ -428,7 +428,7 @@ def attempt(load: Callable, path: Path) -> str | None:
     try:
         load(path)
     except Exception as error:
-        said = errors.explain(error)
+        said = errors.describe_user_error(error)
         if said is None:
             raise
         assert said and said.isprintable() and len(said) < 5000, said

@@ -20,7 +20,7 @@ from dassl.data import data_manager
 from sweeps import planned_jobs, start_sweep
 
 from dfzsl.io.files import digest
-from dfzsl.io.results import CHANGING, read_results
+from dfzsl.io.results import VOLATILE_KEYS, read_results
 from dfzsl.launch import host
 from dfzsl.launch.checkouts import RECIPES, Checkout, Code
 from dfzsl.launch.sweep import choose
@@ -79,7 +79,7 @@ def outcome(folder: Path) -> dict[str, dict]:
     found = {}
     for path in (folder / "output").rglob("results.json"):
         results = json.loads(path.read_text())
-        for key in CHANGING:
+        for key in VOLATILE_KEYS:
             results.pop(key, None)
         del results["versions"]["revision"]
         # Where a run was is no part of what it found.

@@ -15,7 +15,7 @@ from conftest import ROOT
 from fake_data import picture
 
 from dfzsl import train
-from dfzsl.io.results import CHANGING, read_results
+from dfzsl.io.results import VOLATILE_KEYS, read_results
 from dfzsl.launch import workers
 from dfzsl.launch.runs import Data, Job, Method
 from dfzsl.utils.errors import UserError
@@ -192,7 +192,7 @@ def test_the_launcher_runs_a_sweep_on_several_processes(pictures, tmp_path):
     for one, two in zip(*found, strict=True):
         assert two["queries"] == one["queries"]
         assert two["accuracy"] == one["accuracy"]
-        assert two.keys() == one.keys() and set(CHANGING) < one.keys()
+        assert two.keys() == one.keys() and set(VOLATILE_KEYS) < one.keys()
 
 
 @pytest.mark.slow

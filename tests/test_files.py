@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dfzsl.io.files import atomic, read_json, write_json
 from dfzsl.io.tensors import load_tensors, save_tensors
-from dfzsl.utils.errors import UserError, unknown
+from dfzsl.utils.errors import UserError, unknown_name
 
 
 def test_atomic_keeps_the_old_file_when_the_block_fails(tmp_path):
@@ -80,6 +80,6 @@ def test_a_header_that_lies_about_its_size_is_refused(tmp_path):
 
 
 def test_unknown_lists_the_nearest_first():
-    message = str(unknown("trainer", "cocop", ["ZeroshotCLIP", "CoOp", "CoCoOp"]))
+    message = str(unknown_name("trainer", "cocop", ["ZeroshotCLIP", "CoOp", "CoCoOp"]))
     assert message.startswith("unknown trainer 'cocop'; known: CoCoOp, CoOp")
     assert "ZeroshotCLIP" in message

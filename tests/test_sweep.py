@@ -14,7 +14,7 @@ import pytest
 from conftest import write_features
 from sweeps import start_sweep
 
-from dfzsl.io.results import CHANGING
+from dfzsl.io.results import VOLATILE_KEYS
 
 METHODS = "ZeroshotCLIP,TeacherZeroshot,TextTeacherMix,DFZSL"
 
@@ -42,7 +42,7 @@ def outcome(folder: Path) -> tuple[dict[str, bytes], dict[str, dict]]:
     results = {}
     for name, path in files(folder, "results.json").items():
         results[name] = json.loads(path.read_text(encoding="utf-8"))
-        for key in CHANGING:
+        for key in VOLATILE_KEYS:
             del results[name][key]
         del results[name]["versions"]["revision"]  # a developer may commit while the test runs
     tensors = files(folder, "teacher.safetensors", "virtual.safetensors", "classifier.safetensors")

@@ -133,13 +133,13 @@ def predict(
     from tqdm import tqdm
 
     from dfzsl.client.encoder import load_encoder
-    from dfzsl.client.predict import FORMATS, find_pictures
+    from dfzsl.client.predict import FORMATS, find_images
     from dfzsl.client.predict import predict as predict_files
     from dfzsl.trainers.generation.classifier import Classifier
 
     device = resolve_device(device)
     model = Classifier.load(classifier)
-    files = find_pictures(images)
+    files = find_images(images)
     backbone = load_encoder(model, weights, device, classifier)
     writer = FORMATS[output_format](sys.stdout)
     unreadable = 0

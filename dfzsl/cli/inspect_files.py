@@ -20,9 +20,9 @@ def show(file: Path) -> None:
     Example:
       dfzsl show teacher.safetensors
     """
-    from dfzsl.io.file_summary import card
+    from dfzsl.io.file_summary import summarize_file
 
-    click.echo(card(file))
+    click.echo(summarize_file(file))
 
 
 @click.command()

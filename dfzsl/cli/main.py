@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from dfzsl.utils.errors import UserError, cli
+from dfzsl.utils.errors import UserError, run_program
 
 from . import client, experiments, inspect_files, owner
 from .options import HELP, OrderedGroup
@@ -72,7 +72,7 @@ def run(command: click.Command) -> None:
     warnings = logging.StreamHandler()
     warnings.setLevel(logging.WARNING)
     logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[warnings])
-    cli(lambda: invoke(command))
+    run_program(lambda: invoke(command))
     sys.exit()
 
 

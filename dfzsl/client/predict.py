@@ -20,7 +20,7 @@ from dfzsl.utils.errors import UserError
 Best = list[tuple[str, float]]  # (class, probability), the most probable first
 
 
-def find_pictures(given: Iterable[str]) -> list[str]:
+def find_images(given: Iterable[str]) -> list[str]:
     """The files that paths, folders (with all below them) and globs name, each once, in the order given.
 
     A file that is named itself is taken whatever its ending. Raises UserError where a glob or folder holds no

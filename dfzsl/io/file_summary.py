@@ -25,7 +25,7 @@ KINDS = {
 LONGEST = 76
 
 
-def card(path: str | os.PathLike[str]) -> str:
+def summarize_file(path: str | os.PathLike[str]) -> str:
     """The card of a file that this project writes. Raises UserError for any other."""
     try:
         # Not as torch's: a card needs no tensor, and importing torch takes seconds.

@@ -68,7 +68,7 @@ def lock(path: str | os.PathLike[str], wait: bool = False) -> Iterator[bool | No
     drops a lock with its process: none is ever stale, and no clock, name or process number decides.
     """
     folder = os.path.dirname(os.path.abspath(path))
-    if not knows_locks(folder):
+    if not supports_locks(folder):
         yield None
         return
     held = FileLock(path)
@@ -83,7 +83,7 @@ def lock(path: str | os.PathLike[str], wait: bool = False) -> Iterator[bool | No
         held.release()
 
 
-def knows_locks(folder: str | os.PathLike[str]) -> bool:
+def supports_locks(folder: str | os.PathLike[str]) -> bool:
     """Whether files in `folder` can be locked: some network disks cannot."""
     try:
         import fcntl

@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # tables are made without torch, which takes two seconds to i
 
 SCHEMA = 1
 RESULTS = "results.json"
-CHANGING = ("seconds", "elapsed", "peak_memory")
+VOLATILE_KEYS = ("seconds", "elapsed", "peak_memory")
 
 
 def harmonic_mean(a: float, b: float) -> float:
@@ -89,12 +89,12 @@ def write_results(path: str | os.PathLike[str], cfg: Any, **measured: Any) -> No
         "shots": cfg.DATASET.NUM_SHOTS,
         "seed": cfg.SEED,
     }
-    write_named(path, **named, **measured, config=cfg.dump())
+    write_result_values(path, **named, **measured, config=cfg.dump())
 
 
-def write_named(path: str | os.PathLike[str], *, config: str, **values: Any) -> None:
+def write_result_values(path: str | os.PathLike[str], *, config: str, **values: Any) -> None:
     """Write results of a run whose config is known as text; `values` are the keys that the schema has."""
-    about = {"config": without_home(config), "versions": _versions()}
+    about = {"config": abbreviate_home(config), "versions": _versions()}
     write_json(path, {"schema": SCHEMA, **values, **about})
 
 
@@ -110,7 +110,7 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     return results
 
 
-def without_home(text: str) -> str:
+def abbreviate_home(text: str) -> str:
     """Results are passed on: a path below the home folder begins with ~, and names no user."""
     home = str(Path.home())
     return text.replace(f"{home}/", "~/") if len(home) > 1 else text

@@ -9,16 +9,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dfzsl.utils.dassl_plugin import changes
+from dfzsl.utils.dassl_plugin import list_changes
 from dfzsl.utils.errors import UserError
 
 from .files import atomic, digest, lock, read_text
 
 CONFIG = "config.yaml"
-REMARK = "#: "  # begins its lines that are for a reader
-MADE_OF = "# made of "
-HELD = ".running"
-HALF = re.compile(r"\..+\.[0-9a-f]{8}\.tmp|.+\.partial-\d+")  # files that are being written
+COMMENT_PREFIX = "#: "  # begins its lines that are for a reader
+PROVENANCE_PREFIX = "# made of "
+LOCK_FILE = ".running"
+PARTIAL_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.tmp|.+\.partial-\d+")  # files that are being written
 ROOT = re.compile("(?<=^  ROOT: ).*$", re.MULTILINE)  # of DATASET, in the settings
 
 
@@ -35,7 +35,7 @@ class RunDirectory:
         described.OUTPUT_DIR = described.RESUME = ""
         self.path = Path(cfg.OUTPUT_DIR) / CONFIG
         self.settings = described.dump()
-        self.remarks = "".join(f"{REMARK}{line}\n" for line in [*changes(cfg), "All keys:"])
+        self.remarks = "".join(f"{COMMENT_PREFIX}{line}\n" for line in [*list_changes(cfg), "All keys:"])
         self.made_of: dict[str, str] = {}
         if self.path.exists() and read(self.path)[1] != self.settings:
             raise UserError(
@@ -48,7 +48,7 @@ class RunDirectory:
     def add(self, made_of: Mapping[str, str]) -> None:
         """Note what the run is made of. Raises UserError where the folder's run is of something else."""
         if self.path.exists():
-            refuse_others(self.path, made_of, "--output-dir")
+            check_provenance(self.path, made_of, "--output-dir")
         self.made_of.update(made_of)
 
     @contextlib.contextmanager
@@ -60,15 +60,15 @@ class RunDirectory:
         """
         folder = self.path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        with lock(folder / HELD) as held:
+        with lock(folder / LOCK_FILE) as held:
             if held is False:
                 raise UserError(
                     f"another process is at work in {folder}; wait for it, or choose another --output-dir"
                 )
             # A folder in it that has been held is another run's.
             for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
-                if held and (place == folder or not (place / HELD).exists()):
-                    for left in filter(HALF.fullmatch, os.listdir(place)):
+                if held and (place == folder or not (place / LOCK_FILE).exists()):
+                    for left in filter(PARTIAL_FILE.fullmatch, os.listdir(place)):
                         (place / left).unlink(missing_ok=True)
             yield
 
@@ -77,7 +77,7 @@ class RunDirectory:
         was = read(self.path)[0] if self.path.exists() else {}
         made_of = {**was, **self.made_of}
         if made_of != was or not self.path.exists():
-            marked = "".join(f"{MADE_OF}{what}: {value}\n" for what, value in made_of.items())
+            marked = "".join(f"{PROVENANCE_PREFIX}{what}: {value}\n" for what, value in made_of.items())
             with atomic(self.path) as temporary:
                 temporary.write_text(self.remarks + marked + self.settings, encoding="utf-8")
 
@@ -85,12 +85,14 @@ class RunDirectory:
 def read(config: Path) -> tuple[dict[str, str], str]:
     """What a run is made of (nothing, where an older version wrote it), and its settings."""
     lines = read_text(config).splitlines(keepends=True)
-    marked = [line.removeprefix(MADE_OF).strip() for line in lines if line.startswith(MADE_OF)]
+    marked = [
+        line.removeprefix(PROVENANCE_PREFIX).strip() for line in lines if line.startswith(PROVENANCE_PREFIX)
+    ]
     made_of = {what: value for what, _, value in (line.partition(": ") for line in marked)}
     return made_of, "".join(line for line in lines if not line.startswith("#"))
 
 
-def refuse_others(config: Path, made_of: Mapping[str, str], flag: str, root: str = "") -> None:
+def check_provenance(config: Path, made_of: Mapping[str, str], flag: str, root: str = "") -> None:
     """Raise UserError unless the run that wrote `config` is made of `made_of`.
 
     What an older version did not note is not compared; in the place of data its `root` is, if one is given.

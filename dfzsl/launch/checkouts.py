@@ -23,10 +23,10 @@ import torch
 
 from dfzsl.configs import CONFIGS
 from dfzsl.io.files import digest
-from dfzsl.io.results import RESULTS, without_home, write_named
+from dfzsl.io.results import RESULTS, abbreviate_home, write_result_values
 from dfzsl.io.untrusted.yaml_reader import read_yaml
 from dfzsl.report.read_runs import read_log
-from dfzsl.utils.errors import UserError, one_line, unknown
+from dfzsl.utils.errors import UserError, one_line, unknown_name
 
 from .host import TRAIN
 
@@ -146,7 +146,7 @@ class Checkout:
         for path in (self.folder / OWN, RECIPES / f"{self.recipe_name}.yaml"):
             if path.is_file():
                 return path
-        error = unknown("repository", self.recipe_name, (path.stem for path in RECIPES.glob("*.yaml")))
+        error = unknown_name("repository", self.recipe_name, (path.stem for path in RECIPES.glob("*.yaml")))
         raise UserError(
             f"{error}. Another one needs a recipe: write {self.folder / OWN} with the lines 'trainer: NAME' "
             "and 'config: configs/trainers/NAME/FILE.yaml' (docs/checkouts.md)"
@@ -181,7 +181,7 @@ class Checkout:
     def whose(self) -> str:
         """For a reader of the table: whose code ran, and which."""
         commit = f"commit {self.code.commit[:12]}" if self.code.commit else "not under git"
-        place = self.code.origin or without_home(str(self.folder))
+        place = self.code.origin or abbreviate_home(str(self.folder))
         return f"the code of {place}, {commit}{', modified' if self.code.state == MODIFIED else ''}"
 
     def config_file(self, recipe: Recipe) -> Path:
@@ -262,7 +262,7 @@ class Checkout:
         trains = "--eval-only" not in words
         images = results.get("images_used", 0) if recipe.images is None else recipe.images
         notes = [self.whose, recipe.note, f"without a GPU, so {' '.join(on_cpu)}" if on_cpu else ""]
-        write_named(
+        write_result_values(
             folder / RESULTS,
             **about,
             accuracy=results["accuracy"],
@@ -323,7 +323,7 @@ def _book(path: Path) -> dict[str, Any]:
     for part in parts:
         for key, value in part.items():
             if key not in (KINDS if part is not keys else {*KINDS, CASES}):
-                raise unknown(f"key in {path}:", str(key), [*KINDS, CASES])
+                raise unknown_name(f"key in {path}:", str(key), [*KINDS, CASES])
             if key in KINDS and not isinstance(value, KINDS[key]):
                 raise UserError(f"{path}: {key} must not be {value!r}")
     return keys

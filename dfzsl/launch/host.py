@@ -28,10 +28,10 @@ def main(output: str, fork: str, checkpoint_freq: str, *arguments: str) -> None:
     import_torchvision()
     from dassl.data import data_manager
 
-    from dfzsl.io.run_directory import HELD
+    from dfzsl.io.run_directory import LOCK_FILE
 
     _one_at_a_time(data_manager, folder.parents[6] / ".datasets.lock")
-    with lock(folder / HELD, wait=True):
+    with lock(folder / LOCK_FILE, wait=True):
         if checkpoint_freq == "0":
             for left in list(folder.iterdir()):
                 if left.is_dir():

@@ -13,8 +13,8 @@ from dassl.data.datasets import DATASET_REGISTRY
 
 from dfzsl import train
 from dfzsl.datasets.encoding import checksum
-from dfzsl.io.files import knows_locks
-from dfzsl.io.run_directory import CONFIG, refuse_others
+from dfzsl.io.files import supports_locks
+from dfzsl.io.run_directory import CONFIG, check_provenance
 from dfzsl.trainers.clip.loading import identity, offer_to_coop
 from dfzsl.utils.errors import UserError
 
@@ -60,17 +60,17 @@ def check(jobs: Sequence[Job]) -> None:
             few = trains and job.shots_seen > 0  # drawn by the seed
             found, root = made_of(_what_is_read(arguments, few), trains, runs)
             if there:
-                refuse_others(folder / CONFIG, found, "--output", root)
+                check_provenance(folder / CONFIG, found, "--output", root)
             if (same_data := folder.parents[3]) not in compared:  # by other methods and seeds: one table
                 compared.add(same_data)
                 test = {"test data": found["test data"]}
                 for config in sorted(same_data.rglob(CONFIG)):
-                    refuse_others(config, test, "--output", root)
+                    check_provenance(config, test, "--output", root)
 
 
 def check_locks(output: Path) -> None:
     """Raise UserError where several workers would do the same run."""
-    if not knows_locks(_existing(output)):
+    if not supports_locks(_existing(output)):
         raise UserError(
             f"--output {output}: its disk knows no file locks, by which workers keep out of each other's "
             "runs; use one sweep at a time with --workers 1, or another --output"

@@ -16,8 +16,8 @@ from dfzsl.configs import CONFIGS, dataset_config
 from dfzsl.io.results import RESULTS, read_results
 from dfzsl.io.untrusted.yaml_reader import read_yaml
 from dfzsl.trainers.base import CLIPTrainer
-from dfzsl.utils.dassl_plugin import ADDED
-from dfzsl.utils.errors import UserError, unknown
+from dfzsl.utils.dassl_plugin import ADDED_KEYS
+from dfzsl.utils.errors import UserError, unknown_name
 
 from .checkouts import Checkout, Recipe, in_words
 
@@ -119,12 +119,12 @@ class Method:
         name, _, source = name.partition("@")
         known = {known.lower(): known for known in TRAINER_REGISTRY.registered_names()}
         if name.lower() not in known or source not in ("", "virtual"):
-            raise unknown("method", given, [*known.values(), "CoOp@virtual"])
+            raise unknown_name("method", given, [*known.values(), "CoOp@virtual"])
         method = cls(known[name.lower()], bool(source), config, variant)
         if method.virtual and method.type.image_prompts:
             raise UserError(f"{given}: {method.trainer} learns inside the image encoder, from pictures alone")
         if variant and variant not in method.variants:
-            raise unknown(f"variant of {method.trainer}", variant, method.variants)
+            raise unknown_name(f"variant of {method.trainer}", variant, method.variants)
         return method
 
     @property
@@ -184,7 +184,7 @@ class Job:
                 return path
         if named:
             known = {p.relative_to(folder).parts[0].removesuffix(".yaml") for p in folder.rglob("*.yaml")}
-            raise unknown(f"config of {self.method.trainer} for {kind}", named, known)
+            raise unknown_name(f"config of {self.method.trainer} for {kind}", named, known)
         return None
 
     def folder(self, part: str, data: Data | None = None) -> Path:
@@ -250,7 +250,7 @@ class Job:
         if self.method.data_free:
             return self.opts
         pairs = zip(self.opts[::2], self.opts[1::2], strict=True)
-        ours = ADDED if isinstance(self.method, Checkout) else set()
+        ours = ADDED_KEYS if isinstance(self.method, Checkout) else set()
         mine = [pair for pair in pairs if not pair[0].startswith("TEACHER.") and pair[0] not in ours]
         return tuple(word for pair in mine for word in pair)
 
@@ -301,7 +301,7 @@ class Job:
         """The data sets it is tested on. Raises UserError where there are none for the one it trains on."""
         known = PROTOCOLS[self.protocol].targets
         if known and "" not in known and self.data.given not in known:
-            raise unknown(f"data set to train on for {self.protocol}", self.data.given, known)
+            raise unknown_name(f"data set to train on for {self.protocol}", self.data.given, known)
         return known.get(self.data.given, known.get("", ()))
 
     @property

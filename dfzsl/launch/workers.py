@@ -24,8 +24,8 @@ from tqdm import tqdm
 from dfzsl import train
 from dfzsl.io.files import atomic, lock
 from dfzsl.io.results import RESULTS
-from dfzsl.io.run_directory import HELD
-from dfzsl.utils.errors import LESS_MEMORY, UserError, explain, one_line
+from dfzsl.io.run_directory import LOCK_FILE
+from dfzsl.utils.errors import MEMORY_ADVICE, UserError, describe_user_error, one_line
 
 from .checkouts import Checkout
 from .forecast import longest_first
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 KILLED = (
     "its process was killed, as the system does when memory runs out (dmesg tells); use fewer --workers, "
-    f"{LESS_MEMORY}"
+    f"{MEMORY_ADVICE}"
 )
 
 
@@ -182,7 +182,7 @@ def work(
                 try:
                     run(job, gpus)
                 except Exception as error:
-                    said = explain(error) or one_line(f"{type(error).__name__}: {error}")
+                    said = describe_user_error(error) or one_line(f"{type(error).__name__}: {error}")
                     job.failure.write_text(said + "\n", encoding="utf-8")
 
 
@@ -240,7 +240,7 @@ def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path
     folder = output / ".workers" / f"{here}{secrets.token_hex(4)}"  # process numbers come again
     if launcher == "local":
         for left in folder.parent.glob(f"{here}*"):  # by sweeps that were killed
-            with lock(left / HELD) as held:
+            with lock(left / LOCK_FILE) as held:
                 if held:
                     shutil.rmtree(left, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -259,7 +259,7 @@ def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path
         with _errors_into(folder / "engine.log"):
             running[note] = executor.submit(work, todo, threads, gpus, share, note), share
 
-    with lock(folder / HELD):
+    with lock(folder / LOCK_FILE):
         try:
             for first in itertools.islice(itertools.cycle(shares or [None]), workers):
                 start(first)

@@ -21,7 +21,7 @@ from dfzsl.io.untrusted.archives import npz_names, read_npz_array
 from dfzsl.io.untrusted.memory_limited import read_arrays
 from dfzsl.safe_pickle import load as load_checkpoint
 from dfzsl.trainers.recovery.teacher import Teacher
-from dfzsl.utils.errors import UserError, unknown
+from dfzsl.utils.errors import UserError, unknown_name
 
 # Weights of heads in PyTorch, scikit-learn, torchvision, timm and Hugging Face.
 WEIGHT_NAMES = (
@@ -165,7 +165,7 @@ def _float_tensor(tensors: Mapping[str, Any], name: str, path: object) -> Tensor
     """Return a tensor as float32, which the teacher computes with."""
     value = tensors.get(name)
     if not isinstance(value, Tensor):
-        raise unknown(f"tensor of {path}", name, [key for key in tensors if key != "classes_"])
+        raise unknown_name(f"tensor of {path}", name, [key for key in tensors if key != "classes_"])
     if not value.is_floating_point():
         raise UserError(f"{path}: '{name}' holds {value.dtype}, not floating-point numbers")
     return value.float()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dassl.config import get_cfg_default
 
 from dfzsl.configs import CONFIGS
-from dfzsl.utils.errors import unknown
+from dfzsl.utils.errors import unknown_name
 
 from .recipes import RECIPES
 
@@ -30,6 +30,6 @@ def dataset_names(given: Sequence[str]) -> list[str]:
     names: list[str] = []
     for word in given:
         if word.lower() != "all" and word.lower() not in known:
-            raise unknown("data set", word, [*known, "all"])
+            raise unknown_name("data set", word, [*known, "all"])
         names += list(RECIPES) if word.lower() == "all" else [known[word.lower()]]
     return list(dict.fromkeys(names))

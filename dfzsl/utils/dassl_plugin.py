@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 
 from .errors import one_line
 
-ADDED: set[str] = set()  # the keys of this project alone, dotted
+ADDED_KEYS: set[str] = set()  # the keys of this project alone, dotted
 
 
 def add_keys(node: str, **keys: Any) -> None:
@@ -29,7 +29,7 @@ def add_keys(node: str, **keys: Any) -> None:
         if key not in place:
             place[key] = value
             if not node.startswith(("TRAINER", "DATASET")):  # CoOp's relatives have these
-                ADDED.add(f"{node}.{key}")
+                ADDED_KEYS.add(f"{node}.{key}")
 
 
 def keys_of(settings: type) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def keys_of(settings: type) -> dict[str, Any]:
     return {field.name.upper(): field.default for field in dataclasses.fields(settings)}
 
 
-def changes(cfg: CfgNode) -> list[str]:
+def list_changes(cfg: CfgNode) -> list[str]:
     """List what a config changes of the defaults, as `KEY VALUE` of a command line, without its folders."""
     default = _flat(DEFAULTS)
     elsewhere = ("OUTPUT_DIR", "RESUME")

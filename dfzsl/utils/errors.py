@@ -13,9 +13,9 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 
-LONGEST = 2000  # characters of a message
-LISTED = 60  # known names in a message
-LESS_MEMORY = (
+MAX_MESSAGE_CHARS = 2000  # characters of a message
+MAX_LISTED_NAMES = 60  # known names in a message
+MEMORY_ADVICE = (
     "lower DATALOADER.TRAIN_X.BATCH_SIZE, DATALOADER.TEST.BATCH_SIZE, RECOVERY.NUM_PER_CLASS or --shots, "
     "or use a smaller backbone"
 )
@@ -41,21 +41,24 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         line = one_line(message)
-        half = LONGEST // 2
-        super().__init__(line if len(line) <= LONGEST else f"{line[:half]} [...] {line[-half:]}")
+        half = MAX_MESSAGE_CHARS // 2
+        super().__init__(line if len(line) <= MAX_MESSAGE_CHARS else f"{line[:half]} [...] {line[-half:]}")
 
 
-def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that no registry holds: the known names, nearest first."""
     names = sorted(known)
     lowered = {n.lower(): n for n in names}
     near = [lowered[m] for m in difflib.get_close_matches(name.lower(), list(lowered), n=3, cutoff=0.5)]
     names = near + [n for n in names if n not in near]
-    listed = ", ".join(names[:LISTED] + [f"and {len(names) - LISTED} more"] * (len(names) > LISTED))
+    listed = ", ".join(
+        names[:MAX_LISTED_NAMES]
+        + [f"and {len(names) - MAX_LISTED_NAMES} more"] * (len(names) > MAX_LISTED_NAMES)
+    )
     return UserError(f"unknown {kind} '{name}'; known: {listed}")
 
 
-def explain(error: BaseException) -> str | None:
+def describe_user_error(error: BaseException) -> str | None:
     """One line for an error that the user can do something about; None for a defect of the program."""
     if isinstance(error, UserError):
         return str(error)
@@ -63,7 +66,7 @@ def explain(error: BaseException) -> str | None:
     # By its name: this module is imported where torch is not.
     short = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if short or "DefaultCPUAllocator" in said:
-        return f"out of memory; {LESS_MEMORY}"
+        return f"out of memory; {MEMORY_ADVICE}"
     died = ("DataLoader worker", "shared memory", "process pool was terminated abruptly")
     if isinstance(error, RuntimeError) and any(words in said for words in died):
         return (
@@ -77,7 +80,7 @@ def explain(error: BaseException) -> str | None:
     return None
 
 
-def cli(run: Callable[[], object]) -> None:
+def run_program(run: Callable[[], object]) -> None:
     """Run an entry point: a user's mistake ends as one line on stderr and exit code 2.
 
     Args:
@@ -94,7 +97,7 @@ def cli(run: Callable[[], object]) -> None:
         sys.stdout = None
         raise SystemExit(0) from None
     except Exception as error:
-        said = explain(error)
+        said = describe_user_error(error)
         if said is None:  # a defect of the program
             told = traceback.format_exc()
             if (shown := remove_token(told)) == told:

@@ -22,7 +22,7 @@ from dfzsl import train
 from dfzsl.datasets.base import read_fewshot, read_split
 from dfzsl.io.untrusted.yaml_reader import read_yaml
 from dfzsl.trainers.clip.loading import _read_state
-from dfzsl.utils.errors import UserError, explain
+from dfzsl.utils.errors import UserError, describe_user_error
 
 
 def text(value: str) -> bytes:
@@ -84,7 +84,7 @@ def apart(load: Callable, path: Path) -> str:
         try:
             load(path)
         except Exception as error:
-            pipe.send(explain(error) or f"DEFECT {error!r}")
+            pipe.send(describe_user_error(error) or f"DEFECT {error!r}")
         else:
             pipe.send("read")
 

@@ -20,7 +20,7 @@ from fake_data import Backbone, pixels
 from dfzsl import train
 from dfzsl.datasets import extract
 from dfzsl.datasets.encoding import encode_datums
-from dfzsl.io.results import CHANGING
+from dfzsl.io.results import VOLATILE_KEYS
 from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.trainers.clip.aligned_text import AlignedText
 from dfzsl.trainers.coop import CoOp
@@ -131,7 +131,7 @@ def made(folder: Path) -> dict[str, object]:
     kept = [*folder.rglob("*.safetensors"), *folder.rglob("*.pth.tar*")]
     found: dict[str, object] = {str(path.relative_to(folder)): path.read_bytes() for path in kept}
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    apart = (*CHANGING, "versions", "config")
+    apart = (*VOLATILE_KEYS, "versions", "config")
     return {**found, "results": {key: value for key, value in results.items() if key not in apart}}
 
 

@@ -54,7 +54,7 @@ from dfzsl.prepare import fetch
 from dfzsl.trainers.clip.loading import _read_state
 from dfzsl.trainers.recovery.teacher import Teacher
 from dfzsl.trainers.recovery.virtual_classes import VirtualClasses
-from dfzsl.utils.errors import UserError, unknown
+from dfzsl.utils.errors import UserError, unknown_name
 
 FEW, MANY = 10, 1500  # examples of each kind by default, and with -m slow
 MOST = 1 << 31  # bytes that any small file may cost
@@ -440,7 +440,7 @@ def test_messages_are_one_printable_line_of_bounded_length():
     for name in EVIL_NAMES:
         assert str(UserError(f"a{name}b")).isprintable()
     assert len(str(UserError("x" * 10**6))) < 3000
-    assert len(str(unknown("class", "x", [f"class {number}" for number in range(10**4)]))) < 3000
+    assert len(str(unknown_name("class", "x", [f"class {number}" for number in range(10**4)]))) < 3000
 
 
 EVIL_TEXTS = [

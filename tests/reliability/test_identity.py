@@ -19,14 +19,14 @@ from dfzsl import train
 from dfzsl.datasets.encoding import checksum
 from dfzsl.datasets.extract import open_dataset
 from dfzsl.io.files import lock
-from dfzsl.io.run_directory import HELD, RunDirectory
+from dfzsl.io.run_directory import LOCK_FILE, RunDirectory
 from dfzsl.launch import workers
 from dfzsl.launch.__main__ import main
 from dfzsl.launch.preflight import check
 from dfzsl.launch.runs import Data, Job
 from dfzsl.launch.workers import launch, work
 from dfzsl.trainers.recovery.teacher import Teacher
-from dfzsl.utils.errors import UserError, cli
+from dfzsl.utils.errors import UserError, run_program
 
 SMALL = {"RECOVERY.NUM_PER_CLASS": 8, "GENERATOR.NAME": "vmf", "GENERATOR.CLASSIFIER_STEPS": 5}
 
@@ -299,7 +299,7 @@ def test_folders_of_workers_that_are_gone_are_removed(tmp_path, monkeypatch):
     for name in names:
         (tmp_path / "out/.workers" / name).mkdir(parents=True)
         (tmp_path / "out/.workers" / name / f"{os.getpid()}_0_log.err").write_text("", encoding="utf-8")
-    with lock(tmp_path / "out/.workers" / kept[0] / HELD):
+    with lock(tmp_path / "out/.workers" / kept[0] / LOCK_FILE):
         launch(one_run(path, tmp_path / "out"), "local", 1, 1, tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out/.workers").iterdir()) == sorted(kept)
 
@@ -317,7 +317,7 @@ def test_the_token_is_in_no_failure_note_and_no_traceback(tmp_path, monkeypatch,
     assert note.read_text(encoding="utf-8") == "RuntimeError: BAD Bearer [token]\n"
     assert "S3CRET" not in str(UserError("BAD Bearer S3CRET-t0ken"))
     with pytest.raises(SystemExit) as left:
-        cli(echo)
+        run_program(echo)
     said = capfd.readouterr().err
     assert left.value.code == 1 and "Traceback" in said and "[token]" in said and "S3CRET" not in said
     tried("HTTP teacher", "token echoed in an error, a note, a traceback", 3, "in none of them")

@@ -24,7 +24,7 @@ from sweeps import planned_jobs
 from test_sweep import METHODS, files, finish, outcome, start
 
 from dfzsl import train
-from dfzsl.io.results import CHANGING
+from dfzsl.io.results import VOLATILE_KEYS
 from dfzsl.launch import workers
 from dfzsl.launch.runs import Job
 from dfzsl.trainers import teacher_zeroshot
@@ -72,7 +72,7 @@ def words(trainer: str, world: Path, **keys: object) -> list[str]:
 def results(folder: Path) -> dict:
     """results.json without what the clock decides."""
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    return {key: value for key, value in found.items() if key not in (*CHANGING, "versions")}
+    return {key: value for key, value in found.items() if key not in (*VOLATILE_KEYS, "versions")}
 
 
 def made(folder: Path) -> dict[str, bytes]:

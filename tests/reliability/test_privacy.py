@@ -19,7 +19,7 @@ from conftest import ROOT
 from safetensors import safe_open
 
 from dfzsl import train
-from dfzsl.io.results import CHANGING
+from dfzsl.io.results import VOLATILE_KEYS
 from dfzsl.trainers.recovery.teacher import Teacher
 
 # Records every file that the process opens, by whatever library, in the file named by the first argument.
@@ -95,7 +95,9 @@ def again(folder: Path, *given: object) -> Path:
 
 def results(folder: Path) -> dict:
     """results.json without clocks, memory and the folder's own name."""
-    return {k: v for k, v in json.loads((folder / "results.json").read_text()).items() if k not in CHANGING}
+    return {
+        k: v for k, v in json.loads((folder / "results.json").read_text()).items() if k not in VOLATILE_KEYS
+    }
 
 
 MADE = ("virtual.safetensors", "classifier.safetensors")

@@ -29,7 +29,7 @@ from dfzsl.datasets import encoding, extract
 from dfzsl.datasets.encoding import _Images
 from dfzsl.io import files
 from dfzsl.io.files import atomic, write_json
-from dfzsl.io.results import CHANGING, peak_memory
+from dfzsl.io.results import VOLATILE_KEYS, peak_memory
 from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.launch import workers
 from dfzsl.trainers.clip.loading import load_backbone
@@ -60,7 +60,7 @@ def one_line(run, capfd) -> str:
     """The one line that a failing command prints; its exit code is 2."""
     capfd.readouterr()
     with pytest.raises(SystemExit) as left:
-        train.cli(run)
+        train.run_program(run)
     said = capfd.readouterr().err.splitlines()
     errors = [line for line in said if line.startswith("error: ")]
     assert left.value.code == 2 and len(errors) == 1 and "Traceback" not in "\n".join(said)
@@ -69,7 +69,7 @@ def one_line(run, capfd) -> str:
 
 def results(path: Path) -> dict:
     found = json.loads(path.read_text(encoding="utf-8"))
-    return {key: value for key, value in found.items() if key not in (*CHANGING, "versions", "config")}
+    return {key: value for key, value in found.items() if key not in (*VOLATILE_KEYS, "versions", "config")}
 
 
 def test_a_full_disk_at_each_file_in_turn(world, monkeypatch, capfd, tried):
@@ -97,7 +97,7 @@ def test_a_full_disk_at_each_file_in_turn(world, monkeypatch, capfd, tried):
                 train.main(given)
             except OSError as error:
                 failed += 1
-                assert "No space left" in errors.explain(error)
+                assert "No space left" in errors.describe_user_error(error)
             else:
                 break
     assert failed >= 3  # virtual classes, classifier, results
@@ -139,7 +139,7 @@ def _write(what: str, folder: Path, size: int) -> None:
             save_checkpoint(state, str(folder))
     except Exception as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        said = errors.explain(error) or f"a traceback\n{type(error)} {error}"
+        said = errors.describe_user_error(error) or f"a traceback\n{type(error)} {error}"
         (folder / "said.txt").write_text(said, encoding="utf-8")
 
 
@@ -210,7 +210,7 @@ def test_a_loader_process_that_dies(tmp_path, capfd, tried):
     error = RuntimeError(
         "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
     )
-    assert "DATALOADER.NUM_WORKERS 0" in errors.explain(error)
+    assert "DATALOADER.NUM_WORKERS 0" in errors.describe_user_error(error)
     tried("machine", "/dev/shm missing or full: a loader process dies", 2, "one line that names NUM_WORKERS")
 
 
@@ -269,8 +269,8 @@ def test_new_files_have_the_rights_that_files_have_here(tmp_path):
 
 
 def test_a_mistake_is_told_apart_from_a_defect():
-    assert errors.explain(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
-    assert errors.explain(UserError("two\nlines")) is not None
+    assert errors.describe_user_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert errors.describe_user_error(UserError("two\nlines")) is not None
 
 
 FULL = """
@@ -301,7 +301,7 @@ def test_a_full_disk_is_told_with_the_file_it_was_for(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(OSError, match=r"a\.json") as error:
         write_json(tmp_path / "a.json", 1)
-    assert errors.explain(error.value) == f"{tmp_path / 'a.json'}: No space left on device"
+    assert errors.describe_user_error(error.value) == f"{tmp_path / 'a.json'}: No space left on device"
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch, tried):
@@ -341,7 +341,7 @@ HOOK = "from dfzsl.utils.errors import install_excepthook; install_excepthook()"
     ],
 )
 def test_a_mistake_in_a_program_of_the_users(kind, hook, code, shown):
-    """CoOp's train.py knows nothing of `cli`; its user may ask for the hook."""
+    """CoOp's train.py knows nothing of `run_program`; its user may ask for the hook."""
     program = MISTAKE.format(kind=kind, hook=hook)
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert ended.returncode == code and ended.stderr.startswith(shown)

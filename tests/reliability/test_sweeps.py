@@ -21,7 +21,7 @@ from test_sweep import files, finish, start
 
 from dfzsl import report
 from dfzsl.datasets.features import Features
-from dfzsl.io.files import knows_locks, lock, write_json
+from dfzsl.io.files import lock, supports_locks, write_json
 from dfzsl.launch import __main__ as launch
 from dfzsl.launch import workers
 from dfzsl.launch.forecast import forecast
@@ -135,7 +135,7 @@ def test_a_pool_that_lost_a_process_is_one_line(tried):
     with pytest.raises(RuntimeError) as broken, ProcessPoolExecutor(1) as pool:
         pool.submit(os.kill, os.getpid(), 0).result()
         pool.submit(_die).result()
-    assert "want of memory" in str(errors.explain(broken.value))
+    assert "want of memory" in str(errors.describe_user_error(broken.value))
     tried("sweeps", "a process that decodes images killed by the system", 1, "one line")
 
 
@@ -158,7 +158,7 @@ def no_locks(request, monkeypatch) -> None:
 
 def test_a_disk_without_locks(no_locks, world, monkeypatch, tried):
     """Told before any run, where several workers would do the same; one worker needs no lock."""
-    assert not knows_locks(world)
+    assert not supports_locks(world)
     with pytest.raises(UserError, match=r"locks.* --workers 1"):
         launch.main(given(world, "--workers", "2"))
     assert not (world / "output").exists()

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from towers import tiny
 
 from dfzsl import train
-from dfzsl.io.results import CHANGING, read_results
+from dfzsl.io.results import VOLATILE_KEYS, read_results
 from dfzsl.trainers.clip.deep import require_vision_transformer
 from dfzsl.trainers.clip.loading import BUILT_IN_FOLDER, load_backbone
 from dfzsl.trainers.maple import CoupledPromptLearner
@@ -319,7 +319,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(trainer, folder, tmp_path, 
     one, two = (read_results(tmp_path / name / "results.json") for name in ("whole", "cut"))
     for key in ("accuracy", "per_class", "curves"):
         assert one[key] == two[key]
-        assert key not in CHANGING
+        assert key not in VOLATILE_KEYS
 
 
 # What is refused, in one line

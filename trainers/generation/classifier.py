@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dfzsl.io.class_names import check_class_names
 from dfzsl.io.tensors import load_tensors, save_tensors
-from dfzsl.utils.errors import UserError, unknown
+from dfzsl.utils.errors import UserError, unknown_name
 from dfzsl.utils.progress import progress_bar
 
 from ..clip.class_prompts import ClassPrompts
@@ -129,7 +129,7 @@ class Classifier:
         index = {name: row for row, name in enumerate(self.classnames)}
         for name in classnames:
             if name not in index:
-                raise unknown("class", name, index)
+                raise unknown_name("class", name, index)
         return [index[name] for name in classnames]
 
     def extend(self, classnames: Sequence[str], text: Tensor) -> Classifier:

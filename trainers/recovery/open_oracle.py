@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from dfzsl.utils.errors import unknown
+from dfzsl.utils.errors import unknown_name
 
 from .oracle import LEVELS, Oracle
 from .remote_oracle import HTTPTeacher, is_address
@@ -35,7 +35,7 @@ def open_oracle(
         UserError: unknown level, broken teacher file, or a server that does not describe a teacher.
     """
     if level not in LEVELS:
-        raise unknown("access level (TEACHER.ACCESS)", level, LEVELS)
+        raise unknown_name("access level (TEACHER.ACCESS)", level, LEVELS)
     if isinstance(source, (str, os.PathLike)):
         if is_address(str(source)):
             return HTTPTeacher(str(source)).oracle(level, journal, budget)

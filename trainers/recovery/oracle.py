@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dfzsl.io.tensors import load_tensors, save_tensors
-from dfzsl.utils.errors import UserError, unknown
+from dfzsl.utils.errors import UserError, unknown_name
 
 from .responses import step_of
 from .teacher_card import TeacherCard
@@ -76,7 +76,7 @@ class Oracle:
         card: TeacherCard | None = None,
     ) -> None:
         if level not in LEVELS:
-            raise unknown("access level (TEACHER.ACCESS)", level, LEVELS)
+            raise unknown_name("access level (TEACHER.ACCESS)", level, LEVELS)
         if (weight is None) == (level == "weights"):
             raise ValueError("`weight` is given at level 'weights' and at no other")
         self.answer, self.level, self.classnames, self.dim = answer, level, list(classnames), dim

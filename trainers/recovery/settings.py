@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dfzsl.utils.errors import UserError, unknown
+from dfzsl.utils.errors import UserError, unknown_name
 
 METHODS = ("closed_form", "moments", "simulator", "gmm", "generator")
 
@@ -54,7 +54,7 @@ class RecoverySettings:
             ("concentration", ("geometry", "paper")),
         ):
             if (value := getattr(self, name)) not in known:
-                raise unknown(f"RECOVERY.{name.upper()}", value, known)
+                raise unknown_name(f"RECOVERY.{name.upper()}", value, known)
         for name in ("theta", "lr", "epochs", "draws", "bisections", "tolerance", "num_per_class"):
             if not getattr(self, name) > 0:
                 raise UserError(f"RECOVERY.{name.upper()} must be greater than 0, got {getattr(self, name)}")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dfzsl.utils.errors import UserError, explain
+from dfzsl.utils.errors import UserError, describe_user_error
 
 from .archives import MAX_EXPANSION
 
@@ -72,7 +72,7 @@ def main(function: str, path: str, folder: str) -> None:
     try:
         np.savez(Path(folder, ARRAYS), **read(path))
     except Exception as error:
-        problem = explain(error) or f"{path}: it cannot be read ({type(error).__name__}: {error})"
+        problem = describe_user_error(error) or f"{path}: it cannot be read ({type(error).__name__}: {error})"
         if isinstance(error, MemoryError):
             problem = f"{path}: it claims far more data than it holds, or memory is short"
         Path(folder, ERROR).write_text(problem, encoding="utf-8")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dfzsl.trainers.recovery.oracle import LEVELS
-from dfzsl.utils.errors import UserError, unknown
+from dfzsl.utils.errors import UserError, unknown_name
 
 # Bytes of JSON that a request needs at most: a float64 has up to 24 characters, separators come on top.
 NUMBER_BYTES, ROW_BYTES, ENVELOPE_BYTES = 32, 64, 4096
@@ -45,7 +45,7 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         if self.access not in LEVELS[1:]:
-            raise unknown("access level of a server (--access)", self.access, LEVELS[1:])
+            raise unknown_name("access level of a server (--access)", self.access, LEVELS[1:])
         if self.decimals is not None and not 0 <= self.decimals <= 12:
             raise UserError(f"--decimals must be 0 to 12, got {self.decimals}")
         if self.top and self.access == "logits":

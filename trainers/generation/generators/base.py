@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfzsl.io.tensors import load_tensors, save_tensors
-from dfzsl.utils.errors import UserError, unknown
+from dfzsl.utils.errors import UserError, unknown_name
 from dfzsl.utils.numerics import class_means
 from dfzsl.utils.progress import progress_bar
 
@@ -38,7 +38,7 @@ def generator(name: str) -> Callable[[type[FeatureGenerator]], type[FeatureGener
 def build_generator(name: str, feature_dim: int, condition_dim: int, **settings: Any) -> FeatureGenerator:
     """The registered generator; `settings` are its keyword arguments. UserError if unknown."""
     if name not in GENERATORS:
-        raise unknown("generator", name, GENERATORS)
+        raise unknown_name("generator", name, GENERATORS)
     known = {
         parameter.name
         for cls in GENERATORS[name].__mro__
@@ -48,7 +48,7 @@ def build_generator(name: str, feature_dim: int, condition_dim: int, **settings:
     }
     for setting in settings:
         if setting not in known:
-            raise unknown(f"setting of the generator '{name}'", setting, known)
+            raise unknown_name(f"setting of the generator '{name}'", setting, known)
     return GENERATORS[name](feature_dim, condition_dim, **settings)
 
 
