@@ -353,7 +353,7 @@ def question(folder: Path) -> tuple[Path, Callable]:
 
 def run_config(folder: Path) -> tuple[Path, Callable]:
     words = "# made of test data: 0123456789abcdef\nDATASET:\n  ROOT: data/x\nSEED: 1\n"
-    load = lambda path: run_directory.check_provenance(path, {"test data": "0123456789abcdef"}, "--output")  # noqa: E731
+    load = lambda path: run_directory.check_inputs(path, {"test data": "0123456789abcdef"}, "--output")  # noqa: E731
     return text_of("config.yaml", words, load)(folder)
 
 

@@ -1,1 +1,1 @@
-"""Read and write the project's files."""
+"""Read and write files: class names, tensors, results, run directories."""

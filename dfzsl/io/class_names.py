@@ -10,31 +10,33 @@ from dfzsl.utils.errors import UNPRINTABLE, UserError
 
 from .files import read_json, read_text
 
-SUFFIXES = (".txt", ".json")  # of files of class names
+CLASS_NAME_SUFFIXES = (".txt", ".json")
 
 
 def read_classnames(source: str) -> list[str]:
     """Read class names.
 
     Args:
-        source: a .txt file (one name per line), a .json file (a list), or the names themselves, separated by
-            commas.
+        source: a .txt file (one name per line), a .json file (a list), or names separated by commas.
+
+    Returns:
+        The class names in the order of the source.
 
     Raises:
-        UserError: the file is missing or broken, or the names are refused by `check_class_names`.
+        UserError: the file is missing or broken, or `check_class_names` rejects the names.
     """
-    if not source.endswith(SUFFIXES) and not os.path.exists(source):
+    if not source.endswith(CLASS_NAME_SUFFIXES) and not os.path.exists(source):
         names = [name.strip() for name in source.split(",")]
     elif source.endswith(".json"):
         content = read_json(source)
         if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-            raise UserError(f"{source}: class names are a JSON list of texts")
+            raise UserError(f"{source}: class names must be a JSON list of strings")
         names = content
     else:
         names = [line.strip() for line in read_text(source).splitlines()]
     names = [name for name in names if name]
     if not names:
-        raise UserError(f"{source}: it names no class")
+        raise UserError(f"{source}: it has no class names")
     return check_class_names(names, source)
 
 
@@ -46,33 +48,33 @@ def check_class_names(names: object, where: object, taken: Iterable[str] = ()) -
         where: file or option that the names come from, for the message.
         taken: names of base classes, which `names` must not repeat.
 
+    Returns:
+        The class names as a list.
+
     Raises:
-        UserError: `names` is no list of texts; a name is empty, has control characters (logs, tables and
-            terminals would obey them), or is read by the text encoder like another one (`normalize_class_name`).
+        UserError: `names` is not a list of strings; a name is empty, has control characters (which could
+            control a terminal), or equals another one after `normalize_class_name`.
     """
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{where}: it has no list of class names")
+        raise UserError(f"{where}: class names must be a list of strings")
     base = {normalize_class_name(name): name for name in taken}
     seen = dict(base)
     for label, name in enumerate(names):
         if UNPRINTABLE.search(name):
-            raise UserError(
-                f"{where}: the name of class {label} has characters that cannot be shown: '{name}'"
-            )
+            raise UserError(f"{where}: the name of class {label} has unprintable characters: '{name}'")
         if not (key := normalize_class_name(name)):
             raise UserError(f"{where}: class {label} has no name")
         if key in seen:
-            problem = "is a base class already" if key in base else "is the name of two classes"
-            other = "" if seen[key] == name else f" (also written '{seen[key]}')"
-            raise UserError(f"{where}: '{name}' {problem}{other}; a class needs a name of its own")
+            problem = "is already a base class" if key in base else "occurs twice"
+            spelling = "" if seen[key] == name else f" (also written '{seen[key]}')"
+            raise UserError(f"{where}: '{name}' {problem}{spelling}; class names must be unique")
         seen[key] = name
     return list(names)
 
 
 def normalize_class_name(name: str) -> str:
-    """Normalize a class name to what a text encoder reads of it.
+    """Normalize a class name: underscores become spaces, case is folded, spaces collapse, Unicode is NFC.
 
-    Underscores become spaces; case, repeated blanks and the Unicode form of a letter do not matter. Two names
-    with the same normal form name the same class.
+    Two names with the same normal form name the same class: the text encoder cannot distinguish them.
     """
     return " ".join(unicodedata.normalize("NFC", name.replace("_", " ").casefold()).split())

@@ -1,4 +1,4 @@
-"""Summarize a file of this project from its header alone."""
+"""Summarize the project's safetensors files from their headers, for `dfzsl show`."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ from tabulate import tabulate
 from dfzsl.utils.errors import UserError, one_line
 
 KINDS = {
-    "teacher": "a teacher: the owner's classifier of base classes",
-    "classifier": "a classifier of base and new classes",
-    "virtual": "virtual classes: what was recovered of a teacher",
-    "geometry": "the geometry of an encoder: how its image features scatter",
+    "teacher": "teacher: the owner's classifier of base classes",
+    "classifier": "classifier of base and new classes",
+    "virtual": "virtual classes, recovered from a teacher",
+    "geometry": "feature statistics of an image encoder (geometry)",
     "features": "image features of a data set",
-    "image features": "image features, from the cache",
-    "text features": "text features, from the cache",
-    "answers": "answers of a teacher that were paid for",
-    "part": "a part of image features, from the cache",
+    "image features": "image features of the cache",
+    "text features": "text features of the cache",
+    "answers": "billed responses of a teacher",
+    "part": "part of image features of the cache",
 }
-LONGEST = 76
+MAX_VALUE_CHARS = 76
 
 
 def summarize_file(path: str | os.PathLike[str]) -> str:
-    """The card of a file that this project writes. Raises UserError for any other."""
+    """Summarize a file: kind, classes, metadata and shapes of the tensors, as a table.
+
+    Raises:
+        UserError: this project does not write such files.
+    """
     try:
-        # Not as torch's: a card needs no tensor, and importing torch takes seconds.
+        # Importing torch would take seconds, and no tensor is needed.
         with safe_open(path, framework="np") as file:
             about = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
             shapes = {name: file.get_slice(name).get_shape() for name in sorted(file.keys())}
@@ -36,21 +40,20 @@ def summarize_file(path: str | os.PathLike[str]) -> str:
             flags = [bool(flag) for flag in file.get_tensor("is_new")] if kind == "classifier" else []
     except FileNotFoundError:
         raise UserError(f"{os.fspath(path)}: no such file") from None
-    # Of types that numpy does not know there are AttributeErrors.
+    # AttributeError: the file has a type that numpy does not have.
     except (SafetensorError, OSError, ValueError, RecursionError, TypeError, AttributeError) as error:
         raise UserError(f"{os.fspath(path)}: not a file of this project ({error})") from None
     if not isinstance(kind, str) or kind not in KINDS:
-        raise UserError(f"{os.fspath(path)}: a safetensors file, but none that this project writes")
+        raise UserError(f"{os.fspath(path)}: a safetensors file, but of no kind that this project writes")
     names = about.pop("classnames", [])
     names = names if isinstance(names, list) else [names]
     rows = [("file", f"{os.fspath(path)} ({os.path.getsize(path):,} bytes)"), ("is", KINDS[kind])]
     if len(names) == len(flags) > 0:
-        for what, new in (("base classes", False), ("new classes", True)):
-            rows.append(
-                (what, _listed([name for name, flag in zip(names, flags, strict=True) if flag == new]))
-            )
+        for heading, new in (("base classes", False), ("new classes", True)):
+            part = [name for name, flag in zip(names, flags, strict=True) if flag == new]
+            rows.append((heading, _format_list(part)))
     elif names:
-        rows.append(("classes", _listed(names)))
+        rows.append(("classes", _format_list(names)))
     nested = {
         f"{name}: {key}": v
         for name, value in about.items()
@@ -59,7 +62,7 @@ def summarize_file(path: str | os.PathLike[str]) -> str:
     }
     flat = {name: value for name, value in about.items() if not isinstance(value, dict)}
     rows += [
-        (name.replace("_", " "), _said(value))
+        (name.replace("_", " "), _format_value(value))
         for name, value in sorted({**flat, **nested}.items())
         if value not in ("", [], None)
     ]
@@ -67,13 +70,15 @@ def summarize_file(path: str | os.PathLike[str]) -> str:
     return tabulate([(name, one_line(text)) for name, text in rows], tablefmt="plain", disable_numparse=True)
 
 
-def _listed(names: Any) -> str:
-    said = ", ".join(map(str, names[:LONGEST]))
-    short = said if len(said) <= LONGEST else f"{said[:LONGEST].rpartition(',')[0] or said[:LONGEST]}, ..."
-    return f"{len(names)}: {short}" if len(names) != 0 else "0"
+def _format_list(names: Any) -> str:
+    text = ", ".join(map(str, names[:MAX_VALUE_CHARS]))
+    if len(text) > MAX_VALUE_CHARS:
+        text = text[:MAX_VALUE_CHARS]
+        text = f"{text.rpartition(',')[0] or text}, ..."
+    return f"{len(names)}: {text}" if len(names) != 0 else "0"
 
 
-def _said(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, list):
-        return _listed(value)
-    return str(value) if isinstance(value, str | bool | int | float) else json.dumps(value)[:LONGEST]
+        return _format_list(value)
+    return str(value) if isinstance(value, str | bool | int | float) else json.dumps(value)[:MAX_VALUE_CHARS]

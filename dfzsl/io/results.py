@@ -1,17 +1,17 @@
-"""Write and read the results.json of a run: what was measured, of which run, with which versions.
+"""Write and read results.json, the measurements of one run.
 
-Tables are made from these files and never from a log.
+Tables are made from these files, not from logs.
 
 The keys of schema 1:
-    trainer, dataset, backbone, classes ("base", "new", "all"), shots, seed: which run it is
+    trainer, dataset, backbone, classes ("base", "new", "all"), shots, seed: identify the run
     accuracy: in percent, over all test images; per_class: [{class, correct, total, new}]
-    trained_parameters (a checkout's log tells none), images_used (for training), queries (to the teacher)
-    curves: {name: a value an epoch}; concentration: [{class, recovered, true}] where the truth is known
-    notes: sentences for the tables
+    trained_parameters (not known for a checkout), images_used (for training), queries (to the teacher)
+    curves: {name: one value per epoch}; concentration: [{class, recovered, true}] if the truth is known
+    notes: sentences for the report
     seconds: {stage: seconds of training}; elapsed: seconds of the whole run; peak_memory: bytes
     config: the whole config as YAML; versions: of Python, packages and the checkout (git revision)
 
-The same command on the same machine gives the same values for all keys but CHANGING, interrupted or not.
+The same command on the same machine reproduces the values of all keys except CHANGING, interrupted or not.
 """
 
 from __future__ import annotations
@@ -38,25 +38,35 @@ VOLATILE_KEYS = ("seconds", "elapsed", "peak_memory")
 
 
 def harmonic_mean(a: float, b: float) -> float:
-    """2ab / (a + b), and 0 where both are 0."""
+    """Return 2ab / (a + b), or 0 if both are 0."""
     return 2 * a * b / (a + b) if a + b else 0.0
 
 
 def per_class_mean(per_class: Sequence[dict[str, Any]]) -> float:
-    """Mean over classes of the accuracy within the class, in percent (the GZSL protocol's U and S)."""
-    seen = [100.0 * row["correct"] / row["total"] for row in per_class if row["total"]]
-    return sum(seen) / len(seen) if seen else 0.0
+    """Return the mean over classes of the per-class accuracy in percent (U and S of the GZSL protocol)."""
+    accuracies = [100.0 * row["correct"] / row["total"] for row in per_class if row["total"]]
+    return sum(accuracies) / len(accuracies) if accuracies else 0.0
 
 
 def per_class_counts(
     predictions: Tensor, labels: Tensor, classnames: Sequence[str], new_classnames: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """The rows `per_class` of predicted (n,) and true labels (n,), in the order of `classnames`."""
+    """Count correct predictions by class, the value of the key `per_class`.
+
+    Args:
+        predictions: predicted labels, shape (n,).
+        labels: true labels, shape (n,).
+        classnames: names of the classes, by label.
+        new_classnames: those of them that are new classes.
+
+    Returns:
+        {"class", "correct", "total", "new"} for each class.
+    """
     import torch
 
     correct, total = (
-        torch.bincount(which, minlength=len(classnames)).tolist()
-        for which in (labels[predictions == labels], labels)
+        torch.bincount(subset, minlength=len(classnames)).tolist()
+        for subset in (labels[predictions == labels], labels)
     )
     new = set(new_classnames)
     return [
@@ -66,13 +76,13 @@ def per_class_counts(
 
 
 def peak_memory() -> int:
-    """Highest memory of this process so far in bytes: of the GPU where one is used, else resident."""
+    """Return the peak memory of this process in bytes: that of the GPU if there is one, else resident memory."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
-        return 0  # it has no such count
+        return 0  # Windows has no resource module
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
@@ -80,8 +90,8 @@ def peak_memory() -> int:
 
 
 def write_results(path: str | os.PathLike[str], cfg: Any, **measured: Any) -> None:
-    """Write one run's results with its whole config and the versions it ran on."""
-    named = {
+    """Write the results of a run, with its config and the package versions."""
+    run = {
         "trainer": cfg.TRAINER.NAME,
         "dataset": cfg.DATASET.NAME,
         "backbone": cfg.MODEL.BACKBONE.NAME,
@@ -89,43 +99,44 @@ def write_results(path: str | os.PathLike[str], cfg: Any, **measured: Any) -> No
         "shots": cfg.DATASET.NUM_SHOTS,
         "seed": cfg.SEED,
     }
-    write_result_values(path, **named, **measured, config=cfg.dump())
+    write_result_values(path, **run, **measured, config=cfg.dump())
 
 
 def write_result_values(path: str | os.PathLike[str], *, config: str, **values: Any) -> None:
-    """Write results of a run whose config is known as text; `values` are the keys that the schema has."""
+    """Write the results of a run whose config is text. `values` are keys of the schema."""
     about = {"config": abbreviate_home(config), "versions": _versions()}
     write_json(path, {"schema": SCHEMA, **values, **about})
 
 
 def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a results.json. Raises UserError for a missing or broken file and for another schema."""
+    """Read a results.json. Raises UserError if it is missing, broken or of another schema."""
     results = read_json(path)
     if not isinstance(results, dict) or "schema" not in results:
         raise UserError(f"{path}: not a results file of this project")
     if (schema := results["schema"]) != SCHEMA:
         newer = isinstance(schema, int) and schema > SCHEMA
-        how = "update this project" if newer else "delete it to repeat the run"
-        raise UserError(f"{path}: schema {schema}, this version reads {SCHEMA}; {how}")
+        advice = "update this project" if newer else "delete it to repeat the run"
+        raise UserError(f"{path}: schema {schema}, this version reads {SCHEMA}; {advice}")
     return results
 
 
 def abbreviate_home(text: str) -> str:
-    """Results are passed on: a path below the home folder begins with ~, and names no user."""
+    """Replace the home folder by ~ in a text, so that published results contain no user name."""
     home = str(Path.home())
     return text.replace(f"{home}/", "~/") if len(home) > 1 else text
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """Return the versions of Python, packages and this checkout."""
+    versions = {"python": platform.python_version()}
     for package in ("dfzsl", "dassl", "torch", "open_clip_torch"):
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "not installed as a package"
+            versions[package] = "not installed as a package"
     try:
         git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        found["revision"] = subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
+        versions["revision"] = subprocess.check_output(git, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
-        found["revision"] = "unknown"
-    return found
+        versions["revision"] = "unknown"
+    return versions

@@ -1,4 +1,4 @@
-"""Save and load tensors with a description as safetensors. Apart from `files`, which does not need torch."""
+"""Save and load tensors and their metadata as safetensors files."""
 
 from __future__ import annotations
 
@@ -15,14 +15,23 @@ from dfzsl.utils.errors import UserError
 
 from .files import atomic
 
-NUMBERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
-NUMBERS |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+SUPPORTED_DTYPES = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+SUPPORTED_DTYPES |= {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def save_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], about: Mapping[str, object]
 ) -> None:
-    """Write tensors and a JSON-able description `about` to one safetensors file, atomically."""
+    """Write a safetensors file atomically. The same content gives the same bytes.
+
+    Args:
+        path: the file to write.
+        tensors: tensors by name.
+        about: metadata of values that JSON can represent.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {name: json.dumps(value) for name, value in about.items()}
     with atomic(path) as temporary:
@@ -34,7 +43,7 @@ def save_tensors(
 
 
 def _order_header(path: Path) -> None:
-    """Sort the header of a safetensors file, whose order is random: the same content is the same bytes."""
+    """Sort the header of a safetensors file, whose order is random otherwise."""
     with open(path, "r+b") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -47,10 +56,18 @@ def _order_header(path: Path) -> None:
 def load_tensors(
     path: str | os.PathLike[str], kind: str
 ) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
-    """Read what `save_tensors` wrote with `about["kind"] == kind`: (tensors, about).
+    """Load a file that `save_tensors` wrote. No code in the file is executed.
 
-    Raises UserError when the file is missing, is not safetensors, is of another kind, or holds a tensor of
-    an odd type or one that is not finite. Nothing in the file is executed.
+    Args:
+        path: the file to read.
+        kind: expected value of "kind" in the metadata.
+
+    Returns:
+        The tensors by name, and the metadata.
+
+    Raises:
+        UserError: the file is missing, is not safetensors or of another kind, or a tensor has an unsupported
+            type or values that are not finite.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -63,9 +80,9 @@ def load_tensors(
     if about.get("kind") != kind:
         raise UserError(f"{path}: expected a {kind} file, found {about.get('kind') or 'plain tensors'}")
     for name, tensor in tensors.items():
-        if tensor.dtype not in NUMBERS:
-            raise UserError(f"{path}: tensor '{name}' is of type {tensor.dtype}, which nothing here writes")
-        # aminmax hands NaN on, and is one pass at the memory's speed, where isfinite makes a copy.
+        if tensor.dtype not in SUPPORTED_DTYPES:
+            raise UserError(f"{path}: tensor '{name}' has the unsupported type {tensor.dtype}")
+        # aminmax propagates NaN and needs one pass over memory; isfinite would make a copy.
         if (
             tensor.is_floating_point()
             and tensor.numel()

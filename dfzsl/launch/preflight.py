@@ -14,7 +14,7 @@ from dassl.data.datasets import DATASET_REGISTRY
 from dfzsl import train
 from dfzsl.datasets.encoding import checksum
 from dfzsl.io.files import supports_locks
-from dfzsl.io.run_directory import CONFIG, check_provenance
+from dfzsl.io.run_directory import CONFIG, check_inputs
 from dfzsl.trainers.clip.loading import identity, offer_to_coop
 from dfzsl.utils.errors import UserError
 
@@ -60,12 +60,12 @@ def check(jobs: Sequence[Job]) -> None:
             few = trains and job.shots_seen > 0  # drawn by the seed
             found, root = made_of(_what_is_read(arguments, few), trains, runs)
             if there:
-                check_provenance(folder / CONFIG, found, "--output", root)
+                check_inputs(folder / CONFIG, found, "--output", root)
             if (same_data := folder.parents[3]) not in compared:  # by other methods and seeds: one table
                 compared.add(same_data)
                 test = {"test data": found["test data"]}
                 for config in sorted(same_data.rglob(CONFIG)):
-                    check_provenance(config, test, "--output", root)
+                    check_inputs(config, test, "--output", root)
 
 
 def check_locks(output: Path) -> None:

@@ -1,1 +1,1 @@
-"""Helpers that every other package builds on."""
+"""Provide helpers for all other packages: errors, logging, progress bars, numerics, distributed runs."""

@@ -1,4 +1,4 @@
-"""Provide the project's logger, and handlers for a run's messages."""
+"""Provide the logger `dfzsl` and a handler that writes its messages to standard output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ logger = logging.getLogger("dfzsl")
 
 
 class _StandardOutput(logging.Handler):
-    """Write messages to what `sys.stdout` is at that moment: Dassl's own logger replaces it."""
+    """Write messages to the current `sys.stdout`, which Dassl's logger replaces."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -21,9 +21,9 @@ class _StandardOutput(logging.Handler):
 
 
 def log_to_stdout() -> None:
-    """Show messages on standard output, which Dassl copies to OUTPUT_DIR/log.txt.
+    """Print log messages on standard output, which Dassl copies to OUTPUT_DIR/log.txt.
 
-    For programs. A second call changes nothing.
+    Meant for programs. A second call has no effect.
     """
     if not any(isinstance(handler, _StandardOutput) for handler in logger.handlers):
         logger.addHandler(_StandardOutput())
@@ -32,7 +32,7 @@ def log_to_stdout() -> None:
 
 @contextlib.contextmanager
 def logged_to_stdout() -> Iterator[None]:
-    """Show messages on standard output within the block, as `log_to_stdout` does."""
+    """Print log messages on standard output in this block, as `log_to_stdout` does."""
     handlers, level = list(logger.handlers), logger.level
     log_to_stdout()
     try:

@@ -1,4 +1,4 @@
-"""Provide numerical helpers that all stages share: unit rows, class means, bounded portions, checks."""
+"""Provide numerical helpers: L2 normalization, class means, row blocks of bounded size, checks."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from torch import Tensor
 
 from dfzsl.utils.errors import UserError
 
-MAX_ELEMENTS = 2**27  # numbers of an intermediate result that are held at once: half a gigabyte in float32
+MAX_ELEMENTS = 2**27  # of an intermediate result in memory: 512 MiB in float32
 
 
 def split_rows(x: Tensor, width: int) -> tuple[Tensor, ...]:
-    """The rows of x in runs so short that `width` numbers for each of them stay below AT_ONCE."""
+    """Split x into blocks of rows for which `width` numbers per row are at most MAX_ELEMENTS."""
     return x.split(max(1, MAX_ELEMENTS // width))
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows (n, d) of any length as unit rows, at least float32; a row that is zero stays zero.
+    """L2-normalize the rows of x (n, d), in float32 or better. A zero row stays zero.
 
-    Powers of two are taken out first, which is exact: the square of a length can overflow or vanish.
+    Each row is first scaled by a power of two, which is exact, because its squared length may overflow or
+    underflow.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     _, exponent = torch.frexp(x.detach().abs().amax(1, keepdim=True))
@@ -52,18 +53,28 @@ def class_means(features: Tensor, labels: Tensor, classes: int) -> Tensor:
 def check_unit_rows(
     x: Tensor, stage: str, what: str, classnames: Sequence[str] = (), labels: Tensor | None = None
 ) -> Tensor:
-    """`x` (n, d) itself, if its rows are finite and of unit length to 1 %.
+    """Check that rows are finite and L2-normalized to 1 %.
 
-    Else UserError that names the stage and the class: `classnames[labels[i]]` of row i, `classnames[i]`
-    without `labels`.
+    Args:
+        x: rows, shape (n, d).
+        stage: stage that uses the rows, for the message.
+        what: description of a row, for the message.
+        classnames: names of the classes, for the message.
+        labels: class of each row, shape (n,); by default row i belongs to class i.
+
+    Returns:
+        x.
+
+    Raises:
+        UserError: a row is zero, not finite or of another length.
     """
     length = torch.linalg.vector_norm(x.detach().float(), dim=1)
-    if (wrong := ~((length - 1).abs() < 0.01)).any():
-        row = int(wrong.nonzero()[0])
+    if (invalid := ~((length - 1).abs() < 0.01)).any():
+        row = int(invalid.nonzero()[0])
         label = row if labels is None else int(labels[row])
         name = f"class '{classnames[label]}'" if classnames else f"row {label}"
-        how = "is zero" if length[row] == 0 else f"has length {float(length[row]):.3g}"
+        problem = "is zero" if length[row] == 0 else f"has length {float(length[row]):.3g}, not 1"
         if not torch.isfinite(x[row]).all():
-            how = "is not finite"
-        raise UserError(f"{stage}: {name} has no direction: its {what} {how}")
+            problem = "is not finite"
+        raise UserError(f"{stage}: the {what} of {name} {problem}")
     return x

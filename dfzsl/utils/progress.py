@@ -1,4 +1,4 @@
-"""Progress bars, all of which one switch hides."""
+"""Provide progress bars that can be hidden together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HIDDEN = ContextVar("hidden", default=False)
 
 @contextlib.contextmanager
 def hide_progress_bars(quiet: bool = True) -> Iterator[None]:
-    """No bar shows itself in this block, if `quiet`."""
+    """Hide all progress bars in this block, unless `quiet` is false."""
     token = _HIDDEN.set(quiet)
     try:
         yield
@@ -25,7 +25,14 @@ def hide_progress_bars(quiet: bool = True) -> Iterator[None]:
 def progress_bar(
     iterable: Iterable | None = None, desc: str = "", leave: bool = False, **settings: Any
 ) -> tqdm:
-    """tqdm's bar, which goes when its part of the work is done unless it is to `leave` its line."""
+    """Create a tqdm progress bar.
+
+    Args:
+        iterable: iterable to wrap, or None for manual updates.
+        desc: label of the bar.
+        leave: keep the bar on the terminal after the last step.
+        settings: further arguments of tqdm.
+    """
     if _HIDDEN.get():
         settings["disable"] = True
     return tqdm(iterable, desc, leave=leave, **settings)

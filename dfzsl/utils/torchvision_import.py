@@ -1,7 +1,7 @@
-"""Import torchvision where the registry's CUDA wheel of it meets a CPU-only torch.
+"""Import torchvision also if its wheel was built for CUDA and torch is CPU-only.
 
-There torchvision's operators stay unregistered, and importing it fails on two unguarded `register_fake`
-calls, for operators that nothing here uses. Declaring the two schemas lets the import pass.
+In that combination torchvision's operators are not registered, and its import fails in `register_fake` for
+two operators that this project does not use. Declaring the two schemas makes the import succeed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ SCHEMAS = (
 
 @functools.cache
 def import_torchvision() -> tuple[ModuleType, object]:
-    """Import torchvision; call this before you import anything that imports it, e.g. open_clip.
+    """Import torchvision. Call this before importing a library that imports it, e.g. open_clip.
 
     Returns:
         The module, and the handle of the declared operators, which must stay alive, or None.
 
     Raises:
-        RuntimeError: any error of the import but the missing `torchvision::nms`.
+        RuntimeError: the import failed for another reason than the missing `torchvision::nms`.
     """
     try:
         return importlib.import_module("torchvision"), None
@@ -34,7 +34,7 @@ def import_torchvision() -> tuple[ModuleType, object]:
             raise
     import torch
 
-    # The failed import leaves submodules behind that a second one would take for complete.
+    # The failed import leaves incomplete submodules, which a second import would use.
     for name in [name for name in sys.modules if f"{name}.".startswith("torchvision.")]:
         del sys.modules[name]
     library = torch.library.Library("torchvision", "FRAGMENT")

@@ -277,7 +277,7 @@ def test_two_runs_in_one_folder_at_once_are_refused(tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     given = words("ZeroshotCLIP", path, tmp_path / "out", "--eval-only")
     folder = RunDirectory(train.setup_cfg(train.parser().parse_args(given)))
-    with folder.held(), pytest.raises(UserError, match="out"):
+    with folder.locked(), pytest.raises(UserError, match="out"):
         train.main(given)
     train.main(given)
     tried("killed", "two runs in one folder at once", 1, "refused, one line")

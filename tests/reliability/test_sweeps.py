@@ -135,7 +135,7 @@ def test_a_pool_that_lost_a_process_is_one_line(tried):
     with pytest.raises(RuntimeError) as broken, ProcessPoolExecutor(1) as pool:
         pool.submit(os.kill, os.getpid(), 0).result()
         pool.submit(_die).result()
-    assert "want of memory" in str(errors.describe_user_error(broken.value))
+    assert "lack of memory" in str(errors.describe_user_error(broken.value))
     tried("sweeps", "a process that decodes images killed by the system", 1, "one line")
 
 

@@ -17,7 +17,10 @@ import numpy as np
 
 from dfzsl.utils.errors import UserError
 
-MIN_CONTENT, MAX_EXPANSION = 1 << 28, 100  # bytes that any archive may hold; content per byte of the archive
+MIN_CONTENT, MAX_EXPANSION = (
+    1 << 28,
+    100,
+)  # bytes that any archive may hold; and bytes of content per byte of archive
 MAX_TAR_HEADER = 1 << 20  # bytes, with the long names and PAX records before a member
 OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
@@ -34,16 +37,16 @@ def check_expansion(path: str | os.PathLike[str], size: int, floor: int = MIN_CO
         UserError: `size` is above `floor` plus 100 times the size of the archive.
     """
     if size > floor + MAX_EXPANSION * os.stat(path).st_size:
-        raise UserError(f"{path}: unsafe, not read (it grows to {size:,} bytes)")
+        raise UserError(f"{path}: unsafe, not read (it expands to {size:,} bytes)")
 
 
 def check_zip(path: str | os.PathLike[str], floor: int = MIN_CONTENT) -> None:
-    """Refuse a zip archive that declares too much content, or that two readers could see differently.
+    """Refuse a zip archive that declares too much content, or that two readers could read differently.
 
     Raises:
-        UserError: as `check_expansion`, or bytes stand before the archive: readers differ in where they then
-            look for its members.
-        OSError, zipfile.BadZipFile: it is no zip archive.
+        UserError: as `check_expansion`, or there are bytes before the archive, where readers differ in how
+            they locate its members.
+        OSError, zipfile.BadZipFile: the file is not a zip archive.
     """
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
@@ -61,10 +64,10 @@ def npz_names(path: str | os.PathLike[str]) -> list[str]:
 def read_npz_array(path: str | os.PathLike[str], name: str) -> np.ndarray:
     """Read the array `name` of an npz file in this machine's byte order.
 
-    Arrays of objects are refused: numpy pickles them.
+    Arrays of objects are refused, because numpy pickles them.
 
     Raises:
-        UserError: the archive or the array declares more content than there is.
+        UserError: the archive or the array declares more content than it has.
         Exception: the file is broken; numpy, zipfile and zlib raise many kinds.
     """
     check_zip(path)
@@ -98,17 +101,17 @@ class _LimitedFile:
 
     def read(self, size: int) -> bytes:
         if size > self.remaining:
-            raise tarfile.ReadError("a header that is too large")
+            raise tarfile.ReadError("a header is too large")
         self.remaining -= size
         return self.file.read(size)
 
 
 @contextlib.contextmanager
 def open_tar(path: str | os.PathLike[str]) -> Iterator[Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]]:
-    """Open a tar archive, which may be compressed, and yield an iterator of its (archive, member).
+    """Open a tar archive, which may be compressed, and yield an iterator over (archive, member).
 
-    tarfile reads long names, PAX records and sparse maps into memory
-    before anybody can look at them; here they are limited to MAX_TAR_HEADER.
+    tarfile reads long names, PAX records and sparse maps into memory without a limit; here they are limited
+    to MAX_TAR_HEADER.
 
     Raises:
         tarfile.TarError: a header is broken or too large.
@@ -129,5 +132,5 @@ def _members(
         limited.remaining = member.size
         yield archive, member
         limited.remaining = MAX_TAR_HEADER
-        # It keeps every header, of which a small archive may hold millions.
+        # tarfile keeps every header, and a small archive may have millions.
         archive.members.clear()  # type: ignore[attr-defined]

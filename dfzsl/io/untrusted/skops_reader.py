@@ -12,16 +12,16 @@ from dfzsl.utils.errors import UserError
 def read_linear_classifier(path: str) -> dict[str, np.ndarray]:
     """Read `coef_`, `classes_` and, unless it is zero, `intercept_`.
 
-    skops has no bound on memory: call this by `memory_limited.read_arrays`.
+    skops does not limit memory: call this through `memory_limited.read_arrays`.
 
     Raises:
         UserError: the file is broken, holds types that skops does not trust, or is another model.
-        MemoryError: it takes more memory than this process may have.
+        MemoryError: reading needs more memory than this process may use.
     """
     try:
         model = load(path, trusted=[])
         if not hasattr(model, "coef_"):
-            raise UserError(f"{path}: a {type(model).__name__} is no linear classifier with a coef_")
+            raise UserError(f"{path}: a {type(model).__name__} is not a linear classifier with a coef_")
         arrays = {"coef_": np.asarray(model.coef_, dtype=np.float64)}
         if np.any(getattr(model, "intercept_", 0.0)):
             arrays["intercept_"] = np.asarray(model.intercept_, dtype=np.float64)
@@ -29,6 +29,6 @@ def read_linear_classifier(path: str) -> dict[str, np.ndarray]:
     except (UserError, MemoryError):
         raise
     except UntrustedTypesFoundException as error:
-        raise UserError(f"{path}: it holds types that are not scikit-learn's own ({error})") from None
-    except Exception as error:  # of a broken archive, skops and what it calls raise many kinds
+        raise UserError(f"{path}: it has types that are not scikit-learn's own ({error})") from None
+    except Exception as error:  # skops and its dependencies raise many types for a broken archive
         raise UserError(f"{path}: it cannot be read as .skops ({error})") from None

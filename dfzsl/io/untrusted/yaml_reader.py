@@ -13,20 +13,20 @@ from dfzsl.utils.errors import UserError
 
 from ..files import read_text
 
-# Characters of a whole file, of a text and of a number; levels of nesting.
-MAX_FILE_LENGTH, MAX_TEXT_LENGTH, MAX_NUMBER_LENGTH, MAX_DEPTH = 1 << 18, 4096, 40, 20
+MAX_FILE_CHARS, MAX_STRING_CHARS, MAX_NUMBER_CHARS = 1 << 18, 4096, 40
+MAX_DEPTH = 20  # levels of nesting
 
 
 class _PlainLoader(yaml.SafeLoader):
     """Load plain values only.
 
-    An alias is refused because ten lines of aliases can make a billion values, and a long number because
-    converting it takes minutes.
+    Aliases are refused because ten lines of them can expand to a billion values, and long numbers because
+    converting one takes minutes.
     """
 
-    MAX_LENGTH = {  # noqa: RUF012
-        **{f"tag:yaml.org,2002:{name}": MAX_NUMBER_LENGTH for name in ("null", "bool", "int", "float")},
-        **{f"tag:yaml.org,2002:{name}": MAX_TEXT_LENGTH for name in ("str", "seq", "map")},
+    MAX_CHARS = {  # noqa: RUF012
+        **{f"tag:yaml.org,2002:{name}": MAX_NUMBER_CHARS for name in ("null", "bool", "int", "float")},
+        **{f"tag:yaml.org,2002:{name}": MAX_STRING_CHARS for name in ("str", "seq", "map")},
     }
 
     def __init__(self, text: str) -> None:
@@ -44,10 +44,10 @@ class _PlainLoader(yaml.SafeLoader):
         self.depth -= 1
         if node is not None:
             tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-            if (longest := self.MAX_LENGTH.get(node.tag)) is None:
-                raise _refusal(node, f"the tag {tag}; only numbers, texts, lists and keys are read")
-            if isinstance(node, yaml.ScalarNode) and len(node.value) > longest:
-                raise _refusal(node, f"a value ({tag}) of more than {longest} characters")
+            if (max_chars := self.MAX_CHARS.get(node.tag)) is None:
+                raise _refusal(node, f"the tag {tag}; only numbers, strings, lists and mappings are allowed")
+            if isinstance(node, yaml.ScalarNode) and len(node.value) > max_chars:
+                raise _refusal(node, f"a value ({tag}) of more than {max_chars} characters")
         return node
 
 
@@ -68,8 +68,8 @@ def read_yaml(path: str | os.PathLike[str]) -> object:
         UserError: the file is missing, is not YAML, is too large, or has aliases, tags or long values.
     """
     text = read_text(path)
-    if len(text) > MAX_FILE_LENGTH:
-        raise UserError(f"{path}: {len(text):,} characters; a YAML file here has at most {MAX_FILE_LENGTH:,}")
+    if len(text) > MAX_FILE_CHARS:
+        raise UserError(f"{path}: {len(text):,} characters; a YAML file may have at most {MAX_FILE_CHARS:,}")
     try:
         return copy.deepcopy(_parse(text))
     # ValueError, LookupError and TypeError come from values that do not have the type that their tag claims.

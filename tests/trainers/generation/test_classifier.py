@@ -118,7 +118,7 @@ class TestClassifier:
             (lambda c: c.weight[1].zero_(), "class 'class 1' has a row of length 0"),
             (lambda c: c.weight[1].mul_(1e20), "has a row of length"),
             (lambda c: setattr(c, "text_shift", None), "must be square, and have a shift beside it"),
-            (lambda c: c.classnames.__setitem__(0, "class_1"), "is the name of two classes"),
+            (lambda c: c.classnames.__setitem__(0, "class_1"), "occurs twice"),
         ],
         ids=range(7),
     )
