@@ -1,7 +1,7 @@
-"""Installs the top-level folders as dfzsl.trainers, dfzsl.datasets and dfzsl.configs.
+"""Install the top-level folders as dfzsl.trainers, dfzsl.datasets and dfzsl.configs.
 
-A top-level package called `datasets` or `trainers` in site-packages would shadow other people's, so
-the folders keep the toolbox's names in the checkout and get the prefix `dfzsl.` on installation.
+The checkout has the folders of CoOp, but packages called `datasets` and `trainers` in site-packages would
+shadow those of other projects.
 """
 
 from pathlib import Path
@@ -13,10 +13,10 @@ FOLDERS = {
     "dfzsl.trainers": "trainers",
     "dfzsl.datasets": "datasets",
     "dfzsl.configs": "configs",
-    "dfzsl.safe_pickle": "compat/dassl/dassl/utils/safe_pickle",  # also where Dassl is the original
+    "dfzsl.safe_pickle": "compat/dassl/dassl/utils/safe_pickle",  # also used with the original Dassl
 }
 
-# Found where no Dassl is installed (dfzsl/__init__.py).
+# Used if Dassl is not installed (dfzsl/__init__.py).
 DROP_IN = {"dfzsl.drop_in.dassl": "compat/dassl/dassl"}
 
 setup(
@@ -46,7 +46,7 @@ setup(
         "torchvision",
         "open_clip_torch>=3.3",
         "fastapi",
-        "fastapi-offline",  # Swagger UI, served from the owner's machine
+        "fastapi-offline",  # Swagger UI without other hosts
         "filelock",
         "anyio",
         "httpx>=0.28",
@@ -70,11 +70,11 @@ setup(
     extras_require={
         "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "test": [
-            *["nbclient", "nbformat", "ipykernel"],  # of the notebook
+            *["nbclient", "nbformat", "ipykernel"],  # for the notebook
             *["pytest", "pytest-xdist", "hypothesis", "scikit-learn", "skops"],
-            *["ruff", "mypy", "import-linter"],
+            *["ruff", "mypy", "import-linter", "codespell"],
             *["mkdocs-material", "mkdocstrings[python]"],
-            *["playwright", "axe-playwright-python"],  # of the HTML page, in a Chromium
+            *["playwright", "axe-playwright-python"],  # for the HTML report, in Chromium
         ],
     },
     classifiers=[

@@ -2,13 +2,11 @@
 
 The public API, imported on first use:
 
-    load_teacher, fit_teacher, open_oracle, recover, build, Classifier, load_classifier,
-    measure_geometry, evaluate
+    load_teacher, fit_teacher, open_oracle, measure_feature_statistics, recover, align, generate, build,
+    Classifier, load_classifier, evaluate
 
-`import dfzsl.trainers` registers every trainer and adds its config keys; `import dfzsl.datasets` does
-the same for the data sets.
-
-Where no `dassl` is installed, importing this package appends its own drop-in for Dassl to `sys.path`.
+`import dfzsl.trainers` registers every trainer and adds its config keys; `import dfzsl.datasets` does the
+same for the data sets. If `dassl` is not installed, this package appends its own replacement to `sys.path`.
 """
 
 import importlib.util
@@ -20,7 +18,7 @@ from typing import Any
 __version__ = "0.2.0"
 
 if importlib.util.find_spec("dassl") is None:
-    # The drop-in is installed with this package, or stands in its checkout.
+    # The replacement is part of the installed package, or of its checkout.
     for _folder in (Path(__file__).parent / "drop_in", Path(__file__).parents[1] / "compat" / "dassl"):
         if (_folder / "dassl").is_dir():
             sys.path.append(str(_folder))

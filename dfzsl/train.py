@@ -1,4 +1,4 @@
-"""One run, by CoOp's command line: train and test, or with --eval-only load and test."""
+"""Train and test a method with CoOp's command line, or load and test it with --eval-only."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from dfzsl.utils.dassl_plugin import list_changes
 from dfzsl.utils.errors import UserError, run_program, unknown_name
 from dfzsl.utils.log import log_to_stdout
 
-BASE = "_BASE_"  # in a config: the one that it changes, a path from its own folder (as in detectron2)
-DEEPEST = 20  # configs that build on one another
+BASE_KEY = "_BASE_"  # names the config that a config changes, relative to its folder (as in detectron2)
+MAX_BASE_CONFIGS = 20
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of CoOp's train.py, under their own names."""
+    """Return the argument parser, with the flags of CoOp's train.py."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--root", default="", help="data folder (or the file, for features and csv)")
-    flags.add_argument("--output-dir", default="", help="where logs, checkpoints and results.json go")
-    flags.add_argument("--resume", default="", help="output folder of an interrupted run to go on with")
-    flags.add_argument("--seed", type=int, default=-1, help="0 or more fixes the seed")
-    flags.add_argument("--source-domains", nargs="+", help="source domains (domain generalisation)")
-    flags.add_argument("--target-domains", nargs="+", help="target domains (domain generalisation)")
+    flags.add_argument("--output-dir", default="", help="folder of logs, checkpoints and results.json")
+    flags.add_argument("--resume", default="", help="output folder of an interrupted run to resume")
+    flags.add_argument("--seed", type=int, default=-1, help="random seed; negative: none")
+    flags.add_argument("--source-domains", nargs="+", help="source domains (domain generalization)")
+    flags.add_argument("--target-domains", nargs="+", help="target domains (domain generalization)")
     flags.add_argument("--transforms", nargs="+", help="training transforms")
     flags.add_argument("--config-file", default="", help="the trainer's config")
     flags.add_argument("--dataset-config-file", default="", help="the data set's config")
@@ -46,13 +46,16 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--eval-only", action="store_true", help="load --model-dir and test")
     flags.add_argument("--model-dir", default="", help="output folder to load from with --eval-only")
     flags.add_argument("--load-epoch", type=int, help="epoch to load with --eval-only")
-    flags.add_argument("--no-train", action="store_true", help="build everything, train nothing")
+    flags.add_argument("--no-train", action="store_true", help="build the trainer but do not train")
     flags.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs for the config")
     return flags
 
 
 def setup_cfg(args: argparse.Namespace):
-    """The frozen config of a run: defaults, data set's file, trainer's file, flags, KEY VALUE pairs."""
+    """Return the frozen config of a run.
+
+    Later sources override earlier ones: defaults, data set's file, trainer's file, flags, KEY VALUE pairs.
+    """
     cfg = get_cfg_default()
     for path in filter(None, (args.dataset_config_file, args.config_file)):
         for source, keys in read_config(path):
@@ -80,14 +83,18 @@ def setup_cfg(args: argparse.Namespace):
 
 
 def read_config(path: str) -> list[tuple[str, CfgNode]]:
-    """A config file and those it builds on, (path, keys) in the order to merge: its `_BASE_` comes first."""
+    """Read a config file and its `_BASE_` files.
+
+    Returns:
+        (path, keys) of each file in the order to merge, the base first.
+    """
     chain: list[tuple[str, CfgNode]] = []
     while path:
         keys = merge(path, _read_keys, path)
-        base = keys.pop(BASE, "")
-        if not isinstance(base, str) or len(chain) == DEEPEST:
+        base = keys.pop(BASE_KEY, "")
+        if not isinstance(base, str) or len(chain) == MAX_BASE_CONFIGS:
             raise UserError(
-                f"{path}: {BASE} must be the path of another config, and not lead back to this one"
+                f"{path}: {BASE_KEY} must be the path of another config, and must not lead back to this one"
             )
         chain.insert(0, (path, keys))
         path = base and os.path.join(os.path.dirname(path), base)
@@ -95,25 +102,25 @@ def read_config(path: str) -> list[tuple[str, CfgNode]]:
 
 
 def _read_keys(path: str) -> CfgNode:
-    """One file: YAML of plain values, never Python."""
+    """Read one config file of plain YAML values."""
     keys = read_yaml(path)
     if not isinstance(keys, dict | None):
-        raise UserError(f"{path}: not a config: it must consist of lines KEY: value")
+        raise UserError(f"{path}: not a config; it must have lines KEY: value")
     return CfgNode(keys)
 
 
-def merge(source: str, into, what):
-    """into(what), telling a user's slip (missing file, bad YAML, unknown key) in one line."""
+def merge(source: str, function, argument):
+    """Return function(argument); convert an error of a config (bad YAML, unknown key) to a UserError."""
     try:
-        return into(what)
+        return function(argument)
     except (UserError, OSError):
         raise
-    except Exception as error:  # yacs and yaml raise nearly anything for a slip in a file
+    except Exception as error:  # yacs and yaml raise many types for a mistake in a file
         raise UserError(f"{source}: {error.args[0] if error.args else error}") from None
 
 
 def check(cfg) -> None:
-    """Refuse what can be seen to be wrong before anything is written. Raises UserError."""
+    """Check trainer, data set and teacher before anything is written. Raises UserError."""
     for kind, name, registry in (
         ("trainer", cfg.TRAINER.NAME, TRAINER_REGISTRY),
         ("data set", cfg.DATASET.NAME, DATASET_REGISTRY),
@@ -124,13 +131,13 @@ def check(cfg) -> None:
         check_address(cfg.TEACHER.FILE)
     elif cfg.TEACHER.FILE and not Path(cfg.TEACHER.FILE).is_file():
         raise UserError(
-            f"TEACHER.FILE {cfg.TEACHER.FILE}: no such file; train.py --trainer TeacherZeroshot makes one"
+            f"TEACHER.FILE {cfg.TEACHER.FILE}: no such file; write it with train.py --trainer TeacherZeroshot"
         )
 
 
 @distributed.process_group()
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one experiment, on the processes that torchrun started. Raises UserError for a user's mistake."""
+    """Run one experiment on the ranks that torchrun started. Raises UserError for a mistake of the user."""
     args = parser().parse_args(argv)
     cfg = setup_cfg(args)
     check(cfg)
@@ -138,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if cfg.SEED >= 0:
         set_random_seed(cfg.SEED)
     elif distributed.world_size() > 1:
-        raise UserError("several processes need a --seed, to draw the same batches")
-    with folder.held() if distributed.rank() == 0 else contextlib.nullcontext():
+        raise UserError("a run with several ranks needs --seed, so that all draw the same batches")
+    with folder.locked() if distributed.rank() == 0 else contextlib.nullcontext():
         _run(args, cfg, folder)
 
 
@@ -148,13 +155,13 @@ def _run(args: argparse.Namespace, cfg: CfgNode, folder: RunDirectory) -> None:
     if distributed.rank() == 0:
         setup_logger(cfg.OUTPUT_DIR)
     print(
-        f"Setting fixed seed: {cfg.SEED}" if cfg.SEED >= 0 else "No seed is set: this run cannot be repeated"
+        f"Setting fixed seed: {cfg.SEED}" if cfg.SEED >= 0 else "No seed is set: this run is not reproducible"
     )
     print(f"** Config ** (all keys: {folder.path})", *list_changes(cfg), sep="\n")
     trainer = build_trainer(cfg)
     if args.eval_only:
         trainer.load_model(args.model_dir, epoch=args.load_epoch)
-    if not isinstance(trainer, CLIPTrainer):  # which does it when all is read
+    if not isinstance(trainer, CLIPTrainer):  # a CLIPTrainer writes it when it has read its inputs
         folder.write_config()
     if args.eval_only:
         trainer.test()

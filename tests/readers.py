@@ -365,7 +365,7 @@ def sums(folder: Path) -> tuple[Path, Callable]:
         (folder / "a.bin").write_bytes(b"x")
         fetch.verify(folder / "a.bin", "http://x/a.bin", "", path)
 
-    return text_of(fetch.LEDGER, words, load)(folder)
+    return text_of(fetch.CHECKSUMS, words, load)(folder)
 
 
 def listing(folder: Path) -> tuple[Path, Callable]:

@@ -305,9 +305,9 @@ class TestPredict:
         names = [[*BASE, *NEW][place] for place in chances.indices.tolist()]
         assert [row["class"] for row in rows] == [row["class"] for row in told["classes"]] == names
         assert [float(row["probability"]) for row in rows] == pytest.approx(chances.values.tolist(), abs=1e-5)
-        assert [row["rank"] for row in rows] == ["1", "2", "3"] and told["picture"] == rows[0][
-            "picture"
-        ] == str(path)
+        assert [row["rank"] for row in rows] == ["1", "2", "3"] and told["image"] == rows[0]["image"] == str(
+            path
+        )
         assert all(name in table for name in names)
 
     def test_more_classes_than_there_are(self, built, tmp_path, run):
@@ -382,7 +382,7 @@ def test_fit_is_fit_teacher(tmp_path, run):
     assert Teacher.load(tmp_path / "two").classnames == ["goldfish", "tench"]
     np.savez(tmp_path / "bare.npz", **{name: array for name, array in data.items() if name != "text"})
     _, out, _ = run("teacher", "fit", tmp_path / "bare.npz", "-o", tmp_path / "bare.safetensors")
-    assert "no card" in out
+    assert "no model card" in out
     assert Teacher.load(tmp_path / "bare.safetensors").card is None
 
 
@@ -506,7 +506,7 @@ class TestExport:
 
     def test_a_matrix_for_open_clip(self, built, tmp_path, run):
         code, out, _ = run("export", built, "-o", tmp_path / "m.pt")
-        assert code == 0 and "left out: the shift of image features" in out
+        assert code == 0 and "without the shift of image features" in out
         matrix = torch.load(tmp_path / "m.pt", weights_only=True)
         assert torch.equal(matrix.T, Classifier.load(built).weight)
         assert (tmp_path / "m.txt").read_text().splitlines() == [*BASE, *NEW]

@@ -294,8 +294,8 @@ def test_what_is_to_be_done_by_hand_is_said(tmp_path, monkeypatch):
     with pytest.raises(UserError) as error:
         prepare.main(["imagenet", "flo", "--root", str(tmp_path)])
     said = str(error.value)
-    assert f"{tmp_path}/imagenet/images/train is to be put there by hand" in said
-    assert f"{tmp_path}/FLO/res101.mat is to be put there by hand" in said
+    assert f"{tmp_path}/imagenet/images/train must be placed there by hand" in said
+    assert f"{tmp_path}/FLO/res101.mat must be placed there by hand" in said
 
 
 # ---------------------------------------------------------------- check
@@ -311,7 +311,7 @@ def pets(tmp_path, monkeypatch):
 def test_check_is_content_with_a_whole_data_set(pets, capsys):
     prepare.main(["oxford_pets", "--root", str(pets), "--check", "--workers", "1"])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("OxfordPets"))
-    assert line.split() == ["OxfordPets", "5", "20", "10", "15", "0", "0", "fine"]
+    assert line.split() == ["OxfordPets", "5", "20", "10", "15", "0", "0", "ok"]
 
 
 def test_check_counts_missing_and_broken_images(pets, capsys):

@@ -43,7 +43,7 @@ def build(
       dfzsl build --teacher teacher.safetensors --new names.txt
     """
     if len(settings) % 2:
-        raise UserError(f"settings come in pairs KEY VALUE; '{settings[-1]}' stands alone")
+        raise UserError(f"settings must be KEY VALUE pairs; '{settings[-1]}' has no value")
     from tabulate import tabulate
 
     from dfzsl.client.build import build as build_classifier
@@ -82,9 +82,9 @@ def add(classifier: Path, new: str, text: str, weights: str, output: Path | None
     from dfzsl.trainers.clip.class_prompts import ClassPrompts
     from dfzsl.trainers.generation.classifier import Classifier
 
-    names, old = read_classnames(new), Classifier.load(classifier)
-    backbone = load_encoder(old, weights, source=classifier)
-    extended = old.add(names, backbone, ClassPrompts.parse(text) if text else None)
+    names, base = read_classnames(new), Classifier.load(classifier)
+    backbone = load_encoder(base, weights, source=classifier)
+    extended = base.add(names, backbone, ClassPrompts.parse(text) if text else None)
     extended.save(output or classifier)
     click.echo(f"{output or classifier}: {extended!r}")
 
@@ -147,8 +147,8 @@ def predict(
     hidden = not sys.stderr.isatty() or (output_format != "table" and sys.stdout.isatty())
     with tqdm(total=len(files), unit="img", disable=hidden) as progress:
         for predictions, errors in predict_files(model, backbone, files, top, batch_size, workers, device):
-            for path, best in predictions:
-                writer.add(path, best)
+            for path, classes in predictions:
+                writer.add(path, classes)
             for error in errors:
                 progress.write(f"skipped: {UserError(error)}", file=sys.stderr)
             unreadable += len(errors)
@@ -230,7 +230,7 @@ def export(classifier: Path, with_encoder: bool, weights: str, output: Path) -> 
       dfzsl export classifier.safetensors --with-encoder -o classifier.onnx
     """
     if output.suffix not in (".onnx", ".pt") or (with_encoder and output.suffix == ".pt"):
-        raise UserError(f"{output}: give a file that ends in .onnx, or without --with-encoder in .pt")
+        raise UserError(f"{output}: the output must end in .onnx, or in .pt without --with-encoder")
     from dfzsl.client.encoder import load_encoder
     from dfzsl.client.export import export_matrix, export_onnx
     from dfzsl.trainers.generation.classifier import Classifier
@@ -238,7 +238,7 @@ def export(classifier: Path, with_encoder: bool, weights: str, output: Path) -> 
     model = Classifier.load(classifier)
     if output.suffix == ".pt":
         omitted = export_matrix(model, output)
-        click.echo(f"Saved to {output}" + (f"; left out: {', '.join(omitted)}" if omitted else ""))
+        click.echo(f"Saved to {output}" + (f"; without {', '.join(omitted)}" if omitted else ""))
         return
     backbone = load_encoder(model, weights, source=classifier) if with_encoder else None
     difference = export_onnx(model, output, backbone)

@@ -50,7 +50,7 @@ class Shots(click.ParamType):
         except ValueError:
             number = 0
         if number < 1 and number != -1:
-            self.fail(f"'{value}' is no number of images; give 1 or more, or -1 for all", param, ctx)
+            self.fail(f"'{value}' is not a number of images; give 1 or more, or -1 for all", param, ctx)
         return number
 
 
@@ -101,7 +101,7 @@ def run_sweep(protocol: str, dry_run: bool, **named: Any) -> None:
     if sweep.has_results():
         sections = sweep.sections()
         echo_tables(sections)
-        click.echo(f"The same with plots: {sweep.write_page(sections)}")
+        click.echo(f"Tables and plots: {sweep.write_page(sections)}")
     sweep.raise_failures()
 
 
@@ -189,11 +189,9 @@ def echo_tables(sections: Sequence[Section]) -> None:
     show_default=True,
     help="Format of the tables.",
 )
-@click.option("--html", type=FILE, metavar="FILE", help="Write one page with tables and plots too.")
-@click.option("--published", is_flag=True, help="Show published results beside the measured ones.")
-@click.option(
-    "--logs", type=FILE, metavar="FOLDER", help="Read CoOp's logs below FOLDER too (train_base/...)."
-)
+@click.option("--html", type=FILE, metavar="FILE", help="Also write an HTML page with tables and plots.")
+@click.option("--published", is_flag=True, help="Show published results next to the measured ones.")
+@click.option("--logs", type=FILE, metavar="FOLDER", help="Also read CoOp's logs in FOLDER (train_base/...).")
 @click.option("--glossary", is_flag=True, help="Print the meaning of methods and columns, and stop.")
 def report(
     output: Path | None,
@@ -232,7 +230,7 @@ def report(
     if html:
         click.echo(f"Saved to {html}", err=True)
     if published and not any(row.source for part in parts for row in part.summaries):
-        click.echo("no published results of these data sets are known", err=True)
+        click.echo("there are no published results for these data sets", err=True)
 
 
 @click.command()
@@ -248,7 +246,7 @@ def report(
 )
 @click.option("--output", type=FILE, metavar="FILE", help="Image to write.  [default: RUN/virtual.png]")
 def plot(run: Path, features: Path, classes: int, output: Path | None) -> None:
-    """Plot real beside virtual features.
+    """Plot real and virtual features.
 
     RUN is the folder of a finished run, with virtual.safetensors. FEATURES is a feature file with test
     features of the same classes (dfzsl extract).
@@ -267,7 +265,7 @@ def plot(run: Path, features: Path, classes: int, output: Path | None) -> None:
 @click.command()
 @click.argument("datasets", nargs=-1, required=True, metavar="DATASET...")
 @click.option("--root", type=FILE, default=Path("data"), show_default=True, help="Data folder.")
-@click.option("--check", is_flag=True, help="Verify the files that are there and download nothing.")
+@click.option("--check", is_flag=True, help="Verify existing files; download nothing.")
 @click.option(
     "--from", "source", type=click.Choice(["official", "mirror"]), default="official", show_default=True
 )
@@ -283,7 +281,7 @@ def prepare(datasets: tuple[str, ...], root: Path, check: bool, source: str, wor
     """Download data sets into CoOp's layout, or check them.
 
     DATASET is a name (dtd, OxfordPets, awa2, ...), or all. The same command resumes an interrupted download,
-    and says which files must be placed by hand. docs/DATASETS.md has addresses, sizes, licenses and layouts.
+    and lists files that must be placed by hand. docs/DATASETS.md has addresses, sizes, licenses and layouts.
 
     \b
     Example:
@@ -296,8 +294,8 @@ def prepare(datasets: tuple[str, ...], root: Path, check: bool, source: str, wor
     if check:
         reports = {name: verify.check(name, root, workers) for name in names}
         click.echo(verify.table(reports))
-        if wrong := [name for name, result in reports.items() if not result.fine]:
-            raise UserError(f"not as published: {', '.join(wrong)}")
+        if failed := [name for name, result in reports.items() if not result.ok]:
+            raise UserError(f"different from the published data sets: {', '.join(failed)}")
         return
     errors = {}
     for name in names:
@@ -305,7 +303,7 @@ def prepare(datasets: tuple[str, ...], root: Path, check: bool, source: str, wor
             click.echo(f"{name}: in {recipes.prepare(name, root, source)}")
         except UserError as error:
             errors[name] = str(error)
-    click.echo(f"Archives stay in {root / '.downloads'}; delete them when --check finds nothing wrong")
+    click.echo(f"Archives are kept in {root / '.downloads'}; delete them after --check has passed")
     if errors:
         raise UserError("\n".join(f"{name}: {error}" for name, error in errors.items()))
 
@@ -349,7 +347,7 @@ def extract(
 ) -> None:
     """Extract a data set's features into a file.
 
-    DATA is a data set's config (dtd, awa2, ...), folder:PATH or csv:PATH; `features:FILE` then stands for it.
+    DATA is a data set's config (dtd, awa2, ...), folder:PATH or csv:PATH; `features:FILE` then replaces it.
     The feature cache keeps finished parts, so the same command resumes. The ranks of torchrun share the
     images (torchrun ... -m dfzsl extract).
 
@@ -363,9 +361,9 @@ def extract(
     from dfzsl.utils import distributed
 
     if output.suffix != ".safetensors":
-        raise UserError(f"--output {output}: a feature file ends in .safetensors")
+        raise UserError(f"--output {output}: the name of a feature file must end in .safetensors")
     dataset = open_dataset(data, root)
-    with distributed.process_group():  # only the first rank prints
+    with distributed.process_group():  # only rank 0 prints
         device = resolve_device(device)
         encoder = load_backbone(backbone, weights, device, precision)
         extract_features(dataset, encoder, output, batch_size, workers, device, cache)

@@ -14,7 +14,7 @@ from .options import FILE
 def show(file: Path) -> None:
     """Describe a file.
 
-    FILE is a teacher, a classifier, virtual classes, a geometry or features.
+    FILE is a teacher, a classifier, virtual classes, feature statistics or features.
 
     \b
     Example:
@@ -35,7 +35,7 @@ def geometry(images: tuple[Path, ...], backbone: str, weights: str, output: Path
 
     IMAGES are folders of images, or feature files (.npz or .safetensors with x, and y if labeled). Each
     folder inside a folder is a class; without any, the images are unlabeled, which works nearly as well. A
-    few hundred images of anything are enough. For an honest comparison they must not be those of the task.
+    few hundred images of any kind are enough. For a fair comparison they must not be images of the task.
 
     \b
     Example:
@@ -43,6 +43,6 @@ def geometry(images: tuple[Path, ...], backbone: str, weights: str, output: Path
     """
     from dfzsl.client.measure import measure_encoder
 
-    measured = measure_encoder(images, backbone, weights)
-    measured.save(output)
-    click.echo(f"{output}: {measured}")
+    statistics = measure_encoder(images, backbone, weights)
+    statistics.save(output)
+    click.echo(f"{output}: {statistics}")

@@ -25,8 +25,8 @@ from .options import HELP, OrderedGroup
 def main(context: click.Context) -> None:
     """Data-free generalized zero-shot learning with CLIP.
 
-    A data owner fits a teacher on images of base classes. A client has the teacher, or only its answers, and
-    the names of new classes: it builds one classifier for base and new classes together, without an image.
+    A data owner fits a teacher on images of base classes. A client has the teacher, or only query access to
+    it, and the names of new classes, and builds one classifier for base and new classes without images.
     """
     from dfzsl.utils.progress import hide_progress_bars
 
@@ -46,14 +46,15 @@ def invoke(command: click.Command, args: Sequence[str] | None = None) -> None:
     """Run a click command within this process.
 
     Args:
-        args: words of the command line; by default those of this process.
+        command: the command.
+        args: arguments of the command line; by default those of this process.
 
     Raises:
-        UserError: the words are wrong, or the command raised it.
-        SystemExit: the command ended with another exit code than 0.
+        UserError: the arguments are wrong, or the command raised it.
+        SystemExit: the command returned a nonzero exit code.
     """
     try:
-        # By itself click prints several lines for a mistake.
+        # In standalone mode click prints several lines for a usage error.
         code = command.main(args, standalone_mode=False, **HELP)
     except click.Abort:
         raise KeyboardInterrupt from None
@@ -68,7 +69,7 @@ def invoke(command: click.Command, args: Sequence[str] | None = None) -> None:
 
 
 def run(command: click.Command) -> None:
-    """Run a click command as this process: a user's mistake is one line on stderr and exit code 2."""
+    """Run a click command as a program: a mistake of the user is one line on stderr and exit code 2."""
     warnings = logging.StreamHandler()
     warnings.setLevel(logging.WARNING)
     logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[warnings])
@@ -77,7 +78,7 @@ def run(command: click.Command) -> None:
 
 
 def entry() -> None:
-    """Run `dfzsl`; the entry point of the console script."""
+    """Run `dfzsl`, the console script."""
     run(main)
 
 

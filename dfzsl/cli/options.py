@@ -12,7 +12,7 @@ import click
 from dfzsl.utils.errors import UserError
 
 FILE = click.Path(path_type=Path)
-KEY = re.compile(r"[A-Z]\w*(\.\w+)*")  # of a config: RECOVERY.THETA
+KEY = re.compile(r"[A-Z]\w*(\.\w+)*")  # a config key, e.g. RECOVERY.THETA
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 new = click.option(
@@ -65,7 +65,7 @@ def resolve_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
-        raise UserError(f"--device {name}: there is no such device here") from None
+        raise UserError(f"--device {name}: this machine has no such device") from None
     return name
 
 
@@ -79,15 +79,15 @@ class OrderedGroup(click.Group):
 class SettingsCommand(click.Command):
     """Command whose arguments end with KEY VALUE pairs of a config.
 
-    A VALUE may begin with a dash (`DATASET.NUM_SHOTS -1`). Options may stand before, between and after the
-    pairs, and a mistyped option stays an error.
+    A VALUE may begin with a dash (`DATASET.NUM_SHOTS -1`). Options may come before, between and after
+    the pairs, and a mistyped option is an error.
     """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         options = [p for p in self.get_params(ctx) if isinstance(p, click.Option)]
         flags = {name for p in options for name in (*p.opts, *p.secondary_opts)}
         with_value = {name for p in options if not (p.is_flag or p.count) for name in p.opts}
-        others: list[str] = []
+        other_words: list[str] = []
         pairs: list[str] = []
         words = list(args)
         while words:
@@ -95,11 +95,11 @@ class SettingsCommand(click.Command):
             if word == "--":
                 break
             if word in with_value:
-                others += [word, *words[:1]]
+                other_words += [word, *words[:1]]
                 del words[:1]
             elif KEY.fullmatch(word) and words and words[0] not in flags:
                 pairs += [word, words.pop(0)]
             else:
-                others.append(word)
-        # After "--" click reads no options.
-        return super().parse_args(ctx, [*others, "--", *pairs, *words])
+                other_words.append(word)
+        # After "--" click parses no options.
+        return super().parse_args(ctx, [*other_words, "--", *pairs, *words])

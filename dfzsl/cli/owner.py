@@ -25,13 +25,18 @@ ledger = click.option(
 
 @click.group(cls=OrderedGroup)
 def teacher() -> None:
-    """Make a teacher and give clients access to it."""
+    """Create a teacher and serve it to clients."""
 
 
 @teacher.command()
 @click.argument("data", type=FILE, metavar="DATA")
 @output
-@click.option("--classes", default="", metavar="NAMES", help="Use only these: a file, or names and commas.")
+@click.option(
+    "--classes",
+    default="",
+    metavar="NAMES",
+    help="Use only these classes: a file, or names separated by commas.",
+)
 @click.option("--backbone", default="ViT-B-16", show_default=True, help="open_clip's name of the model.")
 @options.weights
 @options.text
@@ -47,8 +52,8 @@ def fit(
     """Fit a teacher on labeled images.
 
     DATA is a folder with one folder of images per class, or a feature file with a training part. The
-    teacher's model card holds its mixing weight beside --text (by default the text features of the feature
-    file).
+    teacher's model card has the mixing weight of teacher and --text (by default the text features of the
+    feature file).
 
     \b
     Example:
@@ -57,7 +62,7 @@ def fit(
     from dfzsl.io.class_names import read_classnames
     from dfzsl.owner.fit import fit_teacher_on
 
-    made = fit_teacher_on(
+    fitted = fit_teacher_on(
         data,
         classnames=read_classnames(classes) if classes else None,
         normalized=not linear,
@@ -66,23 +71,29 @@ def fit(
         quiet=not sys.stderr.isatty(),
         **named,
     )
-    made.save(output)
-    no_card = "; no card: the feature file has no text features (text, or give --text)"
-    click.echo(f"{output}: {made!r}{'' if made.card else no_card}")
+    fitted.save(output)
+    no_card = "; no model card: the feature file has no text features (add them as text, or give --text)"
+    click.echo(f"{output}: {fitted!r}{'' if fitted.card else no_card}")
 
 
 @teacher.command("import")
 @click.argument("file", type=FILE)
 @click.option(
-    "--classes", default="", metavar="NAMES", help="In the order of the rows: a file, or names and commas."
+    "--classes",
+    default="",
+    metavar="NAMES",
+    help="Class names in the order of the weights: a file, or names separated by commas.",
 )
 @click.option("--backbone", default="", help="open_clip's name of the model whose features it reads.")
 @options.weights
 @click.option("--cosine", is_flag=True, help="Serve cosines and intercepts instead of x.w + b.")
 @click.option(
-    "--weight", default="", metavar="KEY", help="Weight matrix in the file.  [default: that of common heads]"
+    "--weight",
+    default="",
+    metavar="KEY",
+    help="Name of the weight matrix in the file.  [default: as in common heads]",
 )
-@click.option("--bias", default="", metavar="KEY", help="Intercepts in the file.")
+@click.option("--bias", default="", metavar="KEY", help="Name of the intercepts in the file.")
 @output
 def import_(
     file: Path,
@@ -96,7 +107,7 @@ def import_(
 ) -> None:
     """Import a linear classifier of another library as a teacher.
 
-    FILE is a state dict of torch (nothing in it runs), .safetensors, or a scikit-learn classifier as .npz
+    FILE is a state dict of torch (no code in it is executed), .safetensors, or a scikit-learn classifier as .npz
     (coef_, intercept_) or .skops. A file of --classes may be text, JSON or CSV.
 
     \b
@@ -106,17 +117,17 @@ def import_(
     from dfzsl.owner.import_head import import_teacher
     from dfzsl.trainers.clip.loading import identity
 
-    listed = [name.strip() for name in classes.split(",") if name.strip()]
-    made = import_teacher(
+    names = [name.strip() for name in classes.split(",") if name.strip()]
+    imported = import_teacher(
         file,
-        classnames=classes if os.path.exists(classes) else listed,
+        classnames=classes if os.path.exists(classes) else names,
         backbone=identity(backbone, weights or "openai", fetch=False) if backbone else "",
         normalized=cosine,
         weight=weight,
         bias=bias,
     )
-    made.save(output)
-    click.echo(f"{output}: {made!r}")
+    imported.save(output)
+    click.echo(f"{output}: {imported!r}")
 
 
 @teacher.command()
@@ -139,7 +150,7 @@ def import_(
 @click.option("--log", "log_file", default="", metavar="FILE", help="Access log.  [default: stderr]")
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=click.IntRange(0, 65535), metavar="N", default=8000, show_default=True)
-def serve(file: Path, **terms: Any) -> None:
+def serve(file: Path, **settings: Any) -> None:
     """Serve a teacher over HTTP.
 
     docs/black_box.md and the server's page /docs describe the protocol. Without tokens (dfzsl teacher token)
@@ -151,7 +162,7 @@ def serve(file: Path, **terms: Any) -> None:
     """
     from dfzsl.owner.server import serve as serve_teacher
 
-    serve_teacher(file, **terms)
+    serve_teacher(file, **settings)
 
 
 @teacher.command()

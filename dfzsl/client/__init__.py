@@ -1,1 +1,1 @@
-"""What a client does with a classifier: build, extend, predict, evaluate, export."""
+"""Build, evaluate and export classifiers, and predict with them."""

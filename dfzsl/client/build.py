@@ -54,7 +54,7 @@ def build(
 
     Runs the trainer DFZSL on a data set of class names: recover, align and generate. The result equals, byte
     for byte, the classifier that `train.py --trainer DFZSL` makes of the same teacher, names and seed.
-    Meanwhile what this process prints goes to log.txt in the folder, as Dassl's training loop prints.
+    Everything that is printed meanwhile goes to log.txt in the folder, because Dassl's training loop prints.
 
     Args:
         teacher: a Teacher, its file, or the address of a server.
@@ -62,22 +62,23 @@ def build(
         backbone: open_clip's name of the model whose features the teacher reads; by default the teacher's.
         weights: pretrained tag or file of its weights.
         text: prompts of the classes, TEXT.PROMPTS (trainers/clip/class_prompts.py).
-        geometry: file of the backbone's feature statistics (dfzsl.measure_geometry); the built-in backbone
-            has its own.
+        geometry: file of the backbone's feature statistics (dfzsl.measure_feature_statistics); the built-in
+            backbone has its own.
         access: what a query returns, TEACHER.ACCESS.
-        seed: of all random draws.
-        folder: where the results of the stages stay; an interrupted build resumes from them.
+        seed: seed of all random draws.
+        folder: folder that keeps the results of the stages; an interrupted build resumes from them.
         settings: KEY, VALUE, ... for the config.
         quiet: show no progress bars.
 
     Returns:
-        The classifier. Its `decision` tells how it was built; None where `folder` had a finished build.
+        The classifier. Its `decision` describes how it was built, or is None if `folder`
+            had a finished build.
 
     Raises:
         UserError: a mistake in the teacher, the names, the backbone or the settings.
     """
-    given = {"TEACHER.ACCESS": access, "TEXT.PROMPTS": text, "GEOMETRY.FILE": os.fspath(geometry)}
-    cfg = _read_settings("DFZSL", given, settings, seed)
+    overrides = {"TEACHER.ACCESS": access, "TEXT.PROMPTS": text, "GEOMETRY.FILE": os.fspath(geometry)}
+    cfg = _read_settings("DFZSL", overrides, settings, seed)
     # For class names and backbone; the trainer opens its own, which keeps a server's responses in the folder.
     oracle = open_oracle(teacher, cfg.TEACHER.ACCESS)
     check_class_names(new_classnames, "the new classes", taken=oracle.classnames)
@@ -108,11 +109,11 @@ def align(
 
     Args:
         virtual: the result of `dfzsl.recover`.
-        new_classnames: names of the new classes, whose text embeddings are wanted too.
+        new_classnames: names of the new classes, which get text embeddings too.
         backbone, weights, text, seed, folder, settings, quiet: see `build`.
 
     Returns:
-        Text embeddings of base and new classes in the tuned context, and the shift of image features.
+        Text embeddings of base and new classes with the tuned context, and the shift of image features.
 
     Raises:
         UserError: a mistake in the names, the backbone or the settings.
@@ -127,7 +128,7 @@ def align(
 
 @contextlib.contextmanager
 def _run(folder: str | os.PathLike[str] | None, quiet: bool) -> Iterator[Path]:
-    """Yield the folder of a run; what is printed or logged goes to log.txt in it."""
+    """Yield the folder of a run; log messages and standard output go to log.txt in it."""
     with contextlib.ExitStack() as stack:
         path = Path(folder or stack.enter_context(tempfile.TemporaryDirectory(prefix="dfzsl-")))
         path.mkdir(parents=True, exist_ok=True)
@@ -138,26 +139,26 @@ def _run(folder: str | os.PathLike[str] | None, quiet: bool) -> Iterator[Path]:
         yield path
 
 
-def _read_settings(trainer: str, given: dict[str, str], settings: Sequence[str], seed: int) -> CfgNode:
-    """Return the config of a run without a data set: DFZSL's file, `given` and KEY, VALUE, ... in turn."""
+def _read_settings(trainer: str, overrides: dict[str, str], settings: Sequence[str], seed: int) -> CfgNode:
+    """Return the config of a run without a data set: DFZSL's file, overrides, KEY VALUE pairs."""
     cfg = get_cfg_default()
     for path, keys in read_config(str(CONFIGS / "trainers/DFZSL" / f"{DFZSL.recipe}.yaml")):
         merge(path, cfg.merge_from_other_cfg, keys)
-    _merge_given(cfg, given)
+    _merge_overrides(cfg, overrides)
     merge("KEY VALUE", cfg.merge_from_list, list(settings))
     cfg.TRAINER.NAME, cfg.SEED, cfg.TEST.NO_TEST = trainer, seed, True
     return cfg
 
 
-def _merge_given(cfg: CfgNode, given: dict[str, str]) -> None:
-    for key, value in given.items():
+def _merge_overrides(cfg: CfgNode, overrides: dict[str, str]) -> None:
+    for key, value in overrides.items():
         if value:
             cfg.merge_from_list([key, value])
 
 
 def _set_backbone(cfg: CfgNode, backbone: str, weights: str, identity: str) -> None:
     """Set the backbone that the caller names, else that of `identity`, and the built-in one's statistics."""
-    _merge_given(cfg, {"MODEL.BACKBONE.NAME": backbone, "MODEL.BACKBONE.WEIGHTS": weights})
+    _merge_overrides(cfg, {"MODEL.BACKBONE.NAME": backbone, "MODEL.BACKBONE.WEIGHTS": weights})
     if not backbone:
         cfg.MODEL.BACKBONE.NAME, tag = parse_identity(identity)
         cfg.MODEL.BACKBONE.WEIGHTS = weights or tag
@@ -165,11 +166,11 @@ def _set_backbone(cfg: CfgNode, backbone: str, weights: str, identity: str) -> N
         cfg.GEOMETRY.FILE = BUILT_IN
 
 
-def _train(kind: type[AnyFLPT], cfg: CfgNode, *given: Any) -> AnyFLPT:
+def _train(kind: type[AnyFLPT], cfg: CfgNode, *inputs: Any) -> AnyFLPT:
     """Build a trainer and run its stages, with a progress bar of the epochs."""
     cfg.freeze()
     with _seeded(cfg.SEED):
-        trainer = kind(cfg, *given)
+        trainer = kind(cfg, *inputs)
         total = trainer.max_epoch
         with progress_bar(desc="align", unit="epoch", total=total, leave=True, disable=not total) as epochs:
             trainer.epoch_callback = lambda epoch: epochs.update(epoch + 1 - epochs.n)
@@ -197,7 +198,7 @@ def _write_teacher(teacher: Teacher, folder: Path) -> Path:
         with tempfile.TemporaryDirectory() as other:
             teacher.save(Path(other) / path.name)
             if digest(Path(other) / path.name) != digest(path):
-                raise UserError(f"{folder} holds the build of another teacher; choose another folder")
+                raise UserError(f"{folder} has the build of another teacher; choose another folder")
     else:
         teacher.save(path)
     return path
@@ -205,7 +206,12 @@ def _write_teacher(teacher: Teacher, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def temporary_folder(output: str | os.PathLike[str], keep: Path | None = None) -> Iterator[Path]:
-    """The folder `keep`, else one beside `output`, which goes where the block ends well and else stays."""
+    """Yield a folder for the results of a build's stages.
+
+    Args:
+        output: file that the build writes.
+        keep: the folder; by default one beside `output`, which is deleted if the block succeeds.
+    """
     folder = keep or Path(output).with_name(f".{Path(output).name}.build")
     yield folder
     if keep is None:

@@ -23,19 +23,22 @@ def load_encoder(
     Args:
         classifier: names the backbone and its weights.
         weights: pretrained tag or weights file; by default the tag that the classifier names.
-        device: of the encoder.
+        device: device of the encoder.
         source: where the classifier comes from, for error messages.
 
+    Returns:
+        The backbone.
+
     Raises:
-        UserError: the classifier names no backbone, or other weights than these.
+        UserError: the classifier names no backbone, or was built for other weights.
     """
     if not classifier.backbone:
         raise UserError(
-            f"{source} was made of features alone: it does not know how to read pictures and names"
+            f"{source} was built from features without a backbone; it cannot read images and class names"
         )
     tag = "openai" if classifier.backbone in BUILT_INS else classifier.weights
     if not weights and os.path.exists(tag):
-        raise UserError(f"{source} asks for the file {tag}; give it with --weights if you trust it")
+        raise UserError(f"{source} names the weights file {tag}; if you trust it, pass it with --weights")
     backbone = load_backbone(classifier.backbone, weights or tag, device)
     if backbone.weights_id != classifier.weights:
         raise UserError(f"--weights: expected weights {classifier.weights}, found {backbone.weights_id}")

@@ -1,4 +1,4 @@
-"""What a classifier is worth on labelled pictures or features: base, new, all classes at once."""
+"""Evaluate a classifier on labeled images or features, among base, new and all classes."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ from .encoder import load_encoder
 
 @dataclass(repr=False)
 class Evaluation:
-    """Accuracies in percent; NaN where there is no picture of such a class.
+    """Accuracies in percent; NaN if there are no images of such a class.
 
     Attributes:
-        base, new: among the base and among the new classes alone (base-to-new); h: their harmonic mean.
-        joint_base, joint_new: of the same pictures among all classes at once (generalized); joint_h.
-        confusion: (C, C) counts, true class by predicted one among all `classnames`.
-        wrong: what is wrong with the pictures that could not be read.
+        base: accuracy on images of base classes, among base classes (base-to-new protocol).
+        new: accuracy on images of new classes, among new classes.
+        joint_base: accuracy on images of base classes, among all classes (GZSL protocol).
+        joint_new: accuracy on images of new classes, among all classes.
+        confusion: counts of shape (C, C), true class by predicted class among all classes.
+        classnames: names of the C classes.
+        wrong: messages about images that could not be read.
     """
 
     base: float
@@ -39,10 +42,12 @@ class Evaluation:
 
     @property
     def h(self) -> float:
+        """Harmonic mean of `base` and `new`."""
         return harmonic_mean(self.base, self.new)
 
     @property
     def joint_h(self) -> float:
+        """Harmonic mean of `joint_base` and `joint_new`."""
         return harmonic_mean(self.joint_base, self.joint_new)
 
     def __repr__(self) -> str:
@@ -50,16 +55,17 @@ class Evaluation:
         return f"Evaluation({parts}; among all classes H {self.joint_h:.1f})"
 
     def table(self) -> str:
+        """Return the accuracies as a table."""
         rows = [
             ("base", self.base, self.joint_base),
             ("new", self.new, self.joint_new),
             ("H", self.h, self.joint_h),
         ]
-        shown = [
+        cells = [
             (name, *("-" if value != value else f"{value:.1f}" for value in values)) for name, *values in rows
         ]
         return tabulate(
-            shown,
+            cells,
             headers=("%", "within its part", "among all classes"),
             disable_numparse=True,
             colalign=("left", "right", "right"),
@@ -76,10 +82,23 @@ def evaluate(
     device: str | torch.device = "cpu",
     quiet: bool = True,
 ) -> Evaluation:
-    """Try a classifier on labelled pictures or features: a folder by class, or x_test of a feature file.
+    """Evaluate a classifier on labeled images or features.
 
-    See `labeled_images.read_labeled_features`. Raises UserError for a class that the classifier does
-    not know, and for data that are none.
+    Args:
+        classifier: the classifier.
+        data: a folder with one folder of images per class, a feature file with x_test and y_test, or what
+            `labeled_images.read_labeled_features` returns.
+        backbone: image encoder for a folder; by default the one that the classifier names.
+        batch_size: images that are encoded at a time.
+        num_workers: processes that decode images.
+        device: device of the encoder.
+        quiet: hide the progress bar.
+
+    Returns:
+        Accuracies and confusion matrix.
+
+    Raises:
+        UserError: the data cannot be read, do not fit the classifier, or have a class that it does not have.
     """
     if not isinstance(data, LabeledFeatures):
         data = read_labeled_features(
@@ -90,41 +109,44 @@ def evaluate(
             device=device,
             quiet=quiet,
         )
-    mine = f"{classifier.backbone} ({classifier.weights})"
-    if data.backbone and classifier.backbone and data.backbone != mine:
-        raise UserError(f"the features are those of {data.backbone}, the classifier reads {mine}")
-    if (found := data.features.shape[1]) != (d := classifier.weight.shape[1]):
-        raise UserError(f"features of {found} dimensions, the classifier reads {d}")
-    place = _places(classifier, data)
-    return _measured(classifier, data.features, place[data.labels], data.wrong)
+    expected = f"{classifier.backbone} ({classifier.weights})"
+    if data.backbone and classifier.backbone and data.backbone != expected:
+        raise UserError(f"the features are those of {data.backbone}, the classifier reads {expected}")
+    if (dim := data.features.shape[1]) != (expected_dim := classifier.weight.shape[1]):
+        raise UserError(f"the features have {dim} dimensions, the classifier reads {expected_dim}")
+    index = _classifier_labels(classifier, data)
+    return _accuracies(classifier, data.features, index[data.labels], data.wrong)
 
 
-def _measured(classifier: Classifier, x: Tensor, y: Tensor, wrong: list[str]) -> Evaluation:
+def _accuracies(classifier: Classifier, x: Tensor, y: Tensor, wrong: list[str]) -> Evaluation:
     names, is_new = classifier.classnames, classifier.is_new.to(y.device)
-    everything = classifier.logits(x)
-    joint = everything.argmax(1)
-    within = everything.masked_fill(is_new[None] != is_new[y][:, None], -torch.inf).argmax(1)
+    logits = classifier.logits(x)
+    joint = logits.argmax(1)
+    within = logits.masked_fill(is_new[None] != is_new[y][:, None], -torch.inf).argmax(1)
 
-    def percent(right: Tensor, new: bool) -> float:
-        of = right[is_new[y] == new]
-        return 100 * int(of.sum()) / len(of) if len(of) else float("nan")
+    def accuracy(correct: Tensor, new: bool) -> float:
+        subset = correct[is_new[y] == new]
+        return 100 * int(subset.sum()) / len(subset) if len(subset) else float("nan")
 
     confusion = torch.bincount(y * len(names) + joint, minlength=len(names) ** 2).view(len(names), -1)
     base, new, joint_base, joint_new = (
-        percent(predicted == y, new) for predicted in (within, joint) for new in (False, True)
+        accuracy(predicted == y, new) for predicted in (within, joint) for new in (False, True)
     )
     return Evaluation(base, new, joint_base, joint_new, confusion.cpu(), names, wrong)
 
 
-def _places(classifier: Classifier, data: LabeledFeatures) -> Tensor:
-    """The classifier's row of each class of the data that is there. In folders a space may be written _."""
-    rows = {name.replace("_", " "): row for row, name in enumerate(classifier.classnames)}
-    rows |= {name: row for row, name in enumerate(classifier.classnames)}
-    there = set(data.labels.tolist())
-    found = [rows.get(name, rows.get(name.replace("_", " "), -1)) for name in data.classnames]
-    if missing := [data.classnames[label] for label in sorted(there) if found[label] < 0]:
+def _classifier_labels(classifier: Classifier, data: LabeledFeatures) -> Tensor:
+    """Return the classifier's label of each class of the data, or -1 for a class without images.
+
+    The name of a folder may have an underscore in place of a space.
+    """
+    label_of = {name.replace("_", " "): label for label, name in enumerate(classifier.classnames)}
+    label_of |= {name: label for label, name in enumerate(classifier.classnames)}
+    present = set(data.labels.tolist())
+    labels = [label_of.get(name, label_of.get(name.replace("_", " "), -1)) for name in data.classnames]
+    if missing := [data.classnames[label] for label in sorted(present) if labels[label] < 0]:
         raise UserError(
-            f"the classifier has no class '{missing[0]}' ({len(missing)} of {len(there)} are unknown): say "
-            "in classnames.txt how a folder's class is called, or add it with dfzsl add"
+            f"the classifier has no class '{missing[0]}' ({len(missing)} of {len(present)} are unknown); map "
+            "the folder to a class name in classnames.txt, or add the class with dfzsl add"
         )
-    return torch.tensor(found)
+    return torch.tensor(labels)

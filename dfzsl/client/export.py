@@ -1,4 +1,4 @@
-"""A classifier for other programs: as ONNX, alone or behind its image encoder, or as a plain matrix."""
+"""Export classifiers to ONNX, with or without the image encoder, or to a weight matrix."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from dfzsl.trainers.clip.loading import quiet
 from dfzsl.trainers.generation.classifier import Classifier
 from dfzsl.utils.errors import UserError
 
-TOLERANCE = 2e-3  # of a logit; they run to 100
+MAX_LOGIT_DIFFERENCE = 2e-3  # logits go up to 100
 
 
-class _Whole(nn.Module):
-    """Logits (n, C) of pictures (n, 3, h, w), or of features (n, d) where there is no encoder."""
+class _ExportModule(nn.Module):
+    """Compute logits (n, C) from images (n, 3, h, w), or from features (n, d) if there is no encoder."""
 
     weight: Tensor
     bias: Tensor
@@ -47,17 +47,27 @@ class _Whole(nn.Module):
 
 
 def export_onnx(classifier: Classifier, path: str | os.PathLike[str], backbone: Any = None) -> float:
-    """Write an ONNX model with input `features` (n, d), or with a backbone `pictures` (n, 3, h, w), and
-    output `logits` (n, C); its metadata hold classnames and how pictures are prepared, as JSON.
+    """Write an ONNX model and compare it with the classifier.
 
-    Returns the largest difference of a logit to ours, by onnxruntime on batches of one and of three. Raises
-    UserError where that is more than `TOLERANCE`.
+    Its input is `features` (n, d), or `pictures` (n, 3, h, w) if there is a backbone; its output is `logits`
+    (n, C). Its metadata have the class names and the preprocessing of images as JSON.
+
+    Args:
+        classifier: the classifier.
+        path: the .onnx file to write.
+        backbone: image encoder to include, or None.
+
+    Returns:
+        The largest difference of a logit between onnxruntime and torch, on batches of one and three.
+
+    Raises:
+        UserError: the difference is above MAX_LOGIT_DIFFERENCE.
     """
     import onnx
     import onnxruntime
 
     about: dict[str, Any] = {"classnames": classifier.classnames, "backbone": classifier.backbone}
-    model = _Whole(classifier, backbone.model.visual if backbone is not None else None).eval()
+    model = _ExportModule(classifier, backbone.model.visual if backbone is not None else None).eval()
     name, shape = "features", (classifier.weight.shape[1],)
     if backbone is not None:
         name, shape = "pictures", (3, *backbone.preprocess_cfg["size"])
@@ -65,7 +75,7 @@ def export_onnx(classifier: Classifier, path: str | os.PathLike[str], backbone: 
     rng = torch.Generator().manual_seed(0)
     batches = [torch.randn(n, *shape, generator=rng) for n in (3, 1)]
     with atomic(path) as temporary:
-        # What the exporter says is for its own authors.
+        # The exporter prints messages that only its authors can use.
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), quiet():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
@@ -79,27 +89,34 @@ def export_onnx(classifier: Classifier, path: str | os.PathLike[str], backbone: 
             )
             assert program is not None
             program.save(str(temporary))
-        made = onnx.load(str(temporary))
+        exported = onnx.load(str(temporary))
         for key, value in about.items():
-            made.metadata_props.add(key=key, value=json.dumps(value))
-        onnx.save(made, str(temporary))
+            exported.metadata_props.add(key=key, value=json.dumps(value))
+        onnx.save(exported, str(temporary))
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         with torch.no_grad():
-            off = max(
+            difference = max(
                 float((torch.from_numpy(session.run(None, {name: x.numpy()})[0]) - model(x)).abs().max())
                 for x in batches
             )
-        if off > TOLERANCE:
-            raise UserError(f"{path}: onnxruntime differs from torch by {off:.2g} in a logit: not written")
-    return off
+        if difference > MAX_LOGIT_DIFFERENCE:
+            raise UserError(
+                f"{path}: not written; onnxruntime and torch differ by {difference:.2g} in a logit"
+            )
+    return difference
 
 
 def export_matrix(classifier: Classifier, path: str | os.PathLike[str]) -> list[str]:
-    """Write the zero-shot weight matrix (d, C) of unit columns, as open_clip and CLIP_benchmark take it
-    (torch.save), and the class names beside it (.txt). Returns what has no place in a matrix."""
+    """Write the weight matrix (d, C) in the format of open_clip and CLIP_benchmark, with torch.save.
+
+    The class names are written to a .txt file beside it.
+
+    Returns:
+        Descriptions of the parts of the classifier that a matrix cannot represent.
+    """
     with atomic(path) as temporary:
         torch.save(classifier.weight.T.contiguous(), temporary)
     with atomic(Path(path).with_suffix(".txt")) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in classifier.classnames), encoding="utf-8")
-    left = [] if classifier.shift is None else ["the shift of image features"]
-    return left + (["the bias of new classes"] if bool(classifier.bias.any()) else [])
+    omitted = [] if classifier.shift is None else ["the shift of image features"]
+    return omitted + (["the bias of new classes"] if bool(classifier.bias.any()) else [])

@@ -1,4 +1,4 @@
-"""Measure how an encoder's image features scatter (docs/method.md); `dfzsl geometry` is its command."""
+"""Measure the feature statistics of an image encoder (docs/method.md), the command `dfzsl geometry`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dfzsl.utils.errors import UserError
 def measure_encoder(
     sources: Iterable[str | os.PathLike[str]], backbone: str = "", weights: str = "openai"
 ) -> FeatureStatistics:
-    """Measure a geometry on images and features.
+    """Measure feature statistics on images and feature files.
 
     Args:
         sources: folders of images, or feature files (.npz or .safetensors with x (n, d), and y (n,) if
@@ -29,6 +29,9 @@ def measure_encoder(
             different sources are different classes.
         backbone: open_clip's name of the model that encodes the images.
         weights: pretrained tag or weights file.
+
+    Returns:
+        Mean and within-class covariance of the features.
 
     Raises:
         UserError: a source has no image, images lack a backbone, or only some sources are labeled.
@@ -53,15 +56,15 @@ def measure_encoder(
         labels.append(None if y is None else y + num_classes)
         num_classes += 0 if y is None or not len(y) else int(y.max()) + 1
     if not paths:
-        raise UserError("no images to measure a geometry on")
-    known = [y for y in labels if y is not None]
-    if known and len(known) < len(labels):
+        raise UserError("no images to measure feature statistics on")
+    given_labels = [y for y in labels if y is not None]
+    if given_labels and len(given_labels) < len(labels):
         raise UserError("some of the images are labeled and some are not; measure on one kind")
     if len({x.shape[1] for x in features}) > 1:
         raise UserError("the feature files have different dimensions; measure one encoder at a time")
     return measure_feature_statistics(
         torch.cat(features),
-        torch.cat(known) if known else None,
+        torch.cat(given_labels) if given_labels else None,
         backbone=encoder.identity if encoder else "",
         source=", ".join(path.name for path in paths),
     )
@@ -75,11 +78,11 @@ def _encode(encoder, folder: Path) -> tuple[Tensor, Tensor | None]:
     classes = folders_in(os.fspath(folder), "name a folder of images")
     label_of = {
         path: label
-        for label, inside in enumerate(classes or [""])
-        for path in images_in(os.path.join(folder, inside))
+        for label, subfolder in enumerate(classes or [""])
+        for path in images_in(os.path.join(folder, subfolder))
     }
     if not label_of:
-        raise UserError(f"{folder}: it holds no images ({', '.join(IMAGES)})")
+        raise UserError(f"{folder}: no images found ({', '.join(IMAGES)})")
     features: list[Tensor] = []
     with tqdm(total=len(label_of), desc=f"measuring {folder.name}", unit="img", leave=False) as bar:
         for read, rows, wrong in encode_files(encoder, list(label_of), device=encoder.device):

@@ -1,4 +1,4 @@
-"""The classes of picture files, for `dfzsl predict`: batch after batch, as they come."""
+"""Classify image files and write predictions as a table, CSV or JSON lines."""
 
 from __future__ import annotations
 
@@ -17,34 +17,38 @@ from dfzsl.datasets.encoding import encode_files
 from dfzsl.trainers.generation.classifier import Classifier
 from dfzsl.utils.errors import UserError
 
-Best = list[tuple[str, float]]  # (class, probability), the most probable first
+TopClasses = list[tuple[str, float]]  # (class name, probability), most probable first
 
 
-def find_images(given: Iterable[str]) -> list[str]:
-    """The files that paths, folders (with all below them) and globs name, each once, in the order given.
+def find_images(patterns: Iterable[str]) -> list[str]:
+    """List image files.
 
-    A file that is named itself is taken whatever its ending. Raises UserError where a glob or folder holds no
-    picture.
+    Args:
+        patterns: files, folders (searched recursively) and globs. A file is listed whatever its suffix.
+
+    Returns:
+        The paths in the order of `patterns`, without duplicates.
+
+    Raises:
+        UserError: a folder or glob has no image.
     """
-    found: dict[str, None] = {}
-    for name in given:
-        places = (
-            [name]
-            if os.path.exists(name) or not glob.has_magic(name)
-            else sorted(glob.glob(name, recursive=True))
-        )
-        pictures = [path for place in places for path in (_below(place) if os.path.isdir(place) else [place])]
-        if not pictures:
-            raise UserError(f"{name}: no picture there ({', '.join(IMAGES)})")
-        found |= dict.fromkeys(pictures)
-    return list(found)
+    images: dict[str, None] = {}
+    for pattern in patterns:
+        is_path = os.path.exists(pattern) or not glob.has_magic(pattern)
+        matches = [pattern] if is_path else sorted(glob.glob(pattern, recursive=True))
+        paths = [path for match in matches for path in (_walk(match) if os.path.isdir(match) else [match])]
+        if not paths:
+            raise UserError(f"{pattern}: no images found ({', '.join(IMAGES)})")
+        images |= dict.fromkeys(paths)
+    return list(images)
 
 
-def _below(folder: str) -> Iterator[str]:
-    for place, folders, names in os.walk(folder):
+def _walk(folder: str) -> Iterator[str]:
+    """Yield the images of a folder and its subfolders, except hidden ones."""
+    for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name[0] != ".")
         yield from (
-            os.path.join(place, name)
+            os.path.join(parent, name)
             for name in sorted(names)
             if name.lower().endswith(IMAGES) and name[0] != "."
         )
@@ -58,33 +62,47 @@ def predict(
     batch_size: int = 64,
     num_workers: int = 4,
     device: str | torch.device = "cpu",
-) -> Iterator[tuple[list[tuple[str, Best]], list[str]]]:
-    """For each batch: (path, its `top` classes) of pictures, and what is wrong with files that are none."""
-    for good, features, wrong in encode_files(backbone, paths, batch_size, num_workers, device):
-        chances = classifier.logits(features).softmax(1).topk(min(top, len(classifier.classnames)))
-        best = [
-            [(classifier.classnames[label], chance) for chance, label in zip(*row, strict=True)]
-            for row in zip(chances.values.tolist(), chances.indices.tolist(), strict=True)
+) -> Iterator[tuple[list[tuple[str, TopClasses]], list[str]]]:
+    """Classify image files batch by batch.
+
+    Args:
+        classifier: the classifier.
+        backbone: the image encoder whose features the classifier reads.
+        paths: image files.
+        top: number of classes per image.
+        batch_size: images per batch.
+        num_workers: processes that decode images.
+        device: device of the encoder.
+
+    Yields:
+        (path, its `top` classes) of the images of a batch, and messages about its unreadable files.
+    """
+    for readable, features, errors in encode_files(backbone, paths, batch_size, num_workers, device):
+        probabilities = classifier.logits(features).softmax(1).topk(min(top, len(classifier.classnames)))
+        classes = [
+            [(classifier.classnames[label], probability) for probability, label in zip(*row, strict=True)]
+            for row in zip(probabilities.values.tolist(), probabilities.indices.tolist(), strict=True)
         ]
-        yield list(zip(good, best, strict=True)), wrong
+        yield list(zip(readable, classes, strict=True)), errors
 
 
 class Table:
-    """A table at the end."""
+    """Writes one table when it is closed."""
 
     def __init__(self, file: TextIO) -> None:
         self.file, self.rows = file, []  # type: ignore[var-annotated]
 
-    def add(self, path: str, best: Best) -> None:
+    def add(self, path: str, classes: TopClasses) -> None:
         self.rows += [
-            (path if rank == 0 else "", name, f"{chance:.1%}") for rank, (name, chance) in enumerate(best)
+            (path if rank == 0 else "", name, f"{probability:.1%}")
+            for rank, (name, probability) in enumerate(classes)
         ]
 
     def close(self) -> None:
         if self.rows:
             text = tabulate(
                 self.rows,
-                headers=("picture", "class", "probability"),
+                headers=("image", "class", "probability"),
                 disable_numparse=True,
                 colalign=("left", "left", "right"),
             )
@@ -92,15 +110,15 @@ class Table:
 
 
 class Csv:
-    """A line for each picture and rank."""
+    """Writes one line per image and rank."""
 
     def __init__(self, file: TextIO) -> None:
         self.writer = csv.writer(file, lineterminator="\n")
-        self.writer.writerow(("picture", "rank", "class", "probability"))
+        self.writer.writerow(("image", "rank", "class", "probability"))
 
-    def add(self, path: str, best: Best) -> None:
+    def add(self, path: str, classes: TopClasses) -> None:
         self.writer.writerows(
-            (path, rank, name, f"{chance:.6f}") for rank, (name, chance) in enumerate(best, 1)
+            (path, rank, name, f"{probability:.6f}") for rank, (name, probability) in enumerate(classes, 1)
         )
 
     def close(self) -> None:
@@ -108,14 +126,14 @@ class Csv:
 
 
 class Jsonl:
-    """A JSON object for each picture, on a line of its own."""
+    """Writes one JSON object per image and line."""
 
     def __init__(self, file: TextIO) -> None:
         self.file = file
 
-    def add(self, path: str, best: Best) -> None:
-        classes = [{"class": name, "probability": round(chance, 6)} for name, chance in best]
-        self.file.write(json.dumps({"picture": path, "classes": classes}, ensure_ascii=False) + "\n")
+    def add(self, path: str, classes: TopClasses) -> None:
+        values = [{"class": name, "probability": round(probability, 6)} for name, probability in classes]
+        self.file.write(json.dumps({"image": path, "classes": values}, ensure_ascii=False) + "\n")
 
     def close(self) -> None:
         pass

@@ -76,7 +76,7 @@ def per_class_counts(
 
 
 def peak_memory() -> int:
-    """Return the peak memory of this process in bytes: that of the GPU if there is one, else resident memory."""
+    """Return the peak memory of this process in bytes: of the GPU if there is one, else resident memory."""
     import torch
 
     if torch.cuda.is_available():

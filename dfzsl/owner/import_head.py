@@ -101,7 +101,9 @@ def _load_tensors(path: Path) -> dict[str, Any]:
             content = _as_tensors({name: read_npz_array(path, name) for name in npz_names(path)})
         elif suffix == ".skops":
             if importlib.util.find_spec("skops") is None:
-                raise UserError(f"{path}: reading it takes skops (pip install skops), or save coef_ as .npz")
+                raise UserError(
+                    f"{path}: install skops to read it (pip install skops), or save coef_ as .npz"
+                )
             reader = "dfzsl.io.untrusted.skops_reader:read_linear_classifier"
             content = _as_tensors(read_arrays(reader, path))
         elif suffix == ".safetensors":
@@ -123,7 +125,7 @@ def _load_tensors(path: Path) -> dict[str, Any]:
             break
         content = nested[0]
     if not isinstance(content, Mapping):
-        raise UserError(f"{path}: it holds no state dict but a {type(content).__name__}")
+        raise UserError(f"{path}: it has a {type(content).__name__} in place of a state dict")
     return {
         str(key).removeprefix("module."): value.detach() if isinstance(value, Tensor) else value
         for key, value in content.items()
@@ -154,7 +156,9 @@ def _find_weight(tensors: Mapping[str, Any], path: object) -> str:
     if len(matrices) == 1:
         return matrices[0]
     listed = ", ".join(matrices[:20]) or "none"
-    raise UserError(f"{path}: which matrix is the head? name it with --weight; there are: {listed}")
+    raise UserError(
+        f"{path}: give the name of the weight matrix with --weight; matrices in the file: {listed}"
+    )
 
 
 def _bias_name(weight_name: str) -> str:
@@ -177,7 +181,7 @@ def _read_classnames(
     """Return class names from a list or a file, by default `classes` of the classifier."""
     if not isinstance(source, str | os.PathLike):
         if not source and classes is None:
-            raise UserError(f"{path}: it does not name its classes; give their names with --classes")
+            raise UserError(f"{path}: it has no class names; give them with --classes")
         return check_class_names(list(source or classes or ()), path)
     where = Path(source)
     if where.suffix.lower() == ".json":
@@ -205,7 +209,7 @@ def _read_csv_column(path: Path) -> list[str]:
     """Return the column of class names."""
     rows = [row for row in csv.reader(io.StringIO(read_text(path))) if any(cell.strip() for cell in row)]
     if not rows:
-        raise UserError(f"{path}: it names no class")
+        raise UserError(f"{path}: it has no class names")
     header = [cell.strip().lower() for cell in rows[0]]
     column = next((header.index(name) for name in NAME_COLUMNS if name in header), None)
     if column is not None:

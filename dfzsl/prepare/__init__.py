@@ -1,1 +1,1 @@
-"""Data sets downloaded into CoOp's layout, and checked: `python -m dfzsl.prepare`."""
+"""Download data sets into CoOp's layout and check them (`python -m dfzsl.prepare`)."""

@@ -9,7 +9,7 @@ from dfzsl.cli.main import invoke, run
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command within this process. Raises UserError for a user's mistake."""
+    """Run the command within this process. Raises UserError for a mistake of the user."""
     invoke(prepare, args)
 
 

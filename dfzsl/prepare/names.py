@@ -1,4 +1,4 @@
-"""Resolve the names of data sets that can be prepared."""
+"""Resolve names of data sets that can be downloaded."""
 
 from __future__ import annotations
 

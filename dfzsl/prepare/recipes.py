@@ -1,4 +1,4 @@
-"""How each data set is got, from its authors or a mirror, and what it must then hold."""
+"""Define the download of each data set, from its authors or a mirror, and its published counts."""
 
 from __future__ import annotations
 
@@ -22,25 +22,30 @@ CLASSNAMES = "1-61f_ol79pViBFDG_IDlUQSwoLcn2XXF"  # CoOp's classnames.txt of Ima
 
 
 class Step:
-    """What brings `gives` into a data set's folder."""
+    """One step of a download.
+
+    Attributes:
+        gives: path in the data set's folder that exists after the step.
+    """
 
     gives: str
 
     def missing(self, folder: Path, downloads: Path) -> bool:
+        """Return whether the step has to run."""
         return not (folder / self.gives).exists()
 
     def fetch(self, folder: Path, downloads: Path) -> None:
-        """Raises UserError with what is left to do by hand."""
+        """Run the step. Raises UserError with what must be done by hand."""
         raise NotImplementedError
 
 
-class Opened(Step):
-    """A folder of an archive whose contents go `into` the data set's: all of it, interrupted or not."""
+class ArchiveStep(Step):
+    """Extracts an archive and moves a folder of it `into` the data set's folder. It can be interrupted."""
 
     into: str = ""
 
     def moving(self, folder: Path, downloads: Path) -> Path:
-        """Holds what is still on its way."""
+        """Return the temporary folder of files that are being moved."""
         return downloads / f"{folder.name}-{self.into or 'all'}.moving"
 
     def missing(self, folder: Path, downloads: Path) -> bool:
@@ -51,25 +56,34 @@ class Opened(Step):
         if not moving.exists():
             opened = downloads / f"{folder.name}.open"
             self.open(opened, folder, downloads).rename(moving)
-            shutil.rmtree(opened, ignore_errors=True)  # the whole of it may have been moved
+            shutil.rmtree(opened, ignore_errors=True)  # it may have been moved as a whole
         move_into(moving, folder / self.into)
         shutil.rmtree(moving)
 
     def open(self, opened: Path, folder: Path, downloads: Path) -> Path:
-        """Unpack the archive into `opened`; returns the folder in it."""
+        """Extract the archive into `opened` and return the folder to move."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Archive(Opened):
-    """An archive whose folder `take` becomes `into` in the data set's folder; `gives` is there afterwards."""
+class Archive(ArchiveStep):
+    """An archive at a fixed address.
+
+    Attributes:
+        url: address of the archive.
+        gives: as in `Step`.
+        checksum: as in `fetch.download`.
+        take: folder in the archive whose contents are moved.
+        into: target of the contents in the data set's folder.
+        inner: archive within the archive, under `take`.
+    """
 
     url: str
     gives: str
     checksum: str = ""
     take: str = ""
     into: str = ""
-    inner: str = ""  # an archive within the archive, under `take`
+    inner: str = ""
 
     def open(self, opened: Path, folder: Path, downloads: Path) -> Path:
         archive = download(self.url, downloads / Path(self.url).name, self.checksum)
@@ -80,14 +94,14 @@ class Archive(Opened):
             source = opened / "inner"
         if not source.is_dir():
             raise UserError(
-                f"{archive}: it has no folder '{self.take}'; put its contents into {folder / self.into}"
+                f"{archive}: no folder '{self.take}' in it; put its contents into {folder / self.into}"
             )
         return source
 
 
 @dataclass(frozen=True)
-class Mirrored(Opened):
-    """The mirror's archive `name`: the folder in it that holds `gives`, whatever is around it."""
+class Mirrored(ArchiveStep):
+    """The mirror's archive `name`, of which the folder that has `gives` is moved."""
 
     name: str
     gives: str
@@ -98,10 +112,10 @@ class Mirrored(Opened):
             raise UserError(f"the mirror {MIRROR} has no {self.name}; it has {', '.join(sorted(files))}")
         url, checksum = files[self.name]
         unpack(download(url, downloads / self.name, checksum), opened)
-        found = next((path for path in sorted(opened.rglob(self.gives))), None)
-        if found is None:
-            raise UserError(f"{downloads / self.name}: it holds no {self.gives}; look into {opened}")
-        return found.parents[len(Path(self.gives).parts) - 1]
+        path = next((path for path in sorted(opened.rglob(self.gives))), None)
+        if path is None:
+            raise UserError(f"{downloads / self.name}: no {self.gives} in it; look into {opened}")
+        return path.parents[len(Path(self.gives).parts) - 1]
 
 
 @dataclass(frozen=True)
@@ -120,7 +134,7 @@ class File(Step):
 
 @dataclass(frozen=True)
 class Names(Step):
-    """FLO's class names, which xlsa17 leaves out: those of torchvision's Flowers102, in the same order."""
+    """FLO's class names, which xlsa17 does not have; torchvision's Flowers102 has them in the same order."""
 
     gives: str = "classnames.txt"
 
@@ -136,26 +150,34 @@ class Names(Step):
 
 @dataclass(frozen=True)
 class ByHand(Step):
-    """What nobody may or can download by itself."""
+    """Files that cannot be downloaded automatically."""
 
     gives: str
-    say: str
+    instructions: str
 
     def fetch(self, folder: Path, downloads: Path) -> None:
-        raise UserError(f"{folder / self.gives} is to be put there by hand: {self.say}")
+        raise UserError(f"{folder / self.gives} must be placed there by hand: {self.instructions}")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to get a data set, from its authors' addresses or by one file of the mirror; and what it holds."""
+    """The download of a data set and its published counts.
 
-    counts: tuple[int, int, int, int]  # classes, training, validation and test images
+    Attributes:
+        counts: number of classes, training, validation and test images.
+        steps: the download from the authors.
+        mirror: name of the mirror's archive.
+        marker: path in the mirror's archive that identifies the folder of the data set.
+    """
+
+    counts: tuple[int, int, int, int]
     steps: tuple[Step, ...] = ()
     mirror: str = ""
-    marker: str = ""  # a path that tells the data set's folder in the mirror's archive
+    marker: str = ""
 
 
 def split(name: str, drive: str) -> File:
+    """Return the step that downloads a split of CoOp from Google Drive."""
     return File(DRIVE + drive, f"split_zhou_{name}.json")
 
 
@@ -194,8 +216,8 @@ RECIPES: dict[str, Recipe] = {
         "oxford_pets.zip",
         "split_zhou_OxfordPets.json",
     ),
-    # The authors' pages of Stanford Cars (since 2023) and SUN397 (since 2025) do not answer; the frames of
-    # UCF101 exist only as CoOp's own cut of the videos.
+    # The authors' pages of Stanford Cars (since 2023) and SUN397 (since 2025) are offline. The frames of
+    # UCF101 were extracted by the authors of CoOp.
     "StanfordCars": Recipe((196, 6509, 1635, 8041), (), "stanford_cars.zip", "split_zhou_StanfordCars.json"),
     "SUN397": Recipe((397, 15880, 3970, 19850), (), "sun397.zip", "split_zhou_SUN397.json"),
     "UCF101": Recipe((101, 7639, 1898, 3783), (), "ucf101.zip", "split_zhou_UCF101.json"),
@@ -349,43 +371,46 @@ RECIPES: dict[str, Recipe] = {
         (32, 5932, 0, 9407),
         (
             Archive(XLSA17, "res101.mat", take="xlsa17/data/APY"),
-            ByHand(
-                "images", "the pictures that res101.mat names (VOC2008 and Yahoo), or set DATASET.FEATURES"
-            ),
+            ByHand("images", "the images that res101.mat names (VOC2008 and Yahoo), or set DATASET.FEATURES"),
         ),
     ),
 }
 
 
-# ---------------------------------------------------------------- getting
-
-
 def prepare(name: str, root: Path, source: str) -> Path:
-    """Bring one data set into `root`; return its folder.
+    """Download one data set.
+
+    Args:
+        name: registry name of the data set.
+        root: data folder.
+        source: "official" or "mirror".
+
+    Returns:
+        The folder of the data set.
 
     Raises:
-        UserError: what is left to do by hand.
+        UserError: a download failed, or files must be placed by hand.
     """
     recipe = RECIPES[name]
     folder, downloads = root / DATASET_REGISTRY.get(name).folder, root / ".downloads"
     downloads.mkdir(parents=True, exist_ok=True)
-    with lock(downloads / ".lock") as held:
-        if held is False:
+    with lock(downloads / ".lock") as acquired:
+        if acquired is False:
             raise UserError(f"another process is preparing data sets in {root}; wait for it")
-        for half in downloads.glob(".*.open.*") if held else ():  # of processes that were killed
-            shutil.rmtree(half)
+        for leftover in downloads.glob(".*.open.*") if acquired else ():  # of processes that were killed
+            shutil.rmtree(leftover)
         mirror = Mirrored(recipe.mirror, recipe.marker)
-        mirrored = recipe.mirror and (source == "mirror" or not recipe.steps)
-        if mirrored and mirror.missing(folder, downloads):
+        use_mirror = recipe.mirror and (source == "mirror" or not recipe.steps)
+        if use_mirror and mirror.missing(folder, downloads):
             mirror.fetch(folder, downloads)
         folder.mkdir(parents=True, exist_ok=True)
-        left = []
+        errors = []
         for step in recipe.steps:
             if step.missing(folder, downloads):
                 try:
                     step.fetch(folder, downloads)
                 except UserError as error:
-                    left.append(str(error))
-    if left:
-        raise UserError("; ".join(left))
+                    errors.append(str(error))
+    if errors:
+        raise UserError("; ".join(errors))
     return folder

@@ -1,4 +1,4 @@
-"""What a data folder holds against what was published."""
+"""Compare data folders with the published data sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ from .recipes import RECIPES
 
 @dataclass
 class Report:
-    """What `check` found: counts, and every problem in words."""
+    """Result of checking a data set.
+
+    Attributes:
+        counts: number of classes, training, validation and test images.
+        missing: paths of missing images.
+        broken: messages about unreadable images.
+        problems: other messages.
+    """
 
     counts: tuple[int, int, int, int] = (0, 0, 0, 0)
     missing: list[str] = field(default_factory=list)
@@ -30,20 +37,20 @@ class Report:
     problems: list[str] = field(default_factory=list)
 
     @property
-    def fine(self) -> bool:
+    def ok(self) -> bool:
         return not (self.missing or self.broken or self.problems)
 
 
 def open_leniently(name: str, root: Path) -> ClassDataset:
-    """The data set with rows for Datums, so that a missing image is counted and not an error."""
+    """Open a data set whose items are table rows, so that a missing image does not raise an error."""
     cls = DATASET_REGISTRY.get(name)
     cfg = get_cfg_default()
     cfg.merge_from_list(["DATASET.NAME", name, "DATASET.ROOT", str(root)])
     return type(cls.__name__, (cls,), {"datum": lambda self, row, label: row})(cfg)
 
 
-def trouble(path: str) -> str:
-    """What is wrong with an image file: "" if it can be decoded to its end."""
+def image_error(path: str) -> str:
+    """Decode an image file and return the error message, or "" if there is none."""
     try:
         read_image(path)
     except UserError as error:
@@ -52,7 +59,7 @@ def trouble(path: str) -> str:
 
 
 def check(name: str, root: Path, workers: int) -> Report:
-    """Counts, class names and splits of a data set, and every one of its images decoded."""
+    """Check counts, class names and images of a data set. Every image is decoded."""
     report = Report()
     try:
         dataset = open_leniently(name, root)
@@ -61,33 +68,33 @@ def check(name: str, root: Path, workers: int) -> Report:
         return report
     train = [] if dataset.test_only else dataset.train_x
     report.counts = (len(dataset.all_classnames), len(train), len(dataset.val), len(dataset.test))
-    for what, found, expected in zip(
+    for noun, count, expected in zip(
         ("classes", "training images", "validation images", "test images"),
         report.counts,
         RECIPES[name].counts,
         strict=True,
     ):
-        if found != expected:
-            report.problems.append(f"{found} {what}; the published data set has {expected}")
-    twins = [called for called, count in Counter(dataset.all_classnames).items() if count > 1]
-    report.problems += [f"two classes are called '{called}'" for called in twins]
+        if count != expected:
+            report.problems.append(f"{count} {noun}; the published data set has {expected}")
+    duplicates = [name for name, count in Counter(dataset.all_classnames).items() if count > 1]
+    report.problems += [f"class names must be unique: '{name}' occurs twice" for name in duplicates]
     paths = list(dict.fromkeys(row.path for row in [*train, *dataset.val, *dataset.test]))
     report.missing = [path for path in paths if not os.path.isfile(path)]
-    there = sorted(set(paths) - set(report.missing))
+    existing = sorted(set(paths) - set(report.missing))
     with ProcessPoolExecutor(workers) as pool:
-        told = pool.map(trouble, there, chunksize=64)
-        report.broken = [said for said in tqdm(told, total=len(there), unit="img", desc=name) if said]
+        errors = pool.map(image_error, existing, chunksize=64)
+        report.broken = [error for error in tqdm(errors, total=len(existing), unit="img", desc=name) if error]
     return report
 
 
 def table(reports: dict[str, Report]) -> str:
-    """One row a data set, then what is wrong in words: the first five of each kind."""
-    rows, words = [], []
+    """Return a table of one row per data set, and below it the first five problems of each kind."""
+    rows, lines = [], []
     for name, report in reports.items():
-        verdict = "fine" if report.fine else "see below"
-        rows.append([name, *report.counts, len(report.missing), len(report.broken), verdict])
-        for said in (report.problems, [f"{path}: missing" for path in report.missing], report.broken):
-            words += [f"{name}: {line}" for line in said[:5]]
-            words += [f"{name}: ... and {len(said) - 5} more"] if len(said) > 5 else []
-    heads = ["data set", "classes", "train", "val", "test", "missing", "broken", "verdict"]
-    return "\n".join([tabulate(rows, heads), *words])
+        status = "ok" if report.ok else "see below"
+        rows.append([name, *report.counts, len(report.missing), len(report.broken), status])
+        for problems in (report.problems, [f"{path}: missing" for path in report.missing], report.broken):
+            lines += [f"{name}: {problem}" for problem in problems[:5]]
+            lines += [f"{name}: ... and {len(problems) - 5} more"] if len(problems) > 5 else []
+    headers = ["data set", "classes", "train", "val", "test", "missing", "broken", "status"]
+    return "\n".join([tabulate(rows, headers), *lines])

@@ -457,6 +457,6 @@ def test_an_address_that_is_taken_is_one_line(teacher, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(UserError, match="cannot be served from"):
+        with pytest.raises(UserError, match="cannot listen on"):
             serve(tmp_path / "t.safetensors", port=taken.getsockname()[1])
     assert Path(tmp_path / "t.ledger").exists()

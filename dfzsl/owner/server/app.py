@@ -33,7 +33,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     413: {"model": ErrorResponse, "description": "The request has too many bytes or queries."},
     429: {
         "model": ErrorResponse,
-        "description": "The client asks too fast, or its budget is exhausted.",
+        "description": "The client exceeds its rate limit, or its budget is exhausted.",
         "headers": RETRY_AFTER,
     },
 }
@@ -48,7 +48,7 @@ def create_app(teacher: Teacher, ledger: Ledger, config: ServerConfig | None = N
     Args:
         teacher: the teacher that answers.
         ledger: tokens and budgets of the clients.
-        config: what is disclosed; by default labels, to everybody, without a limit.
+        config: access level and limits; by default labels for every client, without a limit.
 
     Returns:
         The application.
@@ -70,7 +70,7 @@ def create_app(teacher: Teacher, ledger: Ledger, config: ServerConfig | None = N
         request.state.client = client.name
         return client
 
-    # A request is read only after these checks: what is refused here costs neither memory nor parsing.
+    # A request is read only after these checks, so that a refused one costs neither memory nor parsing.
     async def read_body(request: Request, client: Annotated[Client, Depends(authenticate)]) -> bytes:
         limiter.check(client.name)
         return await _read_body(request, config.max_body_bytes(dim))
@@ -80,7 +80,7 @@ def create_app(teacher: Teacher, ledger: Ledger, config: ServerConfig | None = N
         version="1",
         description="A classifier on image features that answers a limited number of queries.",
         redoc_url=None,
-        # Else Swagger UI asks a public service to validate the description.
+        # Otherwise Swagger UI sends the description to a public validation service.
         swagger_ui_parameters={"validatorUrl": None},
         exception_handlers={Refusal: _refusal_response, HTTPException: _http_error_response},
     )
@@ -103,13 +103,13 @@ def create_app(teacher: Teacher, ledger: Ledger, config: ServerConfig | None = N
             budget=ledger.remaining(client, **budgets),
         )
 
-    # The body is declared here and not as a parameter: FastAPI would read it whole, and before the token.
+    # The body is not a parameter, because FastAPI would read all of it, and before the token.
     request_body = {"content": {"application/json": {"schema": QueryRequest.model_json_schema()}}}
 
     @app.post(
         "/",
         summary="Answer queries",
-        description="The same question of the same client is billed once.",
+        description="A repeated request of the same client is billed once.",
         response_model_exclude_none=True,
         responses=REFUSALS,
         openapi_extra={"requestBody": {"required": True, **request_body}},
@@ -123,14 +123,14 @@ def create_app(teacher: Teacher, ledger: Ledger, config: ServerConfig | None = N
         request.state.level, request.state.queries = level, len(features)
         limiter.take(client.name, len(features))
         question = hashlib.sha256(level.encode() + b"\n" + features.tobytes()).digest()
-        request.state.billed = ledger.pay(client, question, len(features), **budgets)
+        request.state.billed = ledger.charge(client, question, len(features), **budgets)
         return QueryResponse(**{level: limited_teacher.answer(level, features)})
 
     return app
 
 
 async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """Read a body of at most `max_bytes` bytes. Raises Refusal (413) beyond, before it holds more."""
+    """Read a body of at most `max_bytes` bytes. Raises Refusal (413) before more is in memory."""
     refusal = Refusal(413, f"a request has at most {max_bytes} bytes")
     length = request.headers.get("content-length", "")
     if length.isascii() and length.isdigit() and int(length[:19]) > max_bytes:
@@ -194,9 +194,7 @@ def serve(
     try:
         handler = logging.FileHandler(log_file, encoding="utf-8") if log_file else logging.StreamHandler()
     except OSError as error:
-        raise UserError(
-            f"{os.fspath(log_file)}: the log cannot be written there ({error.strerror})"
-        ) from None
+        raise UserError(f"{os.fspath(log_file)}: the log file cannot be written ({error.strerror})") from None
     handler.setFormatter(logging.Formatter("%(message)s"))
     access_log.log.setLevel(logging.INFO)
     access_log.log.propagate = False
@@ -205,7 +203,7 @@ def serve(
         uvicorn.run(app, host=host, port=port, access_log=False, log_level="warning", server_header=False)
     except SystemExit as error:  # uvicorn exits where an address is taken
         if error.code:
-            raise UserError(f"{host}:{port} cannot be served from; choose another host or port") from None
+            raise UserError(f"cannot listen on {host}:{port}; choose another host or port") from None
     finally:
         access_log.log.removeHandler(handler)
         handler.close()

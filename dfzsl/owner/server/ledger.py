@@ -73,7 +73,7 @@ class Ledger:
                 self.secret: bytes = db.execute("SELECT noise FROM secret").fetchone()[0]
             os.chmod(self.path, 0o600)
         except (sqlite3.Error, OSError) as error:
-            raise UserError(f"{os.fspath(path)}: no ledger of a server can be kept there ({error})") from None
+            raise UserError(f"{os.fspath(path)}: this file cannot be used as a ledger ({error})") from None
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -164,7 +164,7 @@ class Ledger:
         limits += [budget - sum(spent.values())] if budget else []
         return max(min(limits), 0) if limits else None
 
-    def pay(
+    def charge(
         self, client: Client, question: bytes, queries: int, *, budget: int = 0, token_budget: int = 0
     ) -> bool:
         """Book the queries of a question on a client, unless it has paid for the same question before.
@@ -179,7 +179,7 @@ class Ledger:
             Whether the queries were booked.
 
         Raises:
-            Refusal: 429, fewer queries remain.
+            Refusal: 429, the budget has fewer queries left.
         """
         with self._transaction() as db:
             paid = (client.name, question)
@@ -187,7 +187,7 @@ class Ledger:
                 return False
             remaining = self._remaining(client, budget, token_budget)
             if remaining is not None and queries > remaining:
-                message = f"the budget has {remaining} queries left, {queries} were asked"
+                message = f"the budget has {remaining} queries left, the request has {queries}"
                 raise Refusal(429, message, EXHAUSTED_RETRY_AFTER)
             db.execute("INSERT INTO paid VALUES (?, ?)", paid)
             db.execute(
