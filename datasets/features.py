@@ -15,7 +15,7 @@ from dassl.data.datasets import DATASET_REGISTRY, Datum
 from safetensors import SafetensorError, safe_open
 
 from dfzsl.io.class_names import check_class_names
-from dfzsl.io.tensors import NUMBERS
+from dfzsl.io.tensors import SUPPORTED_DTYPES
 from dfzsl.io.untrusted.archives import npz_names, read_npz_array
 from dfzsl.utils.dassl_plugin import register
 from dfzsl.utils.errors import UserError
@@ -179,7 +179,7 @@ def unit_rows(x: torch.Tensor, what: str) -> torch.Tensor:
 
     Raises UserError, naming `what`, if x is no such table or a row is zero or not finite.
     """
-    if x.ndim != 2 or x.dtype not in NUMBERS or not x.is_floating_point():
+    if x.ndim != 2 or x.dtype not in SUPPORTED_DTYPES or not x.is_floating_point():
         raise UserError(
             f"{what} must be a table of floating-point rows (n, d); it is {x.dtype}, {tuple(x.shape)}"
         )

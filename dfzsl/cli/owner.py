@@ -107,8 +107,8 @@ def import_(
 ) -> None:
     """Import a linear classifier of another library as a teacher.
 
-    FILE is a state dict of torch (no code in it is executed), .safetensors, or a scikit-learn classifier as .npz
-    (coef_, intercept_) or .skops. A file of --classes may be text, JSON or CSV.
+    FILE is a state dict of torch (no code in it is executed), .safetensors, or a scikit-learn classifier as
+    .npz (coef_, intercept_) or .skops. A file of --classes may be text, JSON or CSV.
 
     \b
     Example:
