@@ -72,7 +72,7 @@ setup(
         "test": [
             *["nbclient", "nbformat", "ipykernel"],  # for the notebook
             *["pytest", "pytest-xdist", "hypothesis", "scikit-learn", "skops"],
-            *["ruff", "mypy", "import-linter", "codespell"],
+            *["ruff", "mypy", "import-linter", "codespell[toml]"],
             *["mkdocs-material", "mkdocstrings[python]"],
             *["playwright", "axe-playwright-python"],  # for the HTML report, in Chromium
         ],

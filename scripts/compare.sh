@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# All methods side by side: bash scripts/compare.sh DATASET|all [SEED...] [--image-prompts]
+# Compare all methods: bash scripts/compare.sh DATASET|all [SEED...] [--image-prompts]
 source "$(dirname "$0")/setup.sh" && exec python -m dfzsl.launch base2new --methods all "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Checks the import rules in pyproject.toml: bash scripts/lint_imports.sh
-# import-linter reads one folder, so the packages are copied to where setup.py installs them.
+# import-linter reads one folder, so the packages are copied into the layout of an installation.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 tree=$(mktemp -d)

@@ -1,5 +1,5 @@
-# Sourced by every script: goes to the project's root and puts a complete Python first on PATH.
-# The active environment is used when it is complete; otherwise .venv is made once, and never twice.
+# Sourced by every script: changes to the project's root and puts a complete Python environment first on PATH.
+# The active environment is used if it is complete; otherwise .venv is created on first use.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 complete() {
@@ -8,10 +8,10 @@ import importlib.util as util
 import os
 needed = "torch torchvision open_clip dassl yacs tabulate matplotlib click onnx onnxruntime onnxscript scipy"
 needed += " anyio fastapi fastapi_offline filelock httpx pydantic safetensors submitit tensorboard tqdm uvicorn"
-tools = "pytest xdist hypothesis ruff mypy importlinter nbclient ipykernel sklearn skops"
+tools = "pytest xdist hypothesis ruff mypy importlinter codespell_lib nbclient ipykernel sklearn skops"
 for name in f"{needed} {tools}".split():
     assert util.find_spec(name), name
-# Another checkout's installation would run another checkout's code.
+# An installation from another checkout would run that checkout's code.
 assert os.path.samefile(util.find_spec("dfzsl.trainers").origin, "trainers/__init__.py")
 assert util.find_spec("dfzsl.safe_pickle")
 PYTHON
@@ -20,18 +20,18 @@ PYTHON
 if ! complete python; then
     if ! complete .venv/bin/python; then
         python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-            { echo "error: Python 3.10 or newer is needed as python3" >&2; exit 2; }
-        echo "Setting up .venv, once; this takes a minute or two" >&2
+            { echo "error: python3 must be Python 3.10 or newer" >&2; exit 2; }
+        echo "Creating .venv; this takes a minute or two" >&2
         python3 -m venv .venv ||
-            { echo "error: python3 cannot make a virtual environment; install python3-venv" >&2; exit 2; }
-        # uv does the same as pip, in parallel.
+            { echo "error: python3 cannot create a virtual environment; install python3-venv" >&2; exit 2; }
+        # uv does the same as pip but faster.
         install=(.venv/bin/python -m pip install --quiet)
         if command -v uv >/dev/null; then install=(uv pip install --quiet --python .venv/bin/python); fi
         "${install[@]}" --constraint constraints.txt torch torchvision open_clip_torch
         .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(not u.find_spec("dassl"))' ||
             "${install[@]}" --editable compat/dassl
         "${install[@]}" --constraint constraints.txt --editable '.[test]'
-        complete .venv/bin/python || { echo "error: the installation into .venv is not complete; see above" >&2; exit 2; }
+        complete .venv/bin/python || { echo "error: the installation into .venv is incomplete; see above" >&2; exit 2; }
     fi
     export PATH="$PWD/.venv/bin:$PATH"
 fi

@@ -37,10 +37,10 @@ def fake(name: str) -> Callable:
 
 
 def picture(path: Path, label: int, seed: int) -> None:
-    """A noisy picture whose colour tells its class."""
+    """A noisy picture whose color tells its class."""
     rng = np.random.default_rng((label, seed))
-    colour = np.random.default_rng(label).integers(40, 216, 3)
-    pixels = np.clip(colour + rng.normal(0, 30, (24, 28, 3)), 0, 255).astype("uint8")
+    color = np.random.default_rng(label).integers(40, 216, 3)
+    pixels = np.clip(color + rng.normal(0, 30, (24, 28, 3)), 0, 255).astype("uint8")
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path, format="JPEG")
 
@@ -356,7 +356,7 @@ def pixels(image: Image.Image) -> torch.Tensor:
 
 
 class Backbone:
-    """Mean colours and hashed names: what extraction needs of a backbone, in no time."""
+    """Mean colors and hashed names: what extraction needs of a backbone, in no time."""
 
     name, weights_id, precision, dim = "mean", "none", "fp32", 3
     transform = staticmethod(pixels)

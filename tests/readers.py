@@ -246,11 +246,11 @@ def pictures_measured(folder: Path) -> tuple[Path, Callable]:
     return folder / "x.npz", lambda path: measure_encoder([path])
 
 
-def labelled(folder: Path) -> tuple[Path, Callable]:
+def labeled(folder: Path) -> tuple[Path, Callable]:
     return fake_data.make("Features", folder), read_parts
 
 
-def labelled_tensors(folder: Path) -> tuple[Path, Callable]:
+def labeled_tensors(folder: Path) -> tuple[Path, Callable]:
     return feature_safetensors(folder)[0], read_parts
 
 
@@ -406,8 +406,8 @@ KINDS: dict[str, Callable[[Path], tuple[Path, Callable]]] = {
     "geometry.safetensors": geometry,
     "features to measure .npz": pictures_measured,
     "features to measure .safetensors": tensors_measured,
-    "labelled features .npz": labelled,
-    "labelled features .safetensors": labelled_tensors,
+    "labeled features .npz": labeled,
+    "labeled features .safetensors": labeled_tensors,
     "dfzsl show": shown,
     **{f"head of another toolbox .{kind}": head(kind) for kind in ("npz", "pt", "safetensors", "skops")},
     **{f"class names .{kind}": names_of_classes(kind) for kind in ("txt", "csv", "json", "config.json")},

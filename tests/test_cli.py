@@ -1,4 +1,4 @@
-"""The command `dfzsl` and the functions behind it, on the built-in model: pictures of coloured squares."""
+"""Test the command `dfzsl` and its functions with the built-in model, on images of colored squares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs under torchrun: the same steps as one process takes, one writer, and an end where a process dies."""
+"""Test runs under torchrun: the same steps as in one process, one writer, and an end if a rank dies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""dfzsl geometry: pictures in folders, labelled or not, and feature files."""
+"""Test `dfzsl geometry` on folders of images, labeled or not, and on feature files."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def test_folders_of_pictures_are_classes(pictures, tmp_path):
     assert (found.images, found.classes, found.backbone) == (110, 2, encoder.identity)
 
 
-def test_unlabelled_pictures_and_mistakes(pictures, tmp_path):
+def test_unlabeled_images_and_mistakes(pictures, tmp_path):
     with pytest.raises(UserError, match="got 55"):
         measure_encoder([pictures / "one"], "shapes")
     both = measure_encoder([pictures / "one", pictures / "two"], "shapes")

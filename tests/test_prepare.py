@@ -1,4 +1,4 @@
-"""Downloads from a server of our own, hostile and broken archives, recipes, the check of a data folder."""
+"""Test downloads from a local server, hostile and broken archives, recipes and the check of a data folder."""
 
 from __future__ import annotations
 

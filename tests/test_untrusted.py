@@ -1,4 +1,4 @@
-"""Readers of untrusted files: sizes are checked before anything is read, and children are limited."""
+"""Test readers of untrusted files: sizes are checked before reading, and child processes are limited."""
 
 from __future__ import annotations
 

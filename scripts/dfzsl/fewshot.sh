@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# DFZSL beside its free baselines: bash scripts/dfzsl/fewshot.sh [DATASET [SEED...]]
+# DFZSL and its data-free baselines: bash scripts/dfzsl/fewshot.sh [DATASET [SEED...]]
 source "$(dirname "$0")/../setup.sh" && exec python -m dfzsl.launch fewshot "$@"

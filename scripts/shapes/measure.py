@@ -35,19 +35,19 @@ def main() -> None:
     for label in trange(COMPOSITIONS, desc="measuring", unit="class"):
         composition = pool[int(rng.integers(len(pool)))]
         for _ in range(2):
-            picture = render(composition, rng, styles[int(rng.integers(len(styles)))])
-            image = backbone.transform(Image.fromarray(picture))[None]
+            pixels = render(composition, rng, styles[int(rng.integers(len(styles)))])
+            image = backbone.transform(Image.fromarray(pixels))[None]
             with torch.no_grad():
                 features.append(backbone.encode_image(image)[0])
             labels.append(label)
-    geometry = measure_feature_statistics(
+    statistics = measure_feature_statistics(
         torch.stack(features),
         torch.tensor(labels),
         backbone=backbone.identity,
         source="training pictures of the built-in world's CLIP (datasets/shapes/captions.py)",
     )
-    geometry.save(BUILT_IN_FOLDER / "geometry.safetensors")
-    click.echo(geometry)
+    statistics.save(BUILT_IN_FOLDER / "geometry.safetensors")
+    click.echo(statistics)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Small files that take for ever, crash the process or read its memory: each is read in a process apart."""
+"""Test small files that take forever, crash the process or read its memory, each in a separate process."""
 
 from __future__ import annotations
 

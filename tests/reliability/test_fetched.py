@@ -1,4 +1,4 @@
-"""Downloads from servers that break off, lie or change their mind; archives that do harm; interruptions."""
+"""Test downloads from servers that disconnect or send wrong files, hostile archives, and interruptions."""
 
 from __future__ import annotations
 
@@ -77,24 +77,24 @@ def rest(content: bytes, start: int = HALF, tag: str | None = '"1"', **headers: 
     return reply(206, content[start:], **{"ETag": tag, "Content_Range": span, **headers})
 
 
-# What a server does after it broke off within the old file, and what then is there, maybe after another try.
+# Responses of a server after it disconnected within the old file, and the file that the download gives.
 SECOND: dict[str, tuple[list[Answer], bytes]] = {
-    "goes on": ([rest(OLD)], OLD),
-    "goes on without naming the version": ([rest(OLD, tag=None)], OLD),
+    "resumes": ([rest(OLD)], OLD),
+    "resumes without an ETag": ([rest(OLD, tag=None)], OLD),
     "ignores Range": ([reply(200, OLD, ETag='"1"')], OLD),
-    "has another file, and says so": ([reply(200, NEW, ETag='"2"')], NEW),
-    "has another file, and goes on with it": ([rest(NEW, tag='"2"'), reply(200, NEW, ETag='"2"')], NEW),
-    "goes on elsewhere": ([rest(OLD, HALF - 7), reply(200, OLD)], OLD),
-    "goes on without saying where": ([rest(OLD, Content_Range=None), reply(200, OLD)], OLD),
-    "breaks off again": ([reply(206, OLD[HALF:150_000], ETag='"1"', Content_Length=HALF,
+    "has another file, with status 200": ([reply(200, NEW, ETag='"2"')], NEW),
+    "has another file, with status 206": ([rest(NEW, tag='"2"'), reply(200, NEW, ETag='"2"')], NEW),
+    "resumes at another position": ([rest(OLD, HALF - 7), reply(200, OLD)], OLD),
+    "resumes without Content-Range": ([rest(OLD, Content_Range=None), reply(200, OLD)], OLD),
+    "disconnects again": ([reply(206, OLD[HALF:150_000], ETag='"1"', Content_Length=HALF,
                                 Content_Range="bytes 100000-199999/200000"), rest(OLD, 150_000)], OLD),
-    "sends a piece": ([reply(206, OLD[HALF:150_000], ETag='"1"', Content_Range="bytes 100000-149999/200000"),
+    "sends a part": ([reply(206, OLD[HALF:150_000], ETag='"1"', Content_Range="bytes 100000-149999/200000"),
                        rest(OLD, 150_000)], OLD),
     "has a shorter file": ([reply(416, b"", Content_Range="bytes */50000"), reply(200, NEW[:50_000])],
                            NEW[:50_000]),
-    "has no such range, and does not say why": ([reply(416, b""), reply(200, OLD)], OLD),
+    "has no such range, without Content-Range": ([reply(416, b""), reply(200, OLD)], OLD),
     "fails": ([reply(503, b"busy"), rest(OLD)], OLD),
-    "says a length that is none": ([reply(206, OLD[HALF:], Content_Length="many"), rest(OLD)], OLD),
+    "sends an invalid length": ([reply(206, OLD[HALF:], Content_Length="many"), rest(OLD)], OLD),
 }  # fmt: skip
 
 

@@ -1,6 +1,6 @@
-"""Files that somebody made to do harm: damaged, lying, huge, or made to run code.
+"""Test hostile files: damaged, with false sizes, huge, or with code.
 
-None may run anything, take memory without bound, or end in more than one line.
+None may execute code, use unlimited memory, or give an error of more than one line.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def odd_tensors(draw: Any) -> torch.Tensor:
     return torch.full(shape, fill if kind.is_floating_point or kind.is_complex else int(fill == 1.0)).to(kind)
 
 
-ARRAYS = ("labelled features .npz", "features to measure .npz", "features .npz")
+ARRAYS = ("labeled features .npz", "features to measure .npz", "features .npz")
 ARRAYS += ("head of another toolbox .npz",)
 
 
@@ -193,7 +193,7 @@ def replaced(draw: Any, given: dict[str, Any], odd: Any, extra: str) -> dict[str
 
 WELL_FORMED = ("teacher.safetensors", "virtual.safetensors", "classifier.safetensors", "feature cache")
 WELL_FORMED += ("features .safetensors", "geometry.safetensors", "head of another toolbox .safetensors")
-WELL_FORMED += ("dfzsl show", "labelled features .safetensors", "features to measure .safetensors")
+WELL_FORMED += ("dfzsl show", "labeled features .safetensors", "features to measure .safetensors")
 
 
 @pytest.mark.parametrize("kind", WELL_FORMED)

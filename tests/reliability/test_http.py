@@ -1,4 +1,4 @@
-"""A teacher behind HTTP that is slow, wrong, lying or breaks off, and a token that may never be shown."""
+"""Test an HTTP teacher that is slow, wrong or disconnects, and a token that must never be printed."""
 
 from __future__ import annotations
 

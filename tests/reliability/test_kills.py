@@ -165,7 +165,7 @@ def test_a_run_that_goes_on_keeps_its_curves_and_its_stages(world, teacher, tmp_
 
 @pytest.mark.parametrize("at", [2, 5])
 def test_a_generator_that_was_cut_off_goes_on(at, world, teacher, tmp_path, monkeypatch):
-    """In the training of all rows, or in a rehearsal."""
+    """In the training of all weights, or in a calibration fold."""
     teacher.save(tmp_path / "teacher.safetensors")
     keys = {"TEACHER.FILE": tmp_path / "teacher.safetensors", "OPTIM.MAX_EPOCH": 1, "GENERATOR.NAME": "cvae"}
     keys |= {"GENERATOR.EPOCHS": 3, "GENERATOR.HIDDEN": 8, "GENERATOR.CLASSIFIER_STEPS": 5}

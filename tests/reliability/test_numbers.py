@@ -61,7 +61,7 @@ def stages(
     oracle = open_oracle(Teacher(weight, names, normalized=normalized), level)
     virtual = recover(oracle, text, names, new_text=new, generator=stream(), **recovery)
     own = {} if made is None or generator == "vmf" else {"epochs": 2, "hidden": 16, "batch": 16}
-    # Rehearsals of a generator are many trainings: they are left to the closed form.
+    # Calibrating a generator takes many trainings, so only the closed form is calibrated.
     own |= {"calibrate": generator == "closed_form"}
     settings = GenerationSettings(name=generator, **SMALL, **own)
     classifier = generate(

@@ -1,6 +1,6 @@
-"""Data of somebody's own, written by hand and copied about: CSV files, folders, links, spellings.
+"""Test the user's own data: CSV files, folders, links and spellings.
 
-What is wrong ends in one line that says where; nothing is left out, doubled or told apart in silence.
+A mistake gives one line that names the place; nothing is silently skipped, duplicated or distinguished.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ WRONG = {
     "an image that is not there": (TABLE + "ant10.jpg,ant\n", "ant10.jpg"),
     "an address": (TABLE + "http://nowhere/a.jpg,ant\n", "nowhere/a.jpg"),
     "a name with a zero": (TABLE + "a\0.jpg,ant\n", r"a\\x00\.jpg"),
-    "classes told apart by case": (TABLE.replace("jpg,bee", "jpg,Ant"), "[Aa]nt"),
-    "classes told apart by Unicode": (
+    "classes that differ in case": (TABLE.replace("jpg,bee", "jpg,Ant"), "[Aa]nt"),
+    "classes that differ in Unicode form": (
         TABLE.replace("jpg,bee", f"jpg,{APART}").replace("jpg,ant", f"jpg,{TOGETHER}"),
         "caf",
     ),
@@ -147,7 +147,7 @@ LINKED: dict[str, tuple[Callable[[Path], object], str]] = {
     "the training set for testing": (divide, r"test/ant/\d\.jpg.*train/ant"),
     "an image that is a folder": (lambda root: (root / "ant/a.jpg").mkdir(), r"ant/a\.jpg"),
     "two folders in two forms of Unicode": (respelt, "café"),
-    "two folders told apart by case": (
+    "two folders that differ in case": (
         lambda root: (root / "bee").rename(root / "Ant"),
         "'ant'",
     ),
@@ -183,7 +183,7 @@ def test_links_and_spellings_that_are_fine(folders, tried):
     tried("own data", "folders: linked as a whole, names in another form of Unicode", 3, "read")
 
 
-def test_labelled_folders_have_the_same_eyes(folders, tried):
+def test_labeled_folders_have_the_same_eyes(folders, tried):
     (folders / "cat").symlink_to("ant")
     with pytest.raises(UserError, match="cat"):
         read_labeled_features(folders, lambda: load_backbone("shapes"))

@@ -1,4 +1,4 @@
-"""A data-free run opens no training image, is the same without them, and leaves nothing of them behind."""
+"""Test that a data-free run opens no training image, does not depend on them, and stores nothing of them."""
 
 from __future__ import annotations
 
@@ -138,10 +138,10 @@ def test_a_data_free_run_opens_no_training_image(run, tried):
 def test_the_commands_open_no_training_image(run, tmp_path, tried):
     """`dfzsl build`, add, predict, evaluate and show, in the folder of the data set."""
     tests = next(iter(run.tests))
-    labelled = tmp_path / "labelled"
+    labeled = tmp_path / "labeled"
     for path in sorted(run.tests):
-        (labelled / Path(path).parent.name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, labelled / Path(path).parent.name)
+        (labeled / Path(path).parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, labeled / Path(path).parent.name)
     record, made = tmp_path / "opened", tmp_path / "classifier.safetensors"
     commands = (
         [
@@ -158,7 +158,7 @@ def test_the_commands_open_no_training_image(run, tmp_path, tried):
         ],
         ["add", made, "--new", "polka-dotted"],
         ["predict", tests, "-c", made, "--workers", "0"],
-        ["evaluate", labelled, "-c", made, "--workers", "0"],
+        ["evaluate", labeled, "-c", made, "--workers", "0"],
         ["show", made],
     )
     subprocess.run(

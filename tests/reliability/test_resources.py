@@ -1,4 +1,4 @@
-"""Machines that lack something: disk, memory, shared memory, network, rights, or Unix."""
+"""Test machines that lack disk space, memory, shared memory, network, permissions or Unix functions."""
 
 from __future__ import annotations
 
