@@ -406,7 +406,7 @@ def test_show_tells_what_a_file_is(teacher, built, tmp_path, run):
         tmp_path / "virtual.safetensors"
     )
     for path, said in (
-        (teacher, ("a teacher", "5: red star, blue circle", "shapes (")),
+        (teacher, ("teacher: the owner", "5: red star, blue circle", "shapes (")),
         (built, ("base classes", "2: yellow ring, black cross", "a photo of a {}.")),
         (tmp_path / "virtual.safetensors", ("virtual classes", "closed_form", "131")),
     ):

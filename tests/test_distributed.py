@@ -127,7 +127,7 @@ def dies(self, features, label):
         {how}
     return step(self, features, label)
 CoOp.step = dies
-train.cli(lambda: train.main(json.loads(sys.argv[1])))
+train.run_program(lambda: train.main(json.loads(sys.argv[1])))
 """
 
 

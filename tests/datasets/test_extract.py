@@ -20,8 +20,7 @@ from dfzsl.cli.main import invoke
 from dfzsl.datasets import extract, features
 from dfzsl.datasets.encoding import encode_datums
 from dfzsl.io.tensors import load_tensors
-from dfzsl.train import cli
-from dfzsl.utils.errors import UserError
+from dfzsl.utils.errors import UserError, run_program
 
 IMAGES = {
     "OxfordPets": "oxford_pets",
@@ -190,6 +189,6 @@ def test_torchrun(tmp_path):
 def test_a_mistake_at_the_command_is_one_line(tmp_path, capfd):
     words = ["folder:nowhere", "--backbone", "shapes", "--output", str(tmp_path / "f.safetensors")]
     with pytest.raises(SystemExit) as left:
-        cli(lambda: invoke(extract_command, words))
+        run_program(lambda: invoke(extract_command, words))
     said = capfd.readouterr().err
     assert left.value.code == 2 and said.count("\n") == 1 and "nowhere" in said

@@ -746,7 +746,7 @@ def test_small_files_that_are_huge(tmp_path, tried):
 def ends(capfd: Any, work: Callable[[], object]) -> str:
     """What a command prints on stderr that ends with code 2."""
     with pytest.raises(SystemExit) as stopped:
-        train.cli(work)
+        train.run_program(work)
     assert stopped.value.code == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line]
     assert len(lines) == 1 and lines[0].startswith("error: ") and lines[0].isprintable(), lines

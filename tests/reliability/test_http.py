@@ -457,7 +457,7 @@ def test_a_secret_in_the_address_is_refused_before_anything_is_written(address, 
     words = ["--trainer", "DFZSL", "--dataset-config-file", str(ROOT / "configs/datasets/features.yaml")]
     words += ["--root", str(data), "--output-dir", str(tmp_path / "out"), "TEACHER.FILE", address]
     with pytest.raises(SystemExit) as stopped:
-        train.cli(lambda: train.main(words))
+        train.run_program(lambda: train.main(words))
     assert stopped.value.code == 2
     said = capfd.readouterr()
     assert SECRET not in said.out + said.err and SECRET.upper() not in said.err

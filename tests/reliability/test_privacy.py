@@ -35,7 +35,7 @@ sys.addaudithook(note)
 """
 RUN = f"""{RECORD}
 from dfzsl import train
-train.cli(train.main)
+train.run_program(train.main)
 """
 # The second argument lists commands of `dfzsl` in JSON.
 COMMANDS = f"""{RECORD}

@@ -277,13 +277,13 @@ FULL = """
 import subprocess
 import sys
 from dassl.utils import Logger
-from dfzsl.utils.errors import cli
+from dfzsl.utils.errors import run_program
 
 def run():
     sys.stdout = Logger("/dev/full")
     print("x" * 10_000)
 
-cli(run)
+run_program(run)
 """
 
 
