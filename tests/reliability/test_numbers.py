@@ -263,7 +263,7 @@ def _many(out) -> None:
     virtual = recover(open_oracle(Teacher(weight, names[:base]), "logits"), text[:base], new_text=text[base:])
     paper_concentration(text)
     x, y = virtual.sample(10, rng)
-    virtual.kept(x, y)
+    virtual.assigned_to_own_class(x, y)
     _margins(x, y, ClassWeights(virtual.weight, text[base:], torch.zeros(base)))
     settings = GenerationSettings(name="vmf", classifier_steps=3, calibrate=False)
     classifier = generate(

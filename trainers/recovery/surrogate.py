@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dfzsl.utils.errors import UserError
 
-from .logistic import COARSE, regression
+from .logistic import FLOAT32_TOLERANCE, fit_logistic_regression
 from .responses import Extracted
 
 # Weight of the mean squared row beside the mean cross-entropy, for coordinates of unit variance.
@@ -39,7 +39,7 @@ def fit_surrogate(x: Tensor, labels: Tensor, classes: int) -> Extracted:
         # The last column stands for an intercept; it is as large as a coordinate of a random unit query.
         features = F.pad(x[part], (0, 1), value=1 / math.sqrt(d))
         strength = d * classes / (2 * PENALTY * len(features))
-        rows = regression(features, labels[part], classes, strength, tolerance=COARSE)
+        rows = fit_logistic_regression(features, labels[part], classes, strength, tolerance=FLOAT32_TOLERANCE)
         rows = rows - rows.mean(0)
         rows[:, -1] /= math.sqrt(d)
         return rows / rows[:, :-1].square().sum(1).mean().sqrt().clamp(min=1e-12)

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 from dfzsl.trainers.recovery.feature_statistics import FeatureStatistics, measure_feature_statistics
 from dfzsl.trainers.recovery.mixture import (
-    WEIGHTS,
+    TEACHER_WEIGHT_RANGE,
     mix,
     predict_teacher_weight,
     teacher_rows,
@@ -96,9 +96,9 @@ class TestMixture:
     def test_the_owners_weight_is_taken_as_it_is(self, world):
         text, *_ = world
         weight = torch.randn(CLASSES, DIM, generator=rng(7))
-        made = mix(text, weight, known=0.4)
-        assert torch.allclose(made.rows, text + 0.4 * teacher_rows(weight)[0], atol=1e-6)
-        assert (made.weight, made.reason) == (0.4, "the owner's cross-validation")
+        made = mix(text, weight, owner_weight=0.4)
+        assert torch.allclose(made.class_weights, text + 0.4 * teacher_rows(weight)[0], atol=1e-6)
+        assert (made.teacher_weight, made.reason) == (0.4, "the owner's cross-validation")
         assert not made.bias.any()
 
     def test_signs_by_loops(self, world):
@@ -123,14 +123,14 @@ class TestMixture:
         assert predict_teacher_weight(text, means) > predict_teacher_weight(text, noise)
         alike = unit(text + 4 * text.mean(0))
         assert predict_teacher_weight(alike, means) > predict_teacher_weight(text, means)
-        assert WEIGHTS[0] <= predict_teacher_weight(text, noise) <= WEIGHTS[1]
+        assert TEACHER_WEIGHT_RANGE[0] <= predict_teacher_weight(text, noise) <= TEACHER_WEIGHT_RANGE[1]
 
     def test_a_teacher_that_grew_from_the_text_is_left_alone(self, world):
         text, *_ = world
         weight = text + 0.1 * unit(torch.randn(CLASSES, DIM, generator=rng(9)))
         made = mix(text, weight)
-        assert math.isinf(made.weight) and made.loo_predictability == 0
-        assert torch.allclose(made.rows, teacher_rows(weight)[0], atol=1e-6)
+        assert math.isinf(made.teacher_weight) and made.loo_predictability == 0
+        assert torch.allclose(made.class_weights, teacher_rows(weight)[0], atol=1e-6)
 
     @pytest.mark.parametrize("classes", [1, 2, 3])
     @pytest.mark.parametrize("whitened", [False, True])
@@ -138,7 +138,7 @@ class TestMixture:
         geometry = measure_feature_statistics(torch.randn(200, DIM, generator=rng())) if whitened else None
         text = unit(torch.ones(classes, DIM))
         made = mix(text, torch.ones(classes, DIM), geometry=geometry)
-        assert torch.isfinite(made.rows).all() and torch.isfinite(made.text_to_weight).all()
+        assert torch.isfinite(made.class_weights).all() and torch.isfinite(made.text_to_weight).all()
 
 
 class TestGeometry:
@@ -260,6 +260,6 @@ class TestCard:
     )
     def test_a_card_that_cannot_be_is_refused(self, wrong):
         words = TeacherCard([3, 3], 1.0, 0.2, {"text": 50.0}, 0.9, 0.9).as_dict()
-        assert TeacherCard.of(words, 2).weight == 0.2
+        assert TeacherCard.from_dict(words, 2).weight == 0.2
         with pytest.raises(UserError, match="its card"):
-            TeacherCard.of(words | wrong if wrong and isinstance(wrong, dict) else wrong, 2)
+            TeacherCard.from_dict(words | wrong if wrong and isinstance(wrong, dict) else wrong, 2)

@@ -71,7 +71,7 @@ def test_the_filter_asks_the_teacher_with_its_intercept(teacher, text, tmp_path)
     virtual = VirtualClasses.load(tmp_path / "v.safetensors").ordered_as(NAMES[::-1])
     x, labels = virtual.sample(200, rng())
     by_teacher = C - 1 - teacher.logits(x).argmax(1) == labels
-    assert torch.equal(virtual.kept(x, labels), by_teacher)
+    assert torch.equal(virtual.assigned_to_own_class(x, labels), by_teacher)
     teacher.bias = None
     assert not torch.equal(C - 1 - teacher.logits(x).argmax(1) == labels, by_teacher)
 
@@ -348,12 +348,12 @@ def test_the_generator_makes_features_of_their_class(text, tmp_path):
     virtual = recover(oracle, text, method="generator", epochs=30, lr=1e-3, draws=8, generator=rng())
     features, labels = virtual.sample(20, rng(1))
     assert torch.allclose(features.norm(dim=1), torch.ones(C * 20), atol=1e-5)
-    assert virtual.kept(features, labels).float().mean() > 0.9
+    assert virtual.assigned_to_own_class(features, labels).float().mean() > 0.9
     assert features[labels == 0].var(0).sum() > 1e-3
     virtual.save(tmp_path / "v.safetensors")
     loaded = VirtualClasses.load(tmp_path / "v.safetensors").ordered_as(NAMES[::-1])
     turned, turned_labels = loaded.sample(20, rng(1))
-    assert loaded.kept(turned, turned_labels).float().mean() > 0.9
+    assert loaded.assigned_to_own_class(turned, turned_labels).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -101,7 +101,7 @@ def test_an_intercept_decides_and_is_kept(teacher, data, normalized, tmp_path):
     assert (biased.logits(data[0]).argmax(1) == 1).all() and (plain.logits(data[0]).argmax(1) != 1).any()
     biased.save(tmp_path / "teacher.safetensors")
     assert torch.equal(Teacher.load(tmp_path / "teacher.safetensors").bias, bias)
-    rows, intercepts = biased.beside_text()
+    rows, intercepts = biased.cosine_scale_weights()
     assert rows.norm(dim=1).mean() == pytest.approx(1)
     ratio = biased.logits(data[0]) / (data[0] @ rows.T + intercepts)
     assert torch.allclose(ratio, ratio[0, 0].expand(60, 3), rtol=1e-3)
