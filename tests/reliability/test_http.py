@@ -296,7 +296,7 @@ def test_no_storm_of_questions(world, tmp_path, pause, tried):
     asked(questions()[:16])
     world.faults[:] = [PAUSES[pause]] * 1000
     world.times.clear()
-    with pytest.raises(UserError, match=r"stopped answering after \d+ queries .* run again"):
+    with pytest.raises(UserError, match=r"stopped responding after \d+ queries .* run again"):
         asked(questions())
     gaps = [b - a for a, b in zip(world.times, world.times[1:], strict=False)]
     assert len(world.times) == 4
@@ -323,7 +323,7 @@ def test_the_server_may_say_when(world, monkeypatch, tried):
         slept.clear()
         world.keys.clear()
         world.faults[:] = [status(429, Retry_After=said)] * 9
-        with pytest.raises(UserError, match="it wants no question for"):
+        with pytest.raises(UserError, match="it accepts no request for"):
             asked(questions()[16:32])
         assert not slept and len(world.keys) == 1
     tried("HTTP teacher", "Retry-After: seconds, dates, days", 4, "obeyed; beyond two minutes the run ends")

@@ -56,7 +56,8 @@ class TeacherCard:
         """Return a warning if the weight was measured with prompts other than `prompts`, else ""."""
         if self.weight is None or not self.text or self.text == prompts:
             return ""
-        return f"the owner measured the mixing weight {self.weight:g} with the prompts {self.text}, not {prompts}"
+        measured = f"the owner measured the mixing weight {self.weight:g} with the prompts {self.text}"
+        return f"{measured}, not {prompts}"
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)

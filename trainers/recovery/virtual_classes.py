@@ -146,7 +146,7 @@ class VirtualClasses:
         return F.normalize(length * mu + scatter + along.view(n, *mu.shape), dim=2)
 
     def assigned_to_own_class(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Return whether the recovered teacher assigns features (n, d) to their labels (n,): the paper's filter."""
+        """Return whether the teacher predicts labels (n,) from features (n, d), the paper's filter."""
         parts = split_rows(features, len(self.weight))
         return torch.cat([self.logits(part).argmax(1) for part in parts]) == labels
 

@@ -278,7 +278,7 @@ class VonMisesFisher(Distribution):
         w, sine = sample_cosine(self.concentration, self._dim, shape, generator)
         w, sine = w.to(dtype), sine.to(dtype)
         normal = torch.randn(shape + self.loc.shape, dtype=dtype, device=device, generator=generator)
-        # Without gradients all steps reuse this memory, so that a sample costs little more than a normal draw.
+        # Without gradients all steps reuse this memory, so a sample costs little more than a normal draw.
         buffer = None if torch.is_grad_enabled() and self.loc.requires_grad else normal
         tangent = normal
         # In few dimensions a draw can be so close to mu that one projection leaves rounding errors.
@@ -325,7 +325,7 @@ class VonMisesFisher(Distribution):
 
 @register_kl(VonMisesFisher, VonMisesFisher)
 def _kl_vmf_vmf(p: VonMisesFisher, q: VonMisesFisher) -> Tensor:
-    """Return log C(p) - log C(q) + A(p) (kappa_p - kappa_q mu_p.mu_q), without cancellation of large terms."""
+    """Return log C(p) - log C(q) + A(p) (kappa_p - kappa_q mu_p.mu_q), without cancellation."""
     peak_p, ratio = p._scalars()
     peak_q, _ = q._scalars()
     kappa_p, kappa_q = p.concentration.double(), q.concentration.double()

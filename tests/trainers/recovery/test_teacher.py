@@ -149,9 +149,9 @@ def test_access_levels_say_less_and_less(data, teacher, normalized, tmp_path):
 @pytest.mark.parametrize(
     ("level", "answer", "message"),
     [
-        ("logits", lambda x: torch.zeros(len(x), 4), r"of shape \(5, 3\), it answered \(5, 4\)"),
+        ("logits", lambda x: torch.zeros(len(x), 4), r"of shape \(5, 3\), it returned \(5, 4\)"),
         ("logits", lambda x: torch.full((len(x), 3), torch.nan), "not finite"),
-        ("logits", lambda x: [[0, 0, 0]] * len(x), "it answered list"),
+        ("logits", lambda x: [[0, 0, 0]] * len(x), "it returned list"),
         ("probabilities", lambda x: torch.ones(len(x), 3), "sum to 1"),
         ("labels", lambda x: torch.full((len(x),), 3), "labels from 0 to 2"),
         ("labels", lambda x: torch.zeros(len(x)), "as integers"),
@@ -277,7 +277,7 @@ def test_a_server_that_stays_down_ends_with_one_line_and_is_resumed(server, data
     oracle = client(server, retries=1).oracle("labels", tmp_path / "journal")
     oracle(data[0][:25])
     server.handler.script[:] = [500, 500]
-    with pytest.raises(UserError, match=r"stopped answering after 25 queries .*500.*run again"):
+    with pytest.raises(UserError, match=r"stopped responding after 25 queries .*500.*run again"):
         oracle(data[0][25:50])
     server.handler.keys.clear()
     again = client(server).oracle("labels", tmp_path / "journal")
@@ -299,7 +299,7 @@ def test_replies_that_no_retry_mends_are_reported_at_once(server, data, fault, m
 def test_addresses_that_cannot_be(server):
     with pytest.raises(UserError, match="http:// or https://"):
         HTTPTeacher("file:///etc/passwd")
-    with pytest.raises(UserError, match="does not describe itself"):
+    with pytest.raises(UserError, match="description of the teacher"):
         HTTPTeacher("http://127.0.0.1:1/", retries=0).oracle("logits")
     with pytest.raises(UserError, match=r"set TEACHER\.ACCESS to logits"):
         client(server).oracle("weights")
