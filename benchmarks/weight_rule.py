@@ -32,8 +32,8 @@ from tabulate import tabulate
 from dfzsl.trainers.generation.closed_form import closed_form
 from dfzsl.trainers.recovery.feature_statistics import FeatureStatistics
 from dfzsl.trainers.recovery.mixture import (
-    WEIGHT_COEFFICIENTS,
     MAX_TEXT_TEACHER_COSINE,
+    WEIGHT_COEFFICIENTS,
     WHITENED_WEIGHT_COEFFICIENTS,
     mix,
     relative_scatter,
@@ -73,7 +73,10 @@ def cell(
     seen = (-np.log(max(1 - nearest_text_cosine, 1e-3)), retrieval_accuracy)
     if geometry is not None:
         seen += (-np.log(max(relative_scatter(plain, geometry), 1e-3)),)
-    rows, bias = (mixture.class_weights - base) / mixture.teacher_weight, mixture.bias / mixture.teacher_weight
+    rows, bias = (
+        (mixture.class_weights - base) / mixture.teacher_weight,
+        mixture.bias / mixture.teacher_weight,
+    )
     by_text, by_teacher = task.x_test @ base.T, task.x_test @ rows.T + bias
     made = closed_form(base, new, teacher.weight, teacher.bias, geometry=geometry)
     ours = task.x_test @ made.new.T

@@ -39,7 +39,9 @@ def closed_form(
     """
     middle = torch.cat([base_text, new_text]).mean(0)
     mixture = mix(base_text, weight, bias, owner_weight=owner_weight, geometry=geometry)
-    base, scale = match_rms(mixture.class_weights - mixture.class_weights.mean(0), base_text - base_text.mean(0))
+    base, scale = match_rms(
+        mixture.class_weights - mixture.class_weights.mean(0), base_text - base_text.mean(0)
+    )
     base = base + base_text.mean(0)
     eye = torch.eye(base_text.shape[1]).to(base_text)
     step = eye.clone()
