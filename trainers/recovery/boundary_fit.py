@@ -20,18 +20,18 @@ class HalfCircles:
 
     Attributes:
         starts: (C, d) unit vector inside each class.
-        own: (n,) class of each circle, in ascending order.
+        own_class: (n,) class of each circle, in ascending order.
         direction: (n, d) unit directions.
     """
 
     starts: Tensor
-    own: Tensor
+    own_class: Tensor
     direction: Tensor
 
     def at(self, angle: Tensor, part: Tensor) -> Tensor:
         """Return the points (m, d) of the circles `part` (m,) at the angles (n,) of all circles."""
         angle = angle[part, None]
-        return angle.cos() * self.starts[self.own[part]] + angle.sin() * self.direction[part]
+        return angle.cos() * self.starts[self.own_class[part]] + angle.sin() * self.direction[part]
 
     def turn(self, part: Tensor) -> Tensor:
         """Replace directions that contain target points (m, d) by directions to these points.
@@ -39,14 +39,14 @@ class HalfCircles:
         Returns:
             Angles (m,) at which the circles `part` (m,) reach the points.
         """
-        start, point = self.starts[self.own[part]], self.direction[part]
+        start, point = self.starts[self.own_class[part]], self.direction[part]
         along = (point * start).sum(1, keepdim=True)
         self.direction[part] = F.normalize(point - along * start, dim=1)
         return along[:, 0].clamp(-1, 1).acos()
 
 
 def fit_boundaries(
-    circles: HalfCircles, angle: Tensor, other: Tensor, generator: torch.Generator | None
+    circles: HalfCircles, angle: Tensor, other_class: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, float | None]:
     """Fit class weights and intercepts to points on class boundaries.
 
@@ -58,7 +58,7 @@ def fit_boundaries(
     Args:
         circles: n half circles.
         angle: (n,) angles at which they cross a boundary.
-        other: (n,) classes behind the boundary, or -1 if unknown. Such circles are not used.
+        other_class: (n,) classes behind the boundary, or -1 if unknown. Such circles are not used.
         generator: source of the noise of the error estimate.
 
     Returns:
@@ -67,11 +67,13 @@ def fit_boundaries(
     """
     starts = F.pad(circles.starts, (0, 1), value=1.0)
     classes, d = starts.shape
-    crossing = (other >= 0).nonzero()[:, 0]
-    own, other = circles.own[crossing], other[crossing]
-    sizes = torch.bincount(own, minlength=classes).tolist()
+    crossing = (other_class >= 0).nonzero()[:, 0]
+    own_class, other_class = circles.own_class[crossing], other_class[crossing]
+    sizes = torch.bincount(own_class, minlength=classes).tolist()
     own_parts = torch.arange(len(crossing)).split(sizes)
-    other_parts = other.argsort(stable=True).split(torch.bincount(other, minlength=classes).tolist())
+    other_parts = other_class.argsort(stable=True).split(
+        torch.bincount(other_class, minlength=classes).tolist()
+    )
 
     def points(part: Tensor) -> Tensor:
         return F.pad(circles.at(angle, crossing[part]), (0, 1), value=1.0)
@@ -88,7 +90,9 @@ def fit_boundaries(
 
     def gaps(rows: Tensor) -> Tensor:
         """Return the score of the own class minus that of the other one at each point, (n,)."""
-        return torch.cat([((rows[c] - rows[other[p]]) * points(p)).sum(1) for c, p in enumerate(own_parts)])
+        return torch.cat(
+            [((rows[c] - rows[other_class[p]]) * points(p)).sum(1) for c, p in enumerate(own_parts)]
+        )
 
     def gaps_transposed(gap: Tensor) -> Tensor:
         """Apply the transpose of `gaps`, which returns (C, d + 1)."""
@@ -97,7 +101,7 @@ def fit_boundaries(
         for c, (part, weight) in enumerate(zip(own_parts, gap.split(sizes), strict=True)):
             weighted = (weight[:, None] * points(part)).double()
             total[c] += weighted.sum(0)
-            total.index_add_(0, other[part], weighted, alpha=-1)
+            total.index_add_(0, other_class[part], weighted, alpha=-1)
         return total.float()
 
     def project(rows: Tensor) -> Tensor:

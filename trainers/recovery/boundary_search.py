@@ -46,8 +46,8 @@ def weights_from_labels(
     random points outside the class. This takes about C * d * rays * bisections queries. The error falls as
     2^-bisections.
 
-    A budget reduces bisections first, then rays. With a budget too small for both, or where noise moves the
-    boundaries, a surrogate is fitted to labels of random points.
+    A budget reduces bisections first, then rays. With a budget too small for both, a surrogate is fitted to
+    labels of random points. If noise moves the boundaries, a surrogate is fitted to all labels.
 
     Args:
         query: returns labels (n,) of unit queries (n, d).
@@ -73,19 +73,19 @@ def weights_from_labels(
     holds_antipode = query(-starts) == torch.arange(classes)
     if budget:
         # The end of a circle costs at least two labels if it is not the antipode.
-        samples_per_class = (budget - query.spent) / (classes * d) - 2 * float(holds_antipode.any())
-        bisections = min(bisections, int(samples_per_class / MIN_CIRCLES_PER_UNKNOWN))
-        rays = min(rays, samples_per_class / max(bisections, 1))
+        queries_per_unknown = (budget - query.spent) / (classes * d) - 2 * float(holds_antipode.any())
+        bisections = min(bisections, int(queries_per_unknown / MIN_CIRCLES_PER_UNKNOWN))
+        rays = min(rays, queries_per_unknown / max(bisections, 1))
         if bisections < 1:
             raise UserError(f"TEACHER.BUDGET {budget:,} is too small for a search for boundaries; raise it")
     count = int(rays * d) if budget else math.ceil(rays * d)
-    own = torch.arange(classes).repeat_interleave(count)
-    circles = HalfCircles(starts, own, torch.randn(len(own), d, generator=generator))
-    end = _end_circles(query, circles, holds_antipode[own], classnames, generator)
-    angle, other, history = _bisect(query, circles, end, bisections)
-    rows, error = fit_boundaries(circles, angle, other, generator)
+    own_class = torch.arange(classes).repeat_interleave(count)
+    circles = HalfCircles(starts, own_class, torch.randn(len(own_class), d, generator=generator))
+    end = _end_circles(query, circles, holds_antipode[own_class], classnames, generator)
+    angle, other_class, history = _bisect(query, circles, end, bisections)
+    rows, error = fit_boundaries(circles, angle, other_class, generator)
     if _label_agreement(circles, rows, *history[0]) < MIN_AGREEMENT:
-        parts = torch.arange(len(own)).split(MAX_QUERIES_PER_BATCH)
+        parts = torch.arange(len(own_class)).split(MAX_QUERIES_PER_BATCH)
         x = torch.cat([circles.at(middle, part) for middle, _ in history for part in parts])
         labels = torch.cat([label for _, label in history])
         if budget and (remaining := min(budget - query.spent, MAX_ELEMENTS // d)) > 0:
@@ -151,13 +151,13 @@ def _end_circles(
 
     This is the antipode, except for the circles `open_ended` (n,), which are turned to points outside.
     """
-    own, end = circles.own, torch.full((len(circles.own),), math.pi)
-    parts = torch.arange(len(own)).split(MAX_QUERIES_PER_BATCH)
+    own_class, end = circles.own_class, torch.full((len(circles.own_class),), math.pi)
+    parts = torch.arange(len(own_class)).split(MAX_QUERIES_PER_BATCH)
     for part in parts:
         circles.direction[part] = F.normalize(circles.direction[part], dim=1)
     if open_ended.any():
         circles.direction[open_ended] = _find_points_outside(
-            query, circles.direction[open_ended], own[open_ended], classnames, generator
+            query, circles.direction[open_ended], own_class[open_ended], classnames, generator
         )
     for part in parts:
         end[part] = torch.where(open_ended[part], circles.turn(part), math.pi)
@@ -167,19 +167,19 @@ def _end_circles(
 def _find_points_outside(
     query: QueryFunction,
     points: Tensor,
-    own: Tensor,
+    own_class: Tensor,
     classnames: Sequence[str],
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Replace those of `points` (n, d) whose class is `own` (n,) by random unit vectors of other classes."""
+    """Replace `points` (n, d) whose class is `own_class` (n,) by random unit vectors of other classes."""
     points = points.clone()
     inside = torch.arange(len(points))
     for _ in range(MAX_ATTEMPTS):
-        inside = inside[query(points[inside]) == own[inside]]
+        inside = inside[query(points[inside]) == own_class[inside]]
         if not len(inside):
             return points
         points[inside] = F.normalize(torch.randn(len(inside), points.shape[1], generator=generator), dim=1)
-    name = classnames[int(own[inside[0]])]
+    name = classnames[int(own_class[inside[0]])]
     raise UserError(f"the teacher returns '{name}' for every query; set TEACHER.ACCESS to logits")
 
 
@@ -192,22 +192,24 @@ def _bisect(
         The angles (n,); the classes (n,) behind them, -1 if no label showed one; and as many of the first
         queries as fit into memory, as pairs of angles (n,) and labels (n,).
     """
-    own, d = circles.own, circles.starts.shape[1]
-    parts = torch.arange(len(own)).split(MAX_QUERIES_PER_BATCH)
-    low, high, other = torch.zeros(len(own)), end, torch.full_like(own, -1)
+    own_class, d = circles.own_class, circles.starts.shape[1]
+    parts = torch.arange(len(own_class)).split(MAX_QUERIES_PER_BATCH)
+    low, high, other_class = torch.zeros(len(own_class)), end, torch.full_like(own_class, -1)
     history: list[tuple[Tensor, Tensor]] = []
-    with bar(total=bisections * len(own), desc="boundary search", unit="query", unit_scale=True) as queries:
+    with bar(
+        total=bisections * len(own_class), desc="boundary search", unit="query", unit_scale=True
+    ) as queries:
         for _ in range(bisections):
-            middle, label = (low + high) / 2, torch.empty_like(own)
+            middle, label = (low + high) / 2, torch.empty_like(own_class)
             for part in parts:
                 label[part] = query(circles.at(middle, part))
                 queries.update(len(part))
-            if len(history) * len(own) * d < MAX_ELEMENTS:
+            if len(history) * len(own_class) * d < MAX_ELEMENTS:
                 history.append((middle, label))
-            inside = label == own
+            inside = label == own_class
             low, high = torch.where(inside, middle, low), torch.where(inside, high, middle)
-            other = torch.where(inside, other, label)
-    return (low + high) / 2, other, history
+            other_class = torch.where(inside, other_class, label)
+    return (low + high) / 2, other_class, history
 
 
 def _label_agreement(circles: HalfCircles, rows: Tensor, angle: Tensor, label: Tensor) -> float:

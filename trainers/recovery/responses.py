@@ -36,7 +36,7 @@ def detect_rounding_step(responses: Tensor) -> float:
     """Detect the decimal to which responses are rounded.
 
     Args:
-        answers: responses of any shape.
+        responses: values of any shape.
 
     Returns:
         The rounding step, e.g. 0.01 for two decimals; 0 if responses are not rounded.

@@ -58,7 +58,7 @@ class Teacher:
         if len(shape) != 2 or shape[0] != names or 0 in shape:
             raise UserError(f"a teacher needs one weight vector per class: got {shape} and {names} names")
         check_class_names(self.classnames, "the teacher")
-        check_unit_rows(unit(self.weight), "the teacher", "row", self.classnames)
+        check_unit_rows(unit(self.weight), "the teacher", "weight vector", self.classnames)
         if self.bias is not None:
             if self.bias.shape != self.weight.shape[:1]:
                 raise UserError(f"a teacher needs one intercept per class; got {tuple(self.bias.shape)}")

@@ -71,7 +71,7 @@ class VirtualClasses:
         bias: (C,) intercepts on the scale of `weight`, or None for none.
         error: estimated relative error of `weight`, or None without an estimate.
         owner_weight: mixing weight g that the owner measured (mixture.py), or None.
-        geometry: feature statistics of the encoder, whose covariance samples then have; or None.
+        geometry: feature statistics of the encoder, which set the covariance of samples; or None.
     """
 
     mu: Tensor

@@ -27,7 +27,7 @@ def recover_class_weights(
     """Recover class weights and intercepts as far as an access level determines them.
 
     Args:
-        ask: returns the responses to unit queries (n, d).
+        query: returns the responses to unit queries (n, d).
         level: "logits", "probabilities" or "labels".
         classnames: C names, for messages.
         text: (C, d) L2-normalized text embeddings, the first queries at level labels.

@@ -105,8 +105,11 @@ def test_an_intercept_decides_and_is_kept(teacher, data, normalized, tmp_path):
     assert rows.norm(dim=1).mean() == pytest.approx(1)
     ratio = biased.logits(data[0]) / (data[0] @ rows.T + intercepts)
     assert torch.allclose(ratio, ratio[0, 0].expand(60, 3), rtol=1e-3)
-    for wrong, said in ((torch.ones(2), "one intercept per class"), (torch.full((3,), torch.nan), "finite")):
-        with pytest.raises(UserError, match=said):
+    for wrong, message in (
+        (torch.ones(2), "one intercept per class"),
+        (torch.full((3,), torch.nan), "finite"),
+    ):
+        with pytest.raises(UserError, match=message):
             Teacher(teacher.weight, NAMES, bias=wrong)
 
 
@@ -130,7 +133,7 @@ def test_files_that_are_no_teacher_are_refused(teacher, tmp_path):
 
 
 @pytest.mark.parametrize("normalized", (True, False))
-def test_access_levels_say_less_and_less(data, teacher, normalized, tmp_path):
+def test_access_levels_disclose_less_and_less(data, teacher, normalized, tmp_path):
     features, _ = data
     teacher.normalized = normalized
     teacher.save(tmp_path / "t.safetensors")
