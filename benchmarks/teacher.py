@@ -22,7 +22,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from dfzsl.io.results import peak_memory
-from dfzsl.trainers.recovery.logistic import regression
+from dfzsl.trainers.recovery.logistic import fit_logistic_regression
 
 DIM, STRENGTH = 512, 3.0
 WAYS = ("ours", "default", "tight")
@@ -50,7 +50,7 @@ def measure(way: str, classes: int, images: int, save: str) -> dict[str, float]:
 
     before, started = peak_memory(), time.process_time()
     if way == "ours":
-        rows = regression(x, labels, classes, STRENGTH)
+        rows = fit_logistic_regression(x, labels, classes, STRENGTH)
     else:
         tolerance = 1e-4 if way == "default" else 1e-9
         model = LogisticRegression(C=STRENGTH, tol=tolerance, max_iter=1000, fit_intercept=False)

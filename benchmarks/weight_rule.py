@@ -32,11 +32,11 @@ from tabulate import tabulate
 from dfzsl.trainers.generation.closed_form import closed_form
 from dfzsl.trainers.recovery.feature_statistics import FeatureStatistics
 from dfzsl.trainers.recovery.mixture import (
-    PLAIN,
-    TEXT_ALREADY,
-    WHITENED,
+    MAX_TEXT_TEACHER_COSINE,
+    WEIGHT_COEFFICIENTS,
+    WHITENED_WEIGHT_COEFFICIENTS,
     mix,
-    spread_along,
+    relative_scatter,
     teacher_rows,
     text_teacher_statistics,
 )
@@ -68,12 +68,15 @@ def cell(
     mixture = mix(base, teacher.weight, teacher.bias, geometry=geometry)
     plain = teacher_rows(teacher.weight)[0]
     nearest_text_cosine, retrieval_accuracy, text_teacher_cosine = text_teacher_statistics(base, plain)
-    if text_teacher_cosine > TEXT_ALREADY:
+    if text_teacher_cosine > MAX_TEXT_TEACHER_COSINE:
         return None
     seen = (-np.log(max(1 - nearest_text_cosine, 1e-3)), retrieval_accuracy)
     if geometry is not None:
-        seen += (-np.log(max(spread_along(plain, geometry), 1e-3)),)
-    rows, bias = (mixture.rows - base) / mixture.weight, mixture.bias / mixture.weight
+        seen += (-np.log(max(relative_scatter(plain, geometry), 1e-3)),)
+    rows, bias = (
+        (mixture.class_weights - base) / mixture.teacher_weight,
+        mixture.bias / mixture.teacher_weight,
+    )
     by_text, by_teacher = task.x_test @ base.T, task.x_test @ rows.T + bias
     made = closed_form(base, new, teacher.weight, teacher.bias, geometry=geometry)
     ours = task.x_test @ made.new.T
@@ -150,7 +153,7 @@ def table(cells: list[Cell]) -> str:
         return value(h, rule[0] + seen @ rule[1:])
 
     everywhere = fit(h, seen, weight)
-    in_use = np.array(PLAIN[:3] if seen.shape[1] == 2 else WHITENED)
+    in_use = np.array(WEIGHT_COEFFICIENTS[:3] if seen.shape[1] == 2 else WHITENED_WEIGHT_COEFFICIENTS)
     left_out = np.empty(len(cells))
     lines = []
     for name in [*names, "all"]:

@@ -22,7 +22,7 @@ class Virtual(Protocol):
 
     def sample(self, n_per_class: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]: ...
 
-    def kept(self, features: Tensor, labels: Tensor) -> Tensor: ...
+    def assigned_to_own_class(self, features: Tensor, labels: Tensor) -> Tensor: ...
 
 
 class VirtualLoader:
@@ -99,7 +99,7 @@ class VirtualLoader:
         return torch.cat(found)[order[place < need]], torch.arange(classes).repeat_interleave(need)
 
     def _owned(self, features: Tensor, labels: Tensor) -> Tensor:
-        kept = self.virtual.kept(features, labels)
+        kept = self.virtual.assigned_to_own_class(features, labels)
         self._drawn, self._kept = self._drawn + len(labels), self._kept + int(kept.sum())
         return kept
 

@@ -332,7 +332,7 @@ def server(folder: Path) -> tuple[Path, Callable]:
 
     def load(path: Path) -> None:
         teacher = HTTPTeacher("http://localhost:1/", retries=0)
-        teacher._read = lambda request, most: path.read_bytes()  # type: ignore[method-assign]
+        teacher._send = lambda request, most: path.read_bytes()  # type: ignore[method-assign]
         oracle = teacher.oracle("logits")
         oracle(torch.ones(2, 4).double())
 

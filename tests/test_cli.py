@@ -365,7 +365,7 @@ def test_fit_is_fit_teacher(tmp_path, run):
     x = F.normalize(torch.from_numpy(np.concatenate([data["x_train"], data["x_val"]])).float(), dim=1)
     y = torch.from_numpy(np.concatenate([data["y_train"], data["y_val"]]))
     text = F.normalize(torch.from_numpy(data["text"]).float(), dim=1)
-    expected = dfzsl.fit_teacher(x, y, list(fake_data.NAMES), text=text, said="'a photo of a {}.'")
+    expected = dfzsl.fit_teacher(x, y, list(fake_data.NAMES), text=text, prompts="'a photo of a {}.'")
     found = Teacher.load(tmp_path / "t.safetensors")
     assert torch.allclose(found.weight, expected.weight, atol=1e-5)
     assert found.card == expected.card and found.card.text == "'a photo of a {}.'"

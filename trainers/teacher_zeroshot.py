@@ -55,7 +55,7 @@ class TeacherZeroshot(CLIPTrainer):
                 labels,
                 self.classnames,
                 self.backbone.identity,
-                **({"C": strength} if strength else {"text": self.text.cpu(), "said": self.texts.about}),
+                **({"C": strength} if strength else {"text": self.text.cpu(), "prompts": self.texts.about}),
             )
             if card := self.teacher.card:
                 logger.info(f"The teacher's card: {card}")
@@ -93,7 +93,7 @@ def teacher_weights(
         Whether the teacher knows each class (C,), its class weights (C, d) and biases (C,) in units of the
         cosine; both are 0 for other classes.
     """
-    weight, bias = (part.to(text) for part in teacher.beside_text())
+    weight, bias = (part.to(text) for part in teacher.cosine_scale_weights())
     row = {name: row for row, name in enumerate(teacher.classnames)}
     index = torch.tensor([row.get(name, -1) for name in classnames], device=text.device)
     known = index >= 0

@@ -51,7 +51,9 @@ def test_images_are_encoded_once_and_fitted_with_the_text_of_their_names(folder)
     backbone = load_backbone("shapes")
     images = read_labeled_features(folder, lambda: backbone, num_workers=0)
     text = backbone.class_features(images.classnames, ["a drawn {}"])
-    expected = fit_teacher(images.features, images.labels, images.classnames, text=text, said="'a drawn {}'")
+    expected = fit_teacher(
+        images.features, images.labels, images.classnames, text=text, prompts="'a drawn {}'"
+    )
     assert torch.equal(teacher.weight, expected.weight) and teacher.card == expected.card
     assert teacher.backbone == backbone.identity
 

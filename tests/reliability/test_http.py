@@ -141,8 +141,8 @@ LIES: dict[str, tuple[str, Callable[[Handler, dict], None], str]] = {
     "negative": ("probabilities", body(probabilities=[[1.5, -0.5, 0.0]] * 16), "at least 0"),
     "label out of range": ("labels", body(labels=[3] * 16), "from 0 to 2"),
     "label below": ("labels", body(labels=[-1] * 16), "from 0 to 2"),
-    "half a label": ("labels", body(labels=[1.7] * 16), "whole numbers"),
-    "true": ("labels", body(labels=[True] * 16), "whole numbers"),
+    "half a label": ("labels", body(labels=[1.7] * 16), "of integers"),
+    "true": ("labels", body(labels=[True] * 16), "of integers"),
     "huge label": ("labels", body(labels=[2**70] * 16), "no array"),
     "another level": ("labels", body(logits=[[0.0] * 3] * 16), "no array"),
     "HTML": ("logits", raw(b"<html>login</html>", Content_Type="text/html"), "JSON object"),
@@ -150,7 +150,7 @@ LIES: dict[str, tuple[str, Callable[[Handler, dict], None], str]] = {
     "a list": ("logits", raw(b"[1, 2]"), "JSON object"),
     "brackets": ("logits", raw(b"[" * 60000), "JSON object"),
     "gzip": ("logits", raw(gzip.compress(bytes(1 << 24)), Content_Encoding="gzip"), "JSON object"),
-    "a huge body": ("logits", raw(b" " * (1 << 20)), "longer than any answer"),
+    "a huge body": ("logits", raw(b" " * (1 << 20)), "longer than any valid one"),
     "redirect to a file": ("logits", redirect("file:///etc/passwd"), "status 302"),
     "redirect elsewhere": ("logits", redirect("http://127.0.0.1:9/"), "status 302"),
     "refusal": ("logits", lambda handler, _: reply(handler, b"", 403), "status 403"),
@@ -193,7 +193,7 @@ def test_descriptions_that_lie(world, about, tried):
 def test_a_description_without_end_is_cut_off(world, monkeypatch):
     monkeypatch.setattr(remote_oracle, "MAX_DESCRIPTION_BYTES", 1000)
     world.about = [b" " * 2000]
-    with pytest.raises(UserError, match="longer than any answer"):
+    with pytest.raises(UserError, match="longer than any valid one"):
         oracle(world)
 
 
@@ -296,7 +296,7 @@ def test_no_storm_of_questions(world, tmp_path, pause, tried):
     asked(questions()[:16])
     world.faults[:] = [PAUSES[pause]] * 1000
     world.times.clear()
-    with pytest.raises(UserError, match=r"stopped answering after \d+ queries .* run again"):
+    with pytest.raises(UserError, match=r"stopped responding after \d+ queries .* run again"):
         asked(questions())
     gaps = [b - a for a, b in zip(world.times, world.times[1:], strict=False)]
     assert len(world.times) == 4
@@ -323,7 +323,7 @@ def test_the_server_may_say_when(world, monkeypatch, tried):
         slept.clear()
         world.keys.clear()
         world.faults[:] = [status(429, Retry_After=said)] * 9
-        with pytest.raises(UserError, match="it wants no question for"):
+        with pytest.raises(UserError, match="it accepts no request for"):
             asked(questions()[16:32])
         assert not slept and len(world.keys) == 1
     tried("HTTP teacher", "Retry-After: seconds, dates, days", 4, "obeyed; beyond two minutes the run ends")

@@ -38,8 +38,10 @@ def closed_form(
     changes no decision, between the groups it keeps either from outshouting the other.
     """
     middle = torch.cat([base_text, new_text]).mean(0)
-    mixture = mix(base_text, weight, bias, known=owner_weight, geometry=geometry)
-    base, scale = match_rms(mixture.rows - mixture.rows.mean(0), base_text - base_text.mean(0))
+    mixture = mix(base_text, weight, bias, owner_weight=owner_weight, geometry=geometry)
+    base, scale = match_rms(
+        mixture.class_weights - mixture.class_weights.mean(0), base_text - base_text.mean(0)
+    )
     base = base + base_text.mean(0)
     eye = torch.eye(base_text.shape[1]).to(base_text)
     step = eye.clone()
@@ -53,7 +55,7 @@ def closed_form(
         _, spread = match_rms(new_text @ step + shift - middle, new_text - middle)
         step, shift = spread * step, spread * (shift - middle) + middle
     new = new_text @ step + shift
-    return ClassWeights(base, new, scale * mixture.bias, step, shift, mixture.weight, mixture.reason)
+    return ClassWeights(base, new, scale * mixture.bias, step, shift, mixture.teacher_weight, mixture.reason)
 
 
 def match_rms(rows: Tensor, like: Tensor) -> tuple[Tensor, float]:

@@ -1,1 +1,1 @@
-"""Stage 1: from the owner's teacher to virtual base classes."""
+"""Recover virtual base classes from the owner's teacher (stage 1)."""

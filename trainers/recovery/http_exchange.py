@@ -1,4 +1,4 @@
-"""Exchange one HTTP request for a reply of bounded size, within one deadline."""
+"""Send HTTP requests with a limit on the size of replies and one deadline."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from anyio.from_thread import start_blocking_portal
 
 from dfzsl.utils.errors import UserError
 
-MAX_ERROR_BYTES = 1 << 14  # read of a refusal's body
+MAX_ERROR_BYTES = 1 << 14  # of the body of an error reply
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply.
+    """Reply of an HTTP server.
 
     Attributes:
         status: HTTP status.
-        headers: by their names in lower case.
-        body: its first bytes; more than `max_bytes` of `exchange` if there are more.
+        headers: values by lower-case name.
+        body: its first bytes; more than `max_bytes` of `exchange` only if the reply is longer than that.
     """
 
     status: int
@@ -41,25 +41,28 @@ def exchange(
 ) -> Reply:
     """Send one request over a connection of its own, and return the reply.
 
-    Redirects are not followed. The proxy is that of the environment.
+    Redirects are not followed. Proxies are those of the environment.
 
     Args:
         url: http:// or https:// address.
         content: body of a POST, or None for a GET.
-        headers: beyond those of the protocol.
-        seconds: time for the whole exchange, apart from the resolution of the host name.
-        max_bytes: where to stop reading the body of a reply with a status of success; of others at most
-            `MAX_ERROR_BYTES` are read, as far as they arrive.
-        ssl_context: for https.
+        headers: additional headers.
+        seconds: time limit of the whole exchange, without the resolution of the host name.
+        max_bytes: limit on the body of a successful reply. Of other replies at most `MAX_ERROR_BYTES` are
+            read, as far as they arrive in time.
+        ssl_context: context of https connections.
+
+    Returns:
+        The reply.
 
     Raises:
-        OSError: no whole reply in time, no connection, or a reply that is not HTTP. The message holds nothing
-            that a server sent.
+        OSError: no complete reply in time, no connection, or a reply that is not HTTP. The message contains
+            nothing that a server sent.
         UserError: the environment names a proxy that cannot be used.
     """
-    # The time-outs of httpx are those of single operations: each received byte starts them anew. A task can
-    # be cancelled at any point instead. Its thread is its own, because the caller's may run an event loop
-    # already, as notebooks do.
+    # The time-outs of httpx apply to single operations, so a slow server can exceed them. A task can be
+    # canceled at any point. It runs in a thread of its own, because the caller's thread may already run an
+    # event loop, e.g. in notebooks.
     with start_blocking_portal() as portal:
         return portal.call(_exchange, url, content, headers, seconds, max_bytes, ssl_context)
 
@@ -97,10 +100,11 @@ async def _exchange(
                 return _reply(response, body)
     except httpx.NetworkError as error:
         failure = ConnectionError(str(error))
-    except httpx.TransportError as error:  # its text may quote what the server sent
-        failure = ConnectionError(f"a reply that is not HTTP's ({type(error).__name__})")
+    except httpx.TransportError as error:
+        # The text of this error may quote the server, so it is not used.
+        failure = ConnectionError(f"the reply is not valid HTTP ({type(error).__name__})")
     else:
-        failure = TimeoutError(f"no whole reply within {seconds:g} seconds")
+        failure = TimeoutError(f"no complete reply within {seconds:g} seconds")
     if response is not None and not response.is_success:
         return _reply(response, body)
     raise failure

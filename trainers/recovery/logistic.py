@@ -1,4 +1,4 @@
-"""Multinomial logistic regression: scikit-learn's objective, on torch."""
+"""Fit multinomial logistic regressions with scikit-learn's objective in PyTorch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from dfzsl.utils.progress import progress_bar
 
-ROWS = 4096  # features at a time: their scores stay in a processor's cache
-COARSE = 1e-4  # the tolerance that sums in float32 are exact enough for
-MOST_STEPS = 1000
+ROWS_PER_BLOCK = 4096  # the scores of a block fit into the cache of a processor
+FLOAT32_TOLERANCE = 1e-4  # for smaller tolerances sums in float32 are not exact enough
+MAX_ITERATIONS = 1000
 
 
-def regression(
+def fit_logistic_regression(
     x: Tensor,
     y: Tensor,
     classes: int,
@@ -24,67 +24,77 @@ def regression(
     tolerance: float = 1e-6,
     start: Tensor | None = None,
 ) -> Tensor:
-    """(classes, d) rows W, without intercepts, that minimise C sum_i s_i CE(W x_i, y_i) + |W|^2 / 2.
+    """Minimize C sum_i s_i CE(W x_i, y_i) + |W|^2 / 2 over class weights W, without intercepts.
 
-    L-BFGS on V = W L, where L L^T is the Hessian in a class's row at W = 0: there the steps are nearly
-    Newton's. Sums are in float32 down to `COARSE` and in float64 from there on.
+    L-BFGS runs on V = W L, where L L^T is the Hessian in one class's weights at W = 0, so that its steps are
+    close to Newton steps. Sums are in float32 down to `FLOAT32_TOLERANCE`, then in float64.
 
     Args:
-        x: (n, d) features; y: (n,) their classes. A class without any gets the row 0.
-        C: inverse strength of the penalty; of two classes it is on the difference of their rows, as in
-            scikit-learn.
-        balanced: s_i = n / (classes there * features of class y_i), else 1.
-        tolerance: of the largest entry of the gradient in V, relative to that at W = 0.
-        start: (classes, d) rows to begin with, else 0.
-    """
-    from scipy.optimize import minimize  # half a second, and only owners need it
+        x: (n, d) features.
+        y: (n,) labels.
+        classes: number of classes.
+        C: inverse strength of the penalty. With two classes the penalty is on the difference of their
+            weights, as in scikit-learn.
+        balanced: s_i = n / (number of classes with features * features of class y_i), else 1.
+        tolerance: largest entry of the gradient in V at which to stop, relative to that at W = 0.
+        start: (classes, d) weights to start from; None for 0.
 
-    there, y = y.unique(return_inverse=True)
+    Returns:
+        (classes, d) class weights; 0 for a class without features.
+    """
+    from scipy.optimize import minimize  # the import takes half a second, and few commands need it
+
+    labels, y = y.unique(return_inverse=True)
     count = torch.bincount(y).double()
-    share = (len(y) / (len(there) * count) if balanced else torch.ones_like(count))[y]
-    if len(there) == 2:
+    sample_weight = (len(y) / (len(labels) * count) if balanced else torch.ones_like(count))[y]
+    if len(labels) == 2:
         C = C / 2
     eye = torch.eye(x.shape[1], dtype=torch.float64, device=x.device)
     hessian = eye / C
-    for part, weight in zip(x.split(ROWS), share.split(ROWS), strict=True):
-        hessian += (part.double() * weight[:, None] / len(there)).T @ part.double()
+    for block, weight in zip(x.split(ROWS_PER_BLOCK), sample_weight.split(ROWS_PER_BLOCK), strict=True):
+        hessian += (block.double() * weight[:, None] / len(labels)).T @ block.double()
     inverse = torch.linalg.solve_triangular(torch.linalg.cholesky(hessian), eye, upper=False)
-    white = torch.cat([(part.double() @ inverse.T).float() for part in x.split(ROWS)])
+    whitened = torch.cat([(block.double() @ inverse.T).float() for block in x.split(ROWS_PER_BLOCK)])
     penalty = inverse @ inverse.T / C
+    split_tensors = (tensor.split(ROWS_PER_BLOCK) for tensor in (whitened, y, sample_weight))
+    blocks = list(zip(*split_tensors, strict=True))
 
     def loss(flat: np.ndarray, dtype: torch.dtype) -> tuple[float, np.ndarray]:
-        """Its value at V and its gradient there."""
-        rows = torch.from_numpy(flat).view(len(there), -1).to(x.device)
+        """Return the objective at V and its gradient."""
+        rows = torch.from_numpy(flat).view(len(labels), -1).to(x.device)
         gradient = rows @ penalty
         value = (rows * gradient).sum() / 2
         rows = rows.to(dtype)
-        for part, label, weight in zip(white.split(ROWS), y.split(ROWS), share.split(ROWS), strict=True):
-            told = F.log_softmax(part.to(dtype) @ rows.T, 1)
-            value -= weight @ told.gather(1, label[:, None])[:, 0].double()
-            error = told.exp_()
+        for block, label, weight in blocks:
+            log_probability = F.log_softmax(block.to(dtype) @ rows.T, 1)
+            value -= weight @ log_probability.gather(1, label[:, None])[:, 0].double()
+            error = log_probability.exp_()
             error[torch.arange(len(label)), label] -= 1
-            gradient += (error * weight[:, None].to(dtype)).T @ part.to(dtype)
+            gradient += (error * weight[:, None].to(dtype)).T @ block.to(dtype)
         return float(value), gradient.flatten().cpu().numpy()
 
-    weight = torch.zeros(classes, x.shape[1])
-    rows = np.zeros(len(there) * x.shape[1])
+    class_weights = torch.zeros(classes, x.shape[1])
+    rows = np.zeros(len(labels) * x.shape[1])
     scale = np.abs(loss(rows, torch.float64)[1]).max()
-    if scale <= torch.finfo(torch.float32).eps * float(white.abs().sum(0).max()):
-        return weight  # rounding alone: the features tell no class from another
+    if scale <= torch.finfo(torch.float32).eps * float(whitened.abs().sum(0).max()):
+        # The gradient is rounding error: the features do not depend on the class.
+        return class_weights
     if start is not None:
-        begin = torch.linalg.solve_triangular(inverse, start[there].to(inverse), upper=False, left=False)
-        rows = begin.flatten().cpu().numpy()
+        initial = torch.linalg.solve_triangular(inverse, start[labels].to(inverse), upper=False, left=False)
+        rows = initial.flatten().cpu().numpy()
+    stages = ((torch.float32, max(tolerance, FLOAT32_TOLERANCE)), (torch.float64, tolerance))
     with progress_bar(desc="regression", unit="step", delay=5) as steps:
-        for dtype, reached in ((torch.float32, max(tolerance, COARSE)), (torch.float64, tolerance)):
+        for dtype, gradient_tolerance in stages:
             rows = minimize(
                 lambda flat, dtype=dtype: tuple(part / scale for part in loss(flat, dtype)),
                 rows,
                 jac=True,
                 method="L-BFGS-B",
-                options={"maxiter": MOST_STEPS, "gtol": reached, "ftol": 0},
+                options={"maxiter": MAX_ITERATIONS, "gtol": gradient_tolerance, "ftol": 0},
                 callback=lambda _: steps.update(),
             ).x
-            if reached == tolerance:
+            if gradient_tolerance == tolerance:
                 break
-    weight[there.cpu()] = (torch.from_numpy(rows).view(len(there), -1).to(inverse) @ inverse).float().cpu()
-    return weight
+    solution = torch.from_numpy(rows).view(len(labels), -1).to(inverse)
+    class_weights[labels.cpu()] = (solution @ inverse).float().cpu()
+    return class_weights

@@ -1,7 +1,8 @@
-"""Text and teacher in one classifier of base classes: rows t_c + g u_c, and the weight g of the teacher.
+"""Combine text embeddings and a teacher's class weights into one classifier of base classes.
 
-u_c are the teacher's unit rows, centred over the classes, which changes no decision among them, and of mean
-square length 1. The sum is not normalised: the lengths of its rows carry part of the accuracy.
+The weight vector of a base class is t_c + g u_c with its text embedding t_c, the mixing weight g, and the
+teacher's normalized weight vector u_c (`teacher_rows`). The sum is not normalized: the lengths of its weight
+vectors carry part of the accuracy.
 """
 
 from __future__ import annotations
@@ -18,35 +19,50 @@ from dfzsl.utils.numerics import split_rows, unit
 from .feature_statistics import FeatureStatistics
 from .ridge import leave_one_out_ridge
 
-# ln g = A - B ln(1 - near) + C found - D ln(spread): a regression on 360 cells of four data sets and their
-# parts, kept because it holds on each set when fitted on the three others (docs/accuracy.md). No derivation.
-PLAIN = (-12.1, 3.0, 4.7, 0.0)
-WHITENED = (-6.1, 2.3, 2.6, 3.0)
-WEIGHTS = (0.01, 3.0)  # no weight outside is taken from the rule
-MOST_SURE = 0.99  # of what text foretells; more is not believed
-TEXT_ALREADY = (
-    0.8  # mean cosine to text from which rows are text with corrections; images' own reach 0.3 to 0.72
-)
+# ln g = A - B ln(1 - nearest text cosine) + C retrieval accuracy - D ln(relative scatter). An empirical rule,
+# fitted by regression on 360 cells of four data sets and their parts. It also holds on each data set when
+# it is fitted on the three others (docs/accuracy.md).
+WEIGHT_COEFFICIENTS = (-12.1, 3.0, 4.7, 0.0)
+WHITENED_WEIGHT_COEFFICIENTS = (-6.1, 2.3, 2.6, 3.0)
+TEACHER_WEIGHT_RANGE = (0.01, 3.0)  # limits of a predicted mixing weight
+MAX_LOO_COSINE = 0.99
+# Above this mean cosine to text a teacher was trained from text. Teachers of images reach 0.3 to 0.72.
+MAX_TEXT_TEACHER_COSINE = 0.8
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Rows of base classes (C, d) relative to any point, their biases (C,), the weight g and why it is g.
+    """A classifier of base classes that combines text and teacher.
 
-    foretell: (d, d) map from centred text features to the teacher's unit rows. sure: (s^2 / (1 - s^2))^2 with
-    s the mean cosine of what text foretells of a row that was left out to this row.
+    Attributes:
+        class_weights: (C, d) class weights; a vector that all classes share is arbitrary.
+        bias: (C,) intercepts.
+        teacher_weight: mixing weight g; infinite if text is not used.
+        reason: explanation of g for the user.
+        text_to_weight: (d, d) map from centered text embeddings to the teacher's L2-normalized weights.
+        loo_predictability: (s^2 / (1 - s^2))^2 for the mean leave-one-out cosine s of this map.
     """
 
-    rows: Tensor
+    class_weights: Tensor
     bias: Tensor
-    weight: float
+    teacher_weight: float
     reason: str
     text_to_weight: Tensor
     loo_predictability: float
 
 
 def teacher_rows(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """u (C, d) and biases (C,) in the same scale: unit rows, centred, then of mean square length 1."""
+    """L2-normalize class weights, center them over classes, and scale them to mean squared length 1.
+
+    Centering changes no decision among the classes.
+
+    Args:
+        weight: (C, d) the teacher's class weights.
+        bias: (C,) intercepts, or None for none.
+
+    Returns:
+        Class weights u (C, d), and intercepts (C,) on the same scale.
+    """
     length = weight.norm(dim=1).clamp(min=1e-30)
     rows = unit(weight)
     offset = torch.zeros_like(length) if bias is None else bias.to(length) / length
@@ -56,22 +72,29 @@ def teacher_rows(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Te
 
 
 def text_teacher_statistics(text: Tensor, rows: Tensor) -> tuple[float, float, float]:
-    """What a client sees of text (C, d) and teacher `rows` (C, d) of the same classes.
+    """Compare text embeddings with the teacher's class weights.
 
-    near: mean cosine of a text to its nearest other one: how alike the classes are in words.
-    found: share of rows whose best text is their own (scores centred over the rows): how well the two agree.
-    alike: mean cosine of a row to its text, both centred: near 1 for a teacher that was trained from text.
+    Args:
+        text: (C, d) L2-normalized text embeddings.
+        rows: (C, d) the teacher's weights of the same classes.
+
+    Returns:
+        nearest_text_cosine: mean cosine of a text embedding to its nearest other one.
+        retrieval_accuracy: share of weight vectors whose best text is that of their own class, with scores
+            centered over the weight vectors.
+        text_teacher_cosine: mean cosine of a weight vector to its text, both centered; near 1 for a teacher
+            that was trained from text.
     """
-    centred = text - text.mean(0)
+    centered = text - text.mean(0)
     rows = unit(rows - rows.mean(0))
-    middle = centred @ rows.mean(0)
+    mean_score = centered @ rows.mean(0)
     nearest_text_cosine, retrieval_accuracy = [], []
     for index in split_rows(torch.arange(len(text), device=text.device), len(text)):
         cosine = text[index] @ text.T
         cosine[torch.arange(len(index)), index] = -1
         nearest_text_cosine.append(cosine.max(1).values)
-        retrieval_accuracy.append((rows[index] @ centred.T - middle).argmax(1) == index)
-    text_teacher_cosine = float((rows * unit(centred)).sum(1).mean())
+        retrieval_accuracy.append((rows[index] @ centered.T - mean_score).argmax(1) == index)
+    text_teacher_cosine = float((rows * unit(centered)).sum(1).mean())
     return (
         float(torch.cat(nearest_text_cosine).mean()),
         float(torch.cat(retrieval_accuracy).float().mean()),
@@ -79,34 +102,57 @@ def text_teacher_statistics(text: Tensor, rows: Tensor) -> tuple[float, float, f
     )
 
 
-def spread_along(rows: Tensor, geometry: FeatureStatistics) -> float:
-    """How much of the teacher's `rows` (C, d) lies where images of any class scatter: 1 if isotropic."""
-    centred = unit(rows - rows.mean(0))
-    return float(((centred @ geometry.scatter.to(rows)) * centred).sum(1).mean()) * rows.shape[1]
+def relative_scatter(rows: Tensor, geometry: FeatureStatistics) -> float:
+    """Return the within-class variance along the teacher's weights (C, d), relative to the mean variance."""
+    centered = unit(rows - rows.mean(0))
+    return float(((centered @ geometry.scatter.to(rows)) * centered).sum(1).mean()) * rows.shape[1]
 
 
 def fit_text_to_weight(text: Tensor, rows: Tensor) -> tuple[Tensor, float]:
-    """The map from centred text (C, d) to rows of length 1 in the mean, and `Mixture.loo_predictability` of it."""
-    ridge, left_out = leave_one_out_ridge(text, rows)
-    s = float(F.cosine_similarity(left_out, rows, dim=1).mean().clamp(0, MOST_SURE))
-    return ridge / left_out.norm(dim=1).mean().clamp(min=1e-6), (s * s / (1 - s * s)) ** 2
+    """Fit the text-to-weight regression.
+
+    Args:
+        text: (C, d) text embeddings.
+        rows: (C, d) the teacher's L2-normalized class weights.
+
+    Returns:
+        The (d, d) map from centered text embeddings to weights of mean length 1, and its
+        `Mixture.loo_predictability`.
+    """
+    ridge, loo_prediction = leave_one_out_ridge(text, rows)
+    loo_cosine = float(F.cosine_similarity(loo_prediction, rows, dim=1).mean().clamp(0, MAX_LOO_COSINE))
+    text_to_weight = ridge / loo_prediction.norm(dim=1).mean().clamp(min=1e-6)
+    return text_to_weight, (loo_cosine * loo_cosine / (1 - loo_cosine * loo_cosine)) ** 2
 
 
 def predict_teacher_weight(
     text: Tensor, rows: Tensor, geometry: FeatureStatistics | None = None, loo_predictability: float = 0.0
 ) -> float:
-    """The teacher's weight g from what can be seen; infinite where its rows hold the text already.
+    """Predict the mixing weight g from text and teacher alone.
 
-    Noise cannot be foretold: a teacher whose left-out rows text foretells (`loo_predictability` above 1) is heard the more.
+    Noise in a teacher's weights cannot be predicted from text. So g grows with `loo_predictability` where
+    that is above 1.
+
+    Args:
+        text: (C, d) L2-normalized text embeddings.
+        rows: (C, d) the teacher's weights of the same classes.
+        geometry: feature statistics of the encoder, if the weights are whitened by them.
+        loo_predictability: see `Mixture`.
+
+    Returns:
+        g, within `TEACHER_WEIGHT_RANGE`; infinity for a teacher that was trained from text.
     """
     nearest_text_cosine, retrieval_accuracy, text_teacher_cosine = text_teacher_statistics(text, rows)
-    if text_teacher_cosine > TEXT_ALREADY:
+    if text_teacher_cosine > MAX_TEXT_TEACHER_COSINE:
         return math.inf
-    start, words, agreement, scatter = PLAIN if geometry is None else WHITENED
-    spread = 1.0 if geometry is None else spread_along(rows, geometry)
-    logarithm = start - words * math.log(max(1 - nearest_text_cosine, 1e-3)) + agreement * retrieval_accuracy
-    logarithm -= scatter * math.log(max(spread, 1e-3))
-    return min(max(max(loo_predictability, 1.0) * math.exp(logarithm), WEIGHTS[0]), WEIGHTS[1])
+    coefficients = WEIGHT_COEFFICIENTS if geometry is None else WHITENED_WEIGHT_COEFFICIENTS
+    intercept, text_slope, retrieval_slope, scatter_slope = coefficients
+    scatter = 1.0 if geometry is None else relative_scatter(rows, geometry)
+    log_weight = intercept - text_slope * math.log(max(1 - nearest_text_cosine, 1e-3))
+    log_weight = log_weight + retrieval_slope * retrieval_accuracy
+    log_weight -= scatter_slope * math.log(max(scatter, 1e-3))
+    smallest, largest = TEACHER_WEIGHT_RANGE
+    return min(max(max(loo_predictability, 1.0) * math.exp(log_weight), smallest), largest)
 
 
 def mix(
@@ -114,33 +160,39 @@ def mix(
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    known: float | None = None,
+    owner_weight: float | None = None,
     geometry: FeatureStatistics | None = None,
 ) -> Mixture:
-    """Text (C, d) and a teacher's rows (C, d) and intercepts (C,) combined.
+    """Combine text embeddings with a teacher.
 
-    known: the weight g of plain rows as the owner found it by cross-validation; else `predict_teacher_weight`, and with
-    a geometry rows that are whitened by it, unless they hold the text already.
+    Args:
+        text: (C, d) L2-normalized text embeddings.
+        weight: (C, d) the teacher's class weights.
+        bias: (C,) the teacher's intercepts, or None for none.
+        owner_weight: mixing weight g that the owner measured by cross-validation; None to predict it.
+        geometry: feature statistics of the encoder, by which the teacher's weights are whitened unless
+            `owner_weight` is set or the teacher was trained from text.
+
+    Returns:
+        The combined classifier.
     """
     plain, plain_offset = rows, offset = teacher_rows(weight, bias)
-    if geometry is not None and known is None:
+    if geometry is not None and owner_weight is None:
         rows = geometry.whiten(rows)
         scale = rows.square().sum(1).mean().sqrt().clamp(min=1e-12)
         rows, offset = rows / scale, offset / scale
     text_to_weight, loo_predictability = fit_text_to_weight(text, unit(rows))
-    if known is not None:
+    if owner_weight is not None:
         return Mixture(
-            text + known * rows,
-            known * offset,
-            known,
+            text + owner_weight * rows,
+            owner_weight * offset,
+            owner_weight,
             "the owner's cross-validation",
             text_to_weight,
             loo_predictability,
         )
     g = predict_teacher_weight(text, plain, geometry, loo_predictability)
     if math.isinf(g):
-        return Mixture(
-            plain, plain_offset, g, "the teacher's rows hold the text already", text_to_weight, 0.0
-        )
-    reason = "how alike words are, and how teacher and words agree"
+        return Mixture(plain, plain_offset, g, "the teacher was trained from text", text_to_weight, 0.0)
+    reason = "predicted from the similarity of the text embeddings and their agreement with the teacher"
     return Mixture(text + g * rows, g * offset, g, reason, text_to_weight, loo_predictability)

@@ -1,4 +1,4 @@
-"""Open the oracle of a teacher: one in memory, in a file, or behind a server."""
+"""Open the oracle of a teacher in memory, in a file, or behind a server."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def open_oracle(
     Args:
         source: a teacher, the path of its file, or the http:// or https:// address of a server.
         level: access level, one of `LEVELS`.
-        journal: folder in which responses are kept, or None.
+        journal: directory in which responses are stored, or None.
         budget: most queries in all; 0 for any number.
 
     Returns:
@@ -41,7 +41,7 @@ def open_oracle(
             return HTTPTeacher(str(source)).oracle(level, journal, budget)
         source = Teacher.load(source)
     teacher = source
-    answers: dict[str, Callable[[Tensor], Tensor]] = {
+    answer: dict[str, Callable[[Tensor], Tensor]] = {
         "weights": teacher.logits,
         "logits": teacher.logits,
         # In float64 a probability keeps its logarithm down to 1e-300.
@@ -49,7 +49,7 @@ def open_oracle(
         "labels": lambda x: teacher.logits(x).argmax(1),
     }
     return Oracle(
-        answers[level],
+        answer[level],
         level,
         teacher.classnames,
         teacher.weight.shape[1],

@@ -1,7 +1,8 @@
-"""Recover virtual base classes (stage 1): a von Mises-Fisher distribution per class, from teacher and names.
+"""Recover virtual base classes from a teacher and class names (stage 1).
 
-`recover` first learns the teacher's class weights as far as the access level shows them (method), then sets
-the mean direction of each class (directions) and how tightly features lie around it (concentration).
+`recover` models each class as a von Mises-Fisher distribution. It first recovers the teacher's class weights
+as far as the access level determines them (setting `method`), then estimates the mean direction of each
+class (`directions`) and the concentration (`concentration`).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from .class_directions import (
 )
 from .feature_statistics import FeatureStatistics
 from .oracle import Oracle
-from .responses import Extracted
+from .responses import RecoveredWeights
 from .settings import RecoverySettings
 from .simulator import simulate, simulate_moments, train_generator
 from .virtual_classes import STAGE, VirtualClasses, matching_order
@@ -47,18 +48,18 @@ def recover(
         oracle: the teacher at an access level (oracle.py).
         text: (C, d) L2-normalized text embeddings of `classnames`.
         classnames: C names, the teacher's in any order; by default in the teacher's order.
-        new_text: (K, d) text embeddings of the new classes, if they are known already.
+        new_text: (K, d) text embeddings of the new classes, or None.
         generator: source of all random draws.
-        geometry: feature statistics of the encoder, if they were measured: image features then lie around
-            their mean direction, and virtual features have their covariance.
+        geometry: feature statistics of the encoder, or None. They set the common mean direction of image
+            features and the covariance of virtual features.
         settings: fields of `RecoverySettings`.
 
     Returns:
         The base classes in the order of `classnames`.
 
     Raises:
-        UserError: names or shapes do not match, the method cannot use the access level, or the teacher's
-            responses are faulty or stop.
+        UserError: names or shapes do not match, the method does not support the access level, or the
+            teacher's responses are faulty or stop.
     """
     options = RecoverySettings(**settings)
     names = list(oracle.classnames if classnames is None else classnames)
@@ -71,21 +72,21 @@ def recover(
         desc="recover", unit="query", unit_scale=True, disable=oracle.level == "weights"
     ) as queries:
 
-        def ask(x: Tensor) -> Tensor:
-            """Query the teacher; its responses are put in the order of `names`."""
+        def query(x: Tensor) -> Tensor:
+            """Query the teacher, and sort its responses into the order of `names`."""
             responses = oracle(x)
             queries.update(len(x))
             if responses.dim() == 2 and len(names) > 1 and (responses == responses[:, :1]).all():
                 raise UserError(f"{STAGE}: all class scores of the teacher are identical")
             return label[responses] if oracle.level == "labels" else responses[:, order]
 
-        def extract() -> Extracted:
+        def recover_weights() -> RecoveredWeights:
             if oracle.weight is not None:
                 weight = oracle.weight[order].float()
                 bias = None if oracle.bias is None else oracle.bias[order].float()
-                return Extracted(unit(weight) if oracle.normalized else weight, bias, 0.0)
+                return RecoveredWeights(unit(weight) if oracle.normalized else weight, bias, 0.0)
             return recover_class_weights(
-                ask,
+                query,
                 oracle.level,
                 names,
                 text,
@@ -96,16 +97,17 @@ def recover(
                 generator=generator,
             )
 
-        network = bias = error = None  # the methods that compare cosines have no intercept
+        # The methods that compare cosines have no intercepts.
+        network = bias = error = None
         if options.method == "simulator":
-            weight = simulate(ask, oracle, text, kappa, options, generator)
+            weight = simulate(query, oracle, text, kappa, options, generator)
         else:
-            extracted = extract()
-            weight, error = extracted.weight, extracted.error
+            recovered = recover_weights()
+            weight, error = recovered.weight, recovered.error
             if options.method == "moments":
                 weight = simulate_moments(weight, text, kappa, options)
             else:
-                bias = extracted.bias
+                bias = recovered.bias
     if options.method == "generator":
         network = train_generator(weight, bias, text, options, generator)
     mu = _directions(oracle, weight, text, all_text, geometry, options)
@@ -135,7 +137,7 @@ def _check_inputs(
 ) -> tuple[Tensor, Tensor]:
     """Return L2-normalized text embeddings of the base classes, and of base and new classes together."""
     if geometry is not None and len(geometry.mean) != oracle.dim:
-        raise UserError(f"the geometry is of {len(geometry.mean)} dimensions, the teacher of {oracle.dim}")
+        raise UserError(f"the geometry has {len(geometry.mean)} dimensions, the teacher {oracle.dim}")
     if text.shape != (len(names), oracle.dim):
         raise UserError(f"text features have shape {tuple(text.shape)}, expected {(len(names), oracle.dim)}")
     text = check_unit_rows(unit(text.float()), STAGE, "text feature", names)
@@ -148,14 +150,14 @@ def _check_inputs(
 def _concentration(oracle: Oracle, text: Tensor, all_text: Tensor, options: RecoverySettings) -> float:
     """Return the concentration that all classes share."""
     if options.concentration == "paper":
-        # The released gmm mode looks at the new names as well.
-        rule = paper_concentration(all_text if options.method == "gmm" else text)
+        # The paper's released code includes the new classes in its mode gmm.
+        kappa = paper_concentration(all_text if options.method == "gmm" else text)
     else:
         measured = oracle.card.coherence if oracle.card else None
-        rule = typical_concentration(oracle.dim, options.coherence or measured or MEAN_RESULTANT_LENGTH)
-    if not options.theta * rule < torch.finfo(torch.float32).max:
+        kappa = typical_concentration(oracle.dim, options.coherence or measured or MEAN_RESULTANT_LENGTH)
+    if not options.theta * kappa < torch.finfo(torch.float32).max:
         raise UserError(f"RECOVERY.THETA {options.theta} makes the concentration infinite; lower it")
-    return options.theta * rule
+    return options.theta * kappa
 
 
 def _directions(

@@ -1,10 +1,13 @@
-"""Query a teacher behind an HTTP server: check its address, read its description, request responses.
+"""Query a teacher on an HTTP server.
+
+Protocol:
 
     GET  url   ->  {"classnames": [...], "dim": d, "normalized": bool, "backbone": "..."}
     POST url   <-  {"level": "logits" | "probabilities" | "labels", "features": [[...], ...]}
                ->  {LEVEL: responses}
 
-The description may add "budget", the queries that are left, and "batch", the most of a request.
+The description may also have "budget", the remaining number of queries, and "batch", the maximum number of
+queries per request.
 """
 
 from __future__ import annotations
@@ -32,21 +35,21 @@ from .http_exchange import Reply, exchange
 from .oracle import Oracle
 
 MAX_DESCRIPTION_BYTES = 1 << 26
-MAX_ENVELOPE_BYTES = 1 << 16  # of a reply without its numbers
+MAX_ENVELOPE_BYTES = 1 << 16  # of a reply apart from its numbers
 MAX_NUMBER_BYTES = 40
-MAX_EXPLANATION = 200  # characters of a server's own words in a message
+MAX_EXPLANATION_CHARS = 200  # of an error reply, quoted in a message
 
 
 def is_address(source: str) -> bool:
-    """Return whether a teacher is a server's address and not a file."""
+    """Return whether `source` is the address of a server, and not a file."""
     return source.lower().startswith(("http://", "https://"))
 
 
 def check_address(url: str) -> None:
-    """Check that an address names a host and holds no secret: addresses stand in logs and results.
+    """Check that an address names a host and holds no secret, because logs and results contain it.
 
     Raises:
-        UserError: it does not.
+        UserError: the address is invalid, or has a user, a password, a query or a fragment.
     """
     try:
         parts = urlsplit(url)
@@ -54,33 +57,33 @@ def check_address(url: str) -> None:
     except (ValueError, httpx.InvalidURL):
         valid = False
     if not valid or UNPRINTABLE.search(url) or " " in url:
-        raise UserError("a teacher's address starts with http:// or https:// and names a host")
+        raise UserError("a teacher's address must start with http:// or https:// and name a host")
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise UserError(
-            f"{parts.scheme}://{parts.hostname}: a teacher's address stands in logs and results: leave user, "
-            f"password and what follows ? or # out of it; a secret belongs into the environment as {TOKEN}"
+            f"{parts.scheme}://{parts.hostname}: remove user, password and the part after ? or # from the "
+            f"address, which logs and results contain; set a secret as environment variable {TOKEN}"
         )
 
 
 class HTTPTeacher:
-    """A teacher's server (protocol: see this module).
+    """A teacher on an HTTP server (for the protocol see this module).
 
-    A request carries the SHA-256 of its body as `Idempotency-Key`, so that a server that bills by the query
-    can tell a retry from a new query, and the environment variable DFZSL_TEACHER_TOKEN, if set, as
-    `Authorization: Bearer`. Redirects are not followed: they could carry queries and token to another host.
-    Proxies are those of the environment.
+    Each request has the SHA-256 of its body as `Idempotency-Key`, so that a server that bills per query can
+    recognize retries, and the environment variable DFZSL_TEACHER_TOKEN, if set, as `Authorization: Bearer`.
+    Redirects are not followed, because they could send queries and token to another host. Proxies are those
+    of the environment.
 
     Args:
         url: http:// or https:// address.
-        timeout: seconds in which a whole reply must arrive.
-        retries: further attempts after a time-out, a lost connection, or a status 429 or 5xx.
-        backoff: seconds before the first retry, which double with each, unless `Retry-After` asks for more.
-        longest: most seconds of `Retry-After` to wait for.
-        batch_size: rows per request.
-        headers: further headers.
+        timeout: seconds in which a complete reply must arrive.
+        retries: number of retries after a time-out, a lost connection, or a status 429 or 5xx.
+        backoff: seconds before the first retry, doubled with each retry, or more if `Retry-After` says so.
+        max_wait: longest wait in seconds that `Retry-After` may ask for.
+        batch_size: queries per request.
+        headers: additional headers.
 
     Raises:
-        UserError: an address or token that cannot be used.
+        UserError: the address or the token is invalid.
     """
 
     def __init__(
@@ -90,84 +93,92 @@ class HTTPTeacher:
         timeout: float = 30.0,
         retries: int = 4,
         backoff: float = 0.5,
-        longest: float = 120.0,
+        max_wait: float = 120.0,
         batch_size: int = 256,
         headers: dict[str, str] | None = None,
     ) -> None:
         check_address(url)
         self.url, self.timeout, self.retries, self.backoff = url, timeout, retries, backoff
-        self.longest, self.batch_size, self.headers = longest, batch_size, dict(headers or {})
+        self.max_wait, self.batch_size, self.headers = max_wait, batch_size, dict(headers or {})
         if token := os.environ.get(TOKEN, "").strip():
             if not (token.isascii() and token.isprintable()):
-                raise UserError(f"{TOKEN} has characters that no header can hold")
+                raise UserError(
+                    f"the environment variable {TOKEN} has characters that are not printable ASCII"
+                )
             self.headers["Authorization"] = f"Bearer {token}"
         self.ssl_context = ssl.create_default_context()
 
     def oracle(self, level: str, journal: str | os.PathLike[str] | None = None, budget: int = 0) -> Oracle:
-        """Open the oracle of this server, which is asked for its description.
+        """Request the description of the teacher, and open its oracle.
 
         Args:
             level: "logits", "probabilities" or "labels".
-            journal: folder in which responses are kept, or None.
-            budget: most queries in all, if the server has not fewer left; 0 for any number.
+            journal: directory in which responses are stored, or None.
+            budget: limit on the number of queries, besides the server's own; 0 for none.
+
+        Returns:
+            The oracle.
 
         Raises:
-            UserError: the server gives no valid description, or its budget is used up.
+            UserError: the server has no valid description, or its budget is used up.
         """
         if level == "weights":
             raise UserError(
-                "a teacher behind an address answers queries; set TEACHER.ACCESS to logits or less"
+                "a server does not provide weights; set TEACHER.ACCESS to logits, probabilities or labels"
             )
         try:
-            about = self._request(None, MAX_DESCRIPTION_BYTES)
+            description = self._request(None, MAX_DESCRIPTION_BYTES)
         except OSError as error:
-            raise UserError(f"the teacher does not describe itself ({error})") from error
-        names, dim, batch = (about.get(name) for name in ("classnames", "dim", "batch"))
+            raise UserError(f"cannot read the description of the teacher ({error})") from error
+        names, dim, batch = (description.get(name) for name in ("classnames", "dim", "batch"))
         if not isinstance(names, list) or type(dim) is not int or not names or dim < 1:
-            raise UserError(f"{self.url}: the server's description lacks 'classnames' or 'dim'")
+            raise UserError(f"{self.url}: 'classnames' or 'dim' is missing from the server's description")
         names = check_class_names(names, self.url)
-        if not isinstance(normalized := about.get("normalized", True), bool):
-            raise UserError(f"{self.url}: 'normalized' in the server's description is not true or false")
+        if not isinstance(normalized := description.get("normalized", True), bool):
+            raise UserError(f"{self.url}: 'normalized' in the server's description must be true or false")
         return Oracle(
-            lambda x: self._answer(x, level, len(names)),
+            lambda x: self._query(x, level, len(names)),
             level,
             names,
             dim,
             normalized=normalized,
-            backbone=str(about.get("backbone", "")),
+            backbone=str(description.get("backbone", "")),
             batch_size=min(self.batch_size, batch) if type(batch) is int and batch > 0 else self.batch_size,
             journal=journal,
-            budget=self._affordable(budget, about, journal),
+            budget=self._limit_budget(budget, description, journal),
         )
 
-    def _affordable(self, budget: int, about: dict[str, Any], journal: str | os.PathLike[str] | None) -> int:
-        """Return the client's budget, or what the server has left, if that is less.
+    def _limit_budget(
+        self, budget: int, description: dict[str, Any], journal: str | os.PathLike[str] | None
+    ) -> int:
+        """Return the lesser of the client's budget and the queries that the server has left.
 
-        The plan of a run follows from it: it stays in the journal for a run that resumes.
+        It decides which queries a run makes, so it is stored in the journal for a run that resumes.
         """
         path = Path(journal) / "budget.json" if journal is not None else None
         if path and path.exists():
             return int(read_json(path))  # type: ignore[call-overload]
-        left = about.get("budget")
-        if type(left) is int and left >= 0:
-            if left == 0:
-                raise UserError(f"{self.url}: the budget that the server gives is used up")
-            budget = min(budget, left) if budget else left
+        remaining = description.get("budget")
+        if type(remaining) is int and remaining >= 0:
+            if remaining == 0:
+                raise UserError(f"{self.url}: the query budget of the server is used up")
+            budget = min(budget, remaining) if budget else remaining
         if path and budget:
             write_json(path, budget)
         return budget
 
-    def _answer(self, x: Tensor, level: str, classes: int) -> Tensor:
+    def _query(self, x: Tensor, level: str, classes: int) -> Tensor:
         """Return the responses to one batch x (n, d)."""
         numbers = len(x) * (1 if level == "labels" else classes)
-        query = {"level": level, "features": x.tolist()}
-        reply = self._request(query, MAX_ENVELOPE_BYTES + MAX_NUMBER_BYTES * numbers)
-        problem = f"{self.url}: the reply holds no array '{level}'"
+        body = {"level": level, "features": x.tolist()}
+        reply = self._request(body, MAX_ENVELOPE_BYTES + MAX_NUMBER_BYTES * numbers)
+        problem = f"{self.url}: the reply has no array '{level}'"
         try:
             if level != "labels":
                 return torch.tensor(reply[level], dtype=torch.float64)
-            if not all(type(label) is int for label in reply[level]):  # torch would cut 1.7 down to 1
-                raise UserError(f"{problem} of whole numbers")
+            # Without this check, torch would truncate 1.7 to 1.
+            if not all(type(label) is int for label in reply[level]):
+                raise UserError(f"{problem} of integers")
             return torch.tensor(reply[level], dtype=torch.int64)
         except UserError:
             raise
@@ -175,23 +186,23 @@ class HTTPTeacher:
             raise UserError(problem) from None
 
     def _request(self, query: dict[str, Any] | None, max_bytes: int) -> dict[str, Any]:
-        """Return the JSON object that answers a POST of `query`, or a GET for None, with retries.
+        """Send a POST of `query`, or a GET for None, with retries, and return the JSON object of the reply.
 
         Raises:
-            UserError: a status that no retry mends, or a reply that is longer or no JSON object.
-            OSError: the attempts are used up, or the server wants more than `longest` seconds.
+            UserError: the status is a permanent failure, or the reply is too long or not a JSON object.
+            OSError: all attempts failed, or `Retry-After` exceeds `max_wait`.
         """
         body = None if query is None else json.dumps(query).encode()
         for attempt in range(self.retries + 1):
             wait = self.backoff * 2**attempt
             try:
-                text = self._read(body, max_bytes)
+                text = self._send(body, max_bytes)
                 break
             except _Busy as error:
                 problem = f"{self.url}: {error}"
                 wait = max(wait, error.wait)
-                if wait > self.longest:
-                    raise OSError(f"{problem}; it wants no question for {wait:,.0f} seconds") from None
+                if wait > self.max_wait:
+                    raise OSError(f"{problem}; it accepts no request for {wait:,.0f} seconds") from None
             except OSError as error:
                 problem = f"{self.url}: {error}"
             if attempt == self.retries:
@@ -202,11 +213,11 @@ class HTTPTeacher:
         except (ValueError, RecursionError):
             reply = None
         if not isinstance(reply, dict):
-            raise UserError(f"{self.url}: the server did not answer with a JSON object")
+            raise UserError(f"{self.url}: the reply is not a JSON object")
         return reply
 
-    def _read(self, body: bytes | None, max_bytes: int) -> bytes:
-        """Return the body of the reply to one request."""
+    def _send(self, body: bytes | None, max_bytes: int) -> bytes:
+        """Send one request, and return the body of the reply."""
         headers = {"Accept": "application/json", **self.headers}
         if body is not None:
             digest = hashlib.sha256(body).hexdigest()
@@ -220,13 +231,13 @@ class HTTPTeacher:
             ssl_context=self.ssl_context,
         )
         if not 200 <= reply.status < 300:
-            raise self._refusal(reply)
+            raise self._status_error(reply)
         if len(reply.body) > max_bytes:
-            raise UserError(f"{self.url}: the reply is longer than any answer ({max_bytes:,} bytes)")
+            raise UserError(f"{self.url}: the reply is longer than any valid one ({max_bytes:,} bytes)")
         return reply.body
 
-    def _refusal(self, reply: Reply) -> Exception:
-        """Return the error for a status: _Busy if a retry may mend it, else a UserError."""
+    def _status_error(self, reply: Reply) -> Exception:
+        """Return the error for a status: `_Busy` if a retry may help, else UserError."""
         status = reply.status
         explanation = _explanation(reply.body) if 400 <= status < 500 else ""
         if status == 429 or status >= 500:
@@ -238,7 +249,12 @@ class HTTPTeacher:
 
 
 class _Busy(Exception):
-    """A status that asks to try again after `wait` seconds."""
+    """A temporary failure of the server.
+
+    Args:
+        message: description with the status.
+        wait: seconds before a retry.
+    """
 
     def __init__(self, message: str, wait: float) -> None:
         super().__init__(message)
@@ -246,23 +262,27 @@ class _Busy(Exception):
 
 
 def _explanation(body: bytes) -> str:
-    """Return ": " and the server's own words on its refusal, without the token, or ""."""
+    """Return ": " and the server's error message, without the token, or ""."""
     try:
         content = json.loads(body)
     except (ValueError, RecursionError):
         return ""
     if not isinstance(content, dict):
         return ""
-    words = content.get("error") or content.get("detail")
-    return f": {one_line(words)[:MAX_EXPLANATION]}" if isinstance(words, str) and words.strip() else ""
+    message = content.get("error") or content.get("detail")
+    return (
+        f": {one_line(message)[:MAX_EXPLANATION_CHARS]}"
+        if isinstance(message, str) and message.strip()
+        else ""
+    )
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Return the seconds that a server asks to wait; 0 if it names none.
+    """Return the seconds of the header Retry-After; 0 without one.
 
     Args:
-        headers: of a response, by their names in lower case. `retry-after` is a number of seconds, or a date
-            by the server's clock, which is `date`.
+        headers: values by lower-case name. `retry-after` is a number of seconds, or a date by the server's
+            clock, whose time is in `date`.
     """
     value = headers.get("retry-after", "").strip()
     if value.isascii() and value.isdigit():

@@ -1,4 +1,4 @@
-"""Define what recovery from responses works with: the query function, the recovered rows, their rounding."""
+"""Provide types for recovery from responses: query functions and recovered class weights."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from dataclasses import dataclass
 from torch import Tensor
 
 # Maps unit queries (n, d) to a teacher's responses: scores (n, C) or labels (n,).
-Ask = Callable[[Tensor], Tensor]
+QueryFunction = Callable[[Tensor], Tensor]
 
 MAX_DECIMALS = 6  # responses with more decimals count as not rounded
-MIN_NONZERO_RESPONSES = 20  # with fewer, rounding is not looked for
+MIN_NONZERO_RESPONSES = 20  # fewer do not show rounding
 
 
 @dataclass(frozen=True)
-class Extracted:
-    """Rows of a teacher as far as its responses determine them.
+class RecoveredWeights:
+    """Class weights of a teacher as far as its responses determine them.
+
+    `argmax_c x.weight_c + bias_c` decides as the teacher does.
 
     Attributes:
-        weight: (C, d) rows.
-        bias: (C,) intercepts, or None; `argmax_c x.weight_c + bias_c` decides as the teacher does.
-        error: expected relative error of the rows, without what all rows share; None where it cannot be
-            estimated because there were fewer responses than unknowns.
+        weight: (C, d) class weights.
+        bias: (C,) intercepts, or None for none.
+        error: estimated relative error of the weights, apart from their mean over classes; None with fewer
+            responses than unknowns.
     """
 
     weight: Tensor
@@ -30,16 +32,16 @@ class Extracted:
     error: float | None
 
 
-def step_of(answers: Tensor) -> float:
-    """Find the unit of the last decimal that responses are rounded to.
+def detect_rounding_step(responses: Tensor) -> float:
+    """Detect the decimal to which responses are rounded.
 
     Args:
-        answers: responses of any shape.
+        responses: values of any shape.
 
     Returns:
-        The unit, e.g. 0.01 for two decimals; 0 where responses are not rounded.
+        The rounding step, e.g. 0.01 for two decimals; 0 if responses are not rounded.
     """
-    values = answers[answers != 0].double()
+    values = responses[responses != 0].double()
     if len(values) < MIN_NONZERO_RESPONSES:
         return 0.0
     for decimals in range(MAX_DECIMALS + 1):

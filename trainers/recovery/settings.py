@@ -1,4 +1,4 @@
-"""Provide the settings of stage 1."""
+"""Provide the settings of stage 1 (recovery)."""
 
 from __future__ import annotations
 
@@ -11,24 +11,37 @@ METHODS = ("closed_form", "moments", "simulator", "gmm", "generator")
 
 @dataclass
 class RecoverySettings:
-    """Config keys RECOVERY.*, in upper case. The paper's own values: configs/trainers/DFZSL/paper/.
+    """Settings of stage 1: the config keys RECOVERY.* in lower case.
 
-    method: how the teacher is learned.
-        closed_form  its rows, exactly where the access level shows them (weight_recovery.py)
-        simulator    the paper: prototypes learned on vMF draws, epochs x draws x classes queries
-        moments      the simulator's expected loss from the vMF's second moment: no draws, d queries
-        gmm          the paper's: nothing is learned, prototypes are the text features
-        generator    the paper's: an MLP from text and noise instead of a vMF
-    directions: mean directions of the classes: "geometry" (class_directions.py), or "teacher": the learned
-        rows. gmm and generator start from the text features instead.
-    concentration: "geometry" (one value from `coherence`) or "paper" (angles between text features).
-    theta: factor on the concentration.
-    epochs, lr, draws: of simulator, moments and generator; draws per class and epoch.
-    coherence: mean cosine of a class's features to their mean; cone: of class means to their common mean. 0:
-        what the teacher's card says, else 0.88, amid real data sets, and `estimate_class_mean_cosine` the texts.
-    rays, bisections: the price of a teacher that answers labels alone.
-    tolerance: relative error of the rows below which no more logits or probabilities are asked for.
-    num_per_class, filter, fresh: the virtual-feature loader's (datasets/virtual_features.py).
+    The defaults are this project's. The paper's own values are in configs/trainers/DFZSL/paper/.
+
+    Attributes:
+        method: how the teacher's class weights are learned.
+            "closed_form": exactly, as far as the access level determines them (weight_recovery.py).
+            "simulator" (paper): prototypes trained on vMF draws, with epochs x draws x classes queries.
+            "moments": the simulator's expected loss from the vMF's second moment, with about d queries.
+            "gmm" (paper): no training; the prototypes are the text embeddings.
+            "generator" (paper): an MLP on text and noise in place of a vMF.
+        directions: mean directions of the classes: "geometry" (class_directions.py), or "teacher" for the
+            learned class weights. The methods gmm and generator use the text embeddings instead.
+        concentration: "geometry" (one value, from `coherence`) or "paper" (from angles between texts).
+        theta: factor on the concentration.
+        epochs: training epochs of simulator, moments and generator.
+        lr: their initial learning rate.
+        draws: features drawn per class and epoch by simulator and generator.
+        coherence: mean resultant length of a class. 0: that of the model card of the teacher, else 0.88, a
+            typical value of real data sets.
+        cone: class-mean cosine, i.e. mean cosine of class means to their common mean. 0: that of the model
+            card of the teacher, else `estimate_class_mean_cosine` of the texts.
+        rays: search directions per class and dimension at access level labels.
+        bisections: queries per search direction at access level labels.
+        tolerance: relative error of the class weights at which no more logits or probabilities are queried.
+        num_per_class: virtual features per class and pass (datasets/virtual_features.py).
+        filter: whether to use only virtual features that the recovered teacher assigns to their own class.
+        fresh: whether to draw new virtual features for each pass.
+
+    Raises:
+        UserError: a value is unknown or out of range.
     """
 
     method: str = "closed_form"
@@ -48,13 +61,13 @@ class RecoverySettings:
     fresh: bool = True
 
     def __post_init__(self) -> None:
-        for name, known in (
+        for name, choices in (
             ("method", METHODS),
             ("directions", ("geometry", "teacher")),
             ("concentration", ("geometry", "paper")),
         ):
-            if (value := getattr(self, name)) not in known:
-                raise unknown_name(f"RECOVERY.{name.upper()}", value, known)
+            if (value := getattr(self, name)) not in choices:
+                raise unknown_name(f"RECOVERY.{name.upper()}", value, choices)
         for name in ("theta", "lr", "epochs", "draws", "bisections", "tolerance", "num_per_class"):
             if not getattr(self, name) > 0:
                 raise UserError(f"RECOVERY.{name.upper()} must be greater than 0, got {getattr(self, name)}")

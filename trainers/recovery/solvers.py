@@ -1,4 +1,4 @@
-"""Provide numerical building blocks of recovery: simplex queries, preconditioned conjugate gradients."""
+"""Provide numerical routines of recovery: simplex queries and preconditioned conjugate gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_ITERATIONS = 500
 def simplex(d: int) -> Tensor:
     """Return the d + 1 vertices (d + 1, d) of a regular simplex on the unit sphere.
 
-    No other d + 1 unit queries determine the rows and intercepts of a linear classifier more exactly.
+    No other d + 1 unit queries determine the weights and intercepts of a linear classifier more exactly.
     """
     ones = torch.ones(1, d, dtype=torch.float64)
     corners = (
@@ -41,7 +41,10 @@ def conjugate_gradients(
     Returns:
         The rows, in the shape and type of `target`.
     """
-    from scipy.sparse.linalg import LinearOperator, cg  # takes half a second, which few commands need
+    from scipy.sparse.linalg import (
+        LinearOperator,
+        cg,
+    )  # the import takes half a second, and few commands need it
 
     dtype = np.float64 if target.dtype == torch.float64 else np.float32
 

@@ -1,4 +1,7 @@
-"""The owner's base classifier: fit it on features, save it, load it. How a client reaches it: oracle.py."""
+"""Provide the teacher: the owner's classifier of base classes, and its fit on image features.
+
+Clients query it through an oracle (oracle.py).
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from dfzsl.io.tensors import load_tensors, save_tensors
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.numerics import check_unit_rows, unit
 
-from .logistic import regression
+from .logistic import fit_logistic_regression
 from .teacher_card import TeacherCard, cross_validate
 
-PAPER_STRENGTH = 0.316  # the paper's C
+PAPER_STRENGTH = 0.316  # C of the paper's logistic regression
 
 
 @dataclass(repr=False)
@@ -25,13 +28,16 @@ class Teacher:
     """A linear or cosine classifier on image features.
 
     Attributes:
-        weight: (C, d) float32 rows, row c of class `classnames[c]`.
-        classnames: C different names.
+        weight: (C, d) float32 class weights in the order of `classnames`.
+        classnames: C unique class names.
         backbone: id of the image encoder whose features it reads.
-        normalized: True for the cosine classifier (logits cos(x, w_c) + b_c), False for the linear one
+        normalized: True for a cosine classifier (logits cos(x, w_c) + b_c), False for a linear one
             (x.w_c + b_c).
         bias: (C,) float32 intercepts b_c, or None for none.
-        card: what its owner says of it, or None.
+        card: model card of the teacher, or None.
+
+    Raises:
+        UserError: shapes do not match, class names repeat, or values are zero or not finite.
     """
 
     weight: Tensor
@@ -44,15 +50,15 @@ class Teacher:
     def __repr__(self) -> str:
         kind = "cosine" if self.normalized else "linear"
         offset = "" if self.bias is None else " with intercepts"
-        of = self.backbone or "an unknown encoder"
-        return f"Teacher({kind}{offset}, {len(self.weight)} classes, d = {self.weight.shape[1]}, {of})"
+        encoder = self.backbone or "unknown encoder"
+        return f"Teacher({kind}{offset}, {len(self.weight)} classes, d = {self.weight.shape[1]}, {encoder})"
 
     def __post_init__(self) -> None:
         shape, names = tuple(self.weight.shape), len(self.classnames)
         if len(shape) != 2 or shape[0] != names or 0 in shape:
-            raise UserError(f"a teacher needs one weight row per class; got shape {shape} and {names} names")
+            raise UserError(f"a teacher needs one weight vector per class: got {shape} and {names} names")
         check_class_names(self.classnames, "the teacher")
-        check_unit_rows(unit(self.weight), "the teacher", "row", self.classnames)
+        check_unit_rows(unit(self.weight), "the teacher", "weight vector", self.classnames)
         if self.bias is not None:
             if self.bias.shape != self.weight.shape[:1]:
                 raise UserError(f"a teacher needs one intercept per class; got {tuple(self.bias.shape)}")
@@ -60,7 +66,7 @@ class Teacher:
                 raise UserError("a teacher's intercepts must be finite")
 
     def logits(self, x: Tensor) -> Tensor:
-        """(n, C) logits of features x (n, d)."""
+        """Return the logits (n, C) of features x (n, d)."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         weight = self.weight.to(x)
         if self.normalized:
@@ -68,9 +74,11 @@ class Teacher:
         logits = x @ weight.T
         return logits if self.bias is None else logits + self.bias.to(x)
 
-    def beside_text(self) -> tuple[Tensor, Tensor]:
-        """Rows (C, d) and intercepts (C,) that decide as the teacher does, comparable to cosines with text:
-        unit rows of a cosine teacher, rows of mean length 1 of a linear one."""
+    def cosine_scale_weights(self) -> tuple[Tensor, Tensor]:
+        """Return class weights (C, d) and intercepts (C,) on the scale of cosines, with the same decisions.
+
+        The weights of a cosine teacher are L2-normalized; those of a linear one have mean length 1.
+        """
         bias = torch.zeros(len(self.weight)) if self.bias is None else self.bias
         if self.normalized:
             return unit(self.weight), bias
@@ -78,7 +86,8 @@ class Teacher:
         return self.weight / length, bias / length
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        about = {
+        """Write a teacher file (safetensors)."""
+        metadata = {
             "kind": "teacher",
             "classnames": list(self.classnames),
             "backbone": self.backbone,
@@ -86,19 +95,20 @@ class Teacher:
             "card": self.card and self.card.as_dict(),
         }
         tensors = {"weight": self.weight} if self.bias is None else {"weight": self.weight, "bias": self.bias}
-        save_tensors(path, {name: tensor.float() for name, tensor in tensors.items()}, about)
+        save_tensors(path, {name: tensor.float() for name, tensor in tensors.items()}, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Teacher:
-        """Read `save`'s file. Raises UserError when it is missing, broken or not a teacher."""
-        tensors, about = load_tensors(path, "teacher")
+        """Load a file that `save` wrote. Raises UserError if it is missing, broken or not a teacher."""
+        tensors, metadata = load_tensors(path, "teacher")
         weight, bias = tensors.get("weight"), tensors.get("bias")
-        backbone, normalized = about.get("backbone", ""), about.get("normalized")
+        backbone, normalized = metadata.get("backbone", ""), metadata.get("normalized")
         if weight is None or not isinstance(backbone, str) or not isinstance(normalized, bool):
-            raise UserError(f"{path}: an incomplete teacher file; write it again with TeacherZeroshot")
+            raise UserError(f"{path}: incomplete teacher file; fit it again with TeacherZeroshot")
         try:
-            names = check_class_names(about.get("classnames"), "the teacher")
-            card = None if about.get("card") is None else TeacherCard.of(about["card"], len(names))
+            names = check_class_names(metadata.get("classnames"), "the teacher")
+            card = metadata.get("card")
+            card = None if card is None else TeacherCard.from_dict(card, len(names))
             bias = None if bias is None else bias.float()
             return cls(weight.float(), names, backbone, normalized, bias, card)
         except UserError as error:
@@ -113,26 +123,38 @@ def fit_teacher(
     *,
     C: float = PAPER_STRENGTH,
     text: Tensor | None = None,
-    said: str = "",
+    prompts: str = "",
     normalized: bool = True,
     balanced: bool = False,
     shots: int = 0,
     generator: torch.Generator | None = None,
 ) -> Teacher:
-    """Multinomial logistic regression without intercept. The paper's teacher has C = 0.316 and no card.
+    """Fit a teacher by multinomial logistic regression without intercepts.
+
+    The paper's teacher has C = 0.316 and no model card. At the optimum the class weights sum to zero, and w_c
+    is proportional to sum_i (1[y_i = c] - p_ic) x_i: they determine how class means differ from each other,
+    but not their common mean.
 
     Args:
-        features: (n, d) unit rows; labels: (n,) integers below len(classnames).
-        C: inverse L2 strength (scikit-learn's).
-        text: (C, d) unit text features of the classes: C and the weight beside text are then found by
-            cross-validation and noted on its card (teacher_card.py), with what was `said` of a class.
-        normalized: serve the rows as a cosine classifier, as the paper does, else as the fitted linear one.
-        balanced: weigh the classes equally whatever their sizes.
-        shots: fit on this many rows per class, drawn with `generator`; 0 for all rows.
+        features: (n, d) L2-normalized image features.
+        labels: (n,) integers below C.
+        classnames: C class names.
+        backbone: id of the image encoder.
+        C: inverse L2 strength, as in scikit-learn.
+        text: (C, d) L2-normalized text embeddings of the classes, or None. With text, C and the mixing weight
+            are chosen by cross-validation and recorded in the model card of the teacher (teacher_card.py).
+        prompts: description of the prompts of `text`, for the card.
+        normalized: whether to serve a cosine classifier, as the paper does, or else the fitted linear one.
+        balanced: whether to weight classes equally, whatever their sizes.
+        shots: number of features per class to fit on, drawn with `generator`; 0 for all.
+        generator: source of the draws of `shots`.
 
-    At the optimum the rows sum to zero and w_c is proportional to sum_i (1[y_i = c] - p_ic) x_i: they show
-    how class means differ from each other, not where all of them lie.
-    Raises UserError for fewer than two classes, a class without enough rows, or features that are not finite.
+    Returns:
+        The teacher.
+
+    Raises:
+        UserError: fewer than two classes, a class with too few features, wrong shapes or labels, or features
+            that are not finite.
     """
     if len(classnames) < 2:
         raise UserError("a teacher needs at least two classes")
@@ -141,24 +163,25 @@ def fit_teacher(
     if not torch.isfinite(features).all():
         raise UserError("features have values that are not finite")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(classnames):
-        raise UserError(f"labels must lie in 0 ... {len(classnames) - 1}, one for each class name")
+        raise UserError(f"labels must lie in 0 ... {len(classnames) - 1} for {len(classnames)} class names")
     counts = torch.bincount(labels, minlength=len(classnames))
     needed = max(shots, 1)
     if (counts < needed).any():
-        short = int((counts < needed).nonzero()[0])
-        raise UserError(f"class '{classnames[short]}' has {int(counts[short])} features, {needed} are needed")
+        c = int((counts < needed).nonzero()[0])
+        raise UserError(f"class '{classnames[c]}' has {int(counts[c])} features, {needed} are needed")
     if shots:
-        kept = [
-            rows[torch.randperm(len(rows), generator=generator)[:shots]]
-            for rows in ((labels == c).nonzero().flatten() for c in range(len(classnames)))
+        selected = [
+            members[torch.randperm(len(members), generator=generator)[:shots]]
+            for members in ((labels == c).nonzero().flatten() for c in range(len(classnames)))
         ]
-        features, labels = features[torch.cat(kept)], labels[torch.cat(kept)]
+        features, labels = features[torch.cat(selected)], labels[torch.cat(selected)]
     card = None
     if text is not None:
-        if text.shape != (len(classnames), features.shape[1]):
-            raise UserError(f"text features have shape {tuple(text.shape)}, expected one row for each class")
+        expected = (len(classnames), features.shape[1])
+        if text.shape != expected:
+            raise UserError(f"text features have shape {tuple(text.shape)}, expected {expected}")
         card = cross_validate(features.float(), labels, text.float(), balanced=balanced)
-        card = replace(card, text=said)
+        card = replace(card, text=prompts)
         C = card.strength
-    weight = regression(features, labels, len(classnames), C, balanced=balanced)
+    weight = fit_logistic_regression(features, labels, len(classnames), C, balanced=balanced)
     return Teacher(weight, list(classnames), backbone, normalized, card=card)

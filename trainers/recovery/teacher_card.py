@@ -1,7 +1,7 @@
-"""What an owner can say of a teacher beside its rows, found by cross-validation on their own images.
+"""Provide the model card of a teacher, and measure it by cross-validation on the owner's images.
 
-The strength C of the regression and the weight g of text_c + g u_c (mixture.py) are worth more to a client
-than anything the client can do (docs/accuracy.md); they are numbers, and the images stay where they are.
+The regression strength C and the mixing weight g of text_c + g u_c (mixture.py) improve a client's classifier
+more than anything that the client can do without images (docs/accuracy.md). The card holds numbers only.
 """
 
 from __future__ import annotations
@@ -17,29 +17,31 @@ from dfzsl.utils.errors import UserError, one_line
 from dfzsl.utils.numerics import class_means
 from dfzsl.utils.progress import progress_bar
 
-from .logistic import COARSE, regression
+from .logistic import FLOAT32_TOLERANCE, fit_logistic_regression
 from .mixture import teacher_rows
 
-STRENGTHS = (0.316, 3.0, 30.0)  # the paper's, and two that trust the images more
-WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
-FOLDS = 3
-LEAST_IMAGES = 3  # of the median class: below it nothing can be left out
-SMOOTH = (1, 2, 3, 2, 1)  # neighbours in WEIGHTS: their accuracies are one curve and noise
-WITHIN = 0.5  # standard errors that a lesser weight may stand below the best
-MOST_IMAGES = 10_000  # in all, as many of each class: beyond, the folds would take hours and tell no more
+CANDIDATE_STRENGTHS = (0.316, 3.0, 30.0)  # the paper's C, and two with weaker regularization
+CANDIDATE_TEACHER_WEIGHTS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0)
+NUM_FOLDS = 3
+MIN_MEDIAN_IMAGES = 3  # images of the median class; with fewer there is no cross-validation
+# Accuracies at neighboring weights are smoothed, because they are noisy samples of one curve.
+SMOOTHING_KERNEL = (1, 2, 3, 2, 1)
+ONE_STANDARD_ERROR_TOLERANCE = 0.5  # in standard errors
+MAX_IMAGES = 10_000  # over all classes; more take hours and hardly change the result
 
 
 @dataclass(frozen=True)
 class TeacherCard:
-    """Of a teacher, by its owner.
+    """Model card of a teacher, measured by its owner.
 
     Attributes:
-        images: training images of each class; strength: the regression's C.
-        weight: g of text_c + g u_c, None where text or images were too few to find it.
-        accuracy: cross-validated accuracies in percent: "text", "teacher", "mixture".
-        coherence: mean length of the classes' mean features; cone: mean cosine of these means to their own
-            mean. None where every class has one image.
-        text: what was said of a class when the weight was measured, as `ClassPrompts.about` puts it.
+        images: number of training images of each class.
+        strength: C of the logistic regression.
+        weight: mixing weight g of text_c + g u_c; None if there were no text or too few images to measure it.
+        accuracy: cross-validated accuracies "text", "teacher" and "mixture" in percent, or None.
+        coherence: mean resultant length of the classes; None where every class has one image.
+        cone: class-mean cosine, i.e. mean cosine of class means to their common mean; None like `coherence`.
+        text: description of the prompts with which the weight was measured (`ClassPrompts.about`).
     """
 
     images: list[int]
@@ -50,36 +52,40 @@ class TeacherCard:
     cone: float | None = None
     text: str = ""
 
-    def measured_elsewhere(self, text: str) -> str:
-        """What a client who says `text` of a class should know; "" where the weight belongs to that."""
-        if self.weight is None or not self.text or self.text == text:
+    def prompt_mismatch(self, prompts: str) -> str:
+        """Return a warning if the weight was measured with prompts other than `prompts`, else ""."""
+        if self.weight is None or not self.text or self.text == prompts:
             return ""
-        return (
-            f"the owner measured the teacher's weight {self.weight:g} beside the text {self.text}, not {text}"
-        )
+        measured = f"the owner measured the mixing weight {self.weight:g} with the prompts {self.text}"
+        return f"{measured}, not {prompts}"
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
 
     @classmethod
-    def of(cls, words: object, classes: int) -> TeacherCard:
-        """The card in a file's words. Raises UserError for one that is not of so many classes."""
+    def from_dict(cls, values: object, classes: int) -> TeacherCard:
+        """Create a card from the values of `as_dict`, as a file holds them.
+
+        Raises:
+            UserError: the values are not those of a card for this number of classes.
+        """
         try:
-            if not isinstance(words, Mapping):
+            if not isinstance(values, Mapping):
                 raise TypeError
-            images = [int(count) for count in words["images"]]
-            strength = float(words["strength"])
-            weight = None if words["weight"] is None else float(words["weight"])
-            accuracy = words["accuracy"]
+            images = [int(count) for count in values["images"]]
+            strength = float(values["strength"])
+            weight = None if values["weight"] is None else float(values["weight"])
+            accuracy = values["accuracy"]
             if accuracy is not None:
                 accuracy = {str(name): float(value) for name, value in accuracy.items()}
             coherence, cone = (
-                None if words[name] is None else float(words[name]) for name in ("coherence", "cone")
+                None if values[name] is None else float(values[name]) for name in ("coherence", "cone")
             )
-            sound = len(images) == classes and min(images) >= 0 and strength > 0
-            sound = sound and all(value is None or 0 < value < 1 for value in (coherence, cone))
-            text = words.get("text", "")
-            if not isinstance(text, str) or not sound or not (weight is None or 0 <= weight <= WEIGHTS[-1]):
+            valid = len(images) == classes and min(images) >= 0 and strength > 0
+            valid = valid and all(value is None or 0 < value < 1 for value in (coherence, cone))
+            valid = valid and (weight is None or 0 <= weight <= CANDIDATE_TEACHER_WEIGHTS[-1])
+            text = values.get("text", "")
+            if not isinstance(text, str) or not valid:
                 raise ValueError
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError):
             raise UserError("its card (images, strength, weight, ...) is not that of a teacher") from None
@@ -87,19 +93,28 @@ class TeacherCard:
 
 
 def rank_in_class(labels: Tensor) -> Tensor:
-    """(n,) how many images of the same class stand before each image."""
+    """Return, for each image of labels (n,), the number of earlier images of the same class (n,)."""
     order = labels.sort(stable=True).indices
     count = torch.bincount(labels)
-    place = torch.arange(len(labels), device=labels.device)
+    position = torch.arange(len(labels), device=labels.device)
     rank = torch.empty_like(labels)
-    rank[order] = place - (count.cumsum(0) - count)[labels[order]]
+    rank[order] = position - (count.cumsum(0) - count)[labels[order]]
     return rank
 
 
 def estimate_class_spread(
     features: Tensor, labels: Tensor, classes: int
 ) -> tuple[float | None, float | None]:
-    """`TeacherCard.coherence` and `TeacherCard.cone`, without the part that few images add to the length of a mean."""
+    """Estimate mean resultant length and class-mean cosine, corrected for few images per class.
+
+    Args:
+        features: (n, d) L2-normalized features.
+        labels: (n,) their classes.
+        classes: number of classes.
+
+    Returns:
+        `TeacherCard.coherence` and `TeacherCard.cone`; None and None if no class has two images.
+    """
     mean = class_means(features, labels, classes)
     count = torch.bincount(labels, minlength=classes).to(features)
     mean, count = mean[count > 1], count[count > 1]
@@ -110,71 +125,91 @@ def estimate_class_spread(
     return round(coherence, 4), round(min(max(float(mean.mean(0).norm()) / coherence, 0.01), 0.99), 4)
 
 
-def one_standard_error_choice(right: Tensor) -> tuple[int, int]:
-    """Which strength and weight to take: `right` (strengths, weights, n) says of each left-out image whether
-    it was classified rightly.
+def one_standard_error_choice(correct: Tensor) -> tuple[int, int]:
+    """Choose a strength and a mixing weight by the one-standard-error rule (Breiman et al., 1984).
 
-    The strength whose smoothed curve of accuracies reaches highest, and the least weight that stands no more
-    than `WITHIN` paired standard errors below the best there (Breiman et al., 1984, allow one): of weights
-    that base classes cannot tell apart, the least one draws the fewest pictures of new classes to them.
+    The strength is that with the highest maximum of the smoothed accuracy curve. The weight is the least one
+    within `ONE_STANDARD_ERROR_TOLERANCE` paired standard errors of this maximum: among weights that classify
+    base classes equally well, the least one assigns the fewest images of new classes to base classes.
+
+    Args:
+        correct: (strengths, weights, n) bool, whether each held-out image was classified correctly.
+
+    Returns:
+        Indices of the strength and of the weight.
     """
-    kernel = torch.tensor(SMOOTH, dtype=torch.float64) / sum(SMOOTH)
-    rate = F.pad(right.double().mean(2)[:, None], [len(SMOOTH) // 2] * 2, mode="replicate")
-    curve = F.conv1d(rate, kernel[None, None])[:, 0]
+    kernel = torch.tensor(SMOOTHING_KERNEL, dtype=torch.float64) / sum(SMOOTHING_KERNEL)
+    padding = len(SMOOTHING_KERNEL) // 2
+    accuracy = F.pad(correct.double().mean(2)[:, None], [padding] * 2, mode="replicate")
+    curve = F.conv1d(accuracy, kernel[None, None])[:, 0]
     best = int(curve.max(1).values.argmax())
-    top = int(curve[best].argmax())
-    apart = right[best, top].double() - right[best].double()
-    error = apart.std(1, correction=0) / right.shape[2] ** 0.5
-    return best, int((curve[best, top] - curve[best] <= WITHIN * error).int().argmax())
+    peak = int(curve[best].argmax())
+    difference = correct[best, peak].double() - correct[best].double()
+    error = difference.std(1, correction=0) / correct.shape[2] ** 0.5
+    within = curve[best, peak] - curve[best] <= ONE_STANDARD_ERROR_TOLERANCE * error
+    return best, int(within.int().argmax())
 
 
 def cross_validate(
     features: Tensor,
     labels: Tensor,
     text: Tensor,
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Sequence[float] = CANDIDATE_STRENGTHS,
     *,
     balanced: bool = False,
 ) -> TeacherCard:
-    """The card with the strength and the weight that classify left-out images well.
+    """Choose regression strength and mixing weight by cross-validation.
 
-    features (n, d) unit rows with labels (n,), text (C, d) of the classes. Three folds for each strength, of
-    which `one_standard_error_choice` takes one, and a weight. Where the median class has fewer than three images nothing is left
-    out, and the first strength stands.
+    Args:
+        features: (n, d) L2-normalized features.
+        labels: (n,) their classes.
+        text: (C, d) L2-normalized text embeddings of the classes.
+        strengths: candidates for C.
+        balanced: whether to weight classes equally.
+
+    Returns:
+        The model card, without `text`. If the median class has fewer than `MIN_MEDIAN_IMAGES` images, it has
+        the first strength and no mixing weight.
     """
     classes = len(text)
     images = torch.bincount(labels, minlength=classes)
     spread = estimate_class_spread(features, labels, classes)
-    if images.double().median() < LEAST_IMAGES:
+    if images.double().median() < MIN_MEDIAN_IMAGES:
         return TeacherCard(images.tolist(), strengths[0], None, None, *spread)
     rank = rank_in_class(labels)
-    few = rank < max(LEAST_IMAGES, MOST_IMAGES // classes)
-    features, labels, fold = features[few], labels[few], rank[few] % FOLDS
-    right = torch.zeros(len(strengths), len(WEIGHTS) + 1, len(labels), dtype=torch.bool)
-    tries = progress_bar(total=FOLDS * len(strengths), desc="cross-validation", unit="fit")
-    for left_out in range(FOLDS):
-        kept, tried = fold != left_out, fold == left_out
-        learned, named = features[kept], labels[kept]
-        if not tried.any() or len(named.unique()) < 2:
+    selected = rank < max(MIN_MEDIAN_IMAGES, MAX_IMAGES // classes)
+    features, labels, fold = features[selected], labels[selected], rank[selected] % NUM_FOLDS
+    correct = torch.zeros(len(strengths), len(CANDIDATE_TEACHER_WEIGHTS) + 1, len(labels), dtype=torch.bool)
+    progress = progress_bar(total=NUM_FOLDS * len(strengths), desc="cross-validation", unit="fit")
+    for test_fold in range(NUM_FOLDS):
+        train, test = fold != test_fold, fold == test_fold
+        train_x, train_y = features[train], labels[train]
+        if not test.any() or len(train_y.unique()) < 2:
             continue
-        x, y = features[tried], labels[tried]
-        by_text = x @ text.T
+        x, y = features[test], labels[test]
+        text_scores = x @ text.T
         weight = None
         for row, strength in enumerate(strengths):
-            weight = regression(
-                learned, named, classes, strength, balanced=balanced, tolerance=COARSE, start=weight
+            weight = fit_logistic_regression(
+                train_x,
+                train_y,
+                classes,
+                strength,
+                balanced=balanced,
+                tolerance=FLOAT32_TOLERANCE,
+                start=weight,
             )
-            by_teacher = x @ teacher_rows(weight)[0].to(x).T
-            scores = [by_text + g * by_teacher for g in WEIGHTS] + [by_teacher]
-            right[row, :, tried.cpu()] = torch.stack([s.argmax(1) == y for s in scores]).cpu()
-            tries.update()
-    tries.close()
-    best, column = one_standard_error_choice(right[:, :-1])
-    rate = 100 * right[best].double().mean(1)
+            teacher_scores = x @ teacher_rows(weight)[0].to(x).T
+            scores = [text_scores + g * teacher_scores for g in CANDIDATE_TEACHER_WEIGHTS] + [teacher_scores]
+            correct[row, :, test.cpu()] = torch.stack([s.argmax(1) == y for s in scores]).cpu()
+            progress.update()
+    progress.close()
+    best, column = one_standard_error_choice(correct[:, :-1])
+    percent = 100 * correct[best].double().mean(1)
     accuracy = {
-        "text": float(rate[0]),
-        "teacher": float(rate[-1]),
-        "mixture": float(rate[column]),
+        "text": float(percent[0]),
+        "teacher": float(percent[-1]),
+        "mixture": float(percent[column]),
     }
     accuracy = {name: round(value, 2) for name, value in accuracy.items()}
-    return TeacherCard(images.tolist(), strengths[best], WEIGHTS[column], accuracy, *spread)
+    return TeacherCard(images.tolist(), strengths[best], CANDIDATE_TEACHER_WEIGHTS[column], accuracy, *spread)

@@ -1,4 +1,4 @@
-"""What stage 1 hands on: the virtual classes, which features are drawn from."""
+"""Provide virtual classes, the result of stage 1: distributions that virtual features are drawn from."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ STAGE = "stage 1 (recovery)"
 
 
 class FeatureMLP(nn.Module):
-    """Generate unit features from a text feature and 20 normal numbers: the paper's `generator` mode.
+    """Generate image features from text embeddings and 20-dimensional normal noise (paper, mode `generator`).
 
-    It is made without weights: `initialize` draws them, `load_state_dict(..., assign=True)` sets them.
+    A new network has no weights: `initialize` draws them, `load_state_dict(..., assign=True)` loads them.
 
     Args:
-        d: dimensions of a text feature and of an image feature.
+        d: dimension of text embeddings and image features.
     """
 
     noise, hidden = 20, 1024
@@ -40,14 +40,14 @@ class FeatureMLP(nn.Module):
         self.output_layer = nn.Linear(self.hidden, d, device="meta")
 
     def initialize(self, generator: torch.Generator | None = None) -> None:
-        """Draw each parameter uniformly from +-1 / sqrt(its last dimension)."""
+        """Draw each parameter uniformly between -b and b, with b = 1 / sqrt(last dimension)."""
         self.to_empty(device="cpu")
         for parameter in self.parameters():
             bound = parameter.shape[-1] ** -0.5
             nn.init.uniform_(parameter, -bound, bound, generator=generator)
 
     def forward(self, text: Tensor, n: int, generator: torch.Generator | None = None) -> Tensor:
-        """Return unit features (n, C, d) for text features (C, d)."""
+        """Return L2-normalized features (n, C, d) for text embeddings (C, d)."""
         noise = torch.randn(n, len(text), self.noise, generator=generator)
         hidden = F.leaky_relu(self.hidden_layer(torch.cat([text.expand(n, -1, -1), noise], dim=2)), 0.2)
         return F.normalize(self.output_layer(hidden), dim=2)
@@ -55,18 +55,23 @@ class FeatureMLP(nn.Module):
 
 @dataclass(repr=False)
 class VirtualClasses:
-    """What recovery knows of the base classes.
+    """Models of the base classes that recovery has estimated.
 
     Attributes:
-        mu: (C, d) unit mean directions; kappa: (C,) concentrations; classnames: C names.
-        weight: (C, d) the teacher's rows as recovered: x.weight_c + bias_c decides as the teacher does (unit
-            rows of a cosine teacher; at levels probabilities and labels rows that sum to zero).
-        queries: what they cost. method, level: how they were got. backbone: whose features they model.
-        network: the trained MLP of `generator` mode, which is then sampled in place of the vMF.
-        bias: (C,) the teacher's intercepts on the scale of `weight`, or None for none.
-        error: estimated relative error of `weight`, or None where there is no estimate.
-        known_weight: the teacher's weight beside text as its owner found it (mixture.py), or None.
-        geometry: the encoder's, if one was measured: draws then scatter as real features do.
+        mu: (C, d) L2-normalized mean directions.
+        kappa: (C,) concentrations.
+        classnames: C class names.
+        weight: (C, d) recovered class weights: x.weight_c + bias_c decides as the teacher does. Those of a
+            cosine teacher are L2-normalized; from probabilities and labels the weights sum to zero.
+        queries: number of queries to the teacher.
+        method: recovery method (`RecoverySettings.method`).
+        level: access level of the teacher.
+        backbone: id of the image encoder whose features are modeled.
+        network: trained MLP of the method `generator`, which is sampled in place of the vMF; else None.
+        bias: (C,) intercepts on the scale of `weight`, or None for none.
+        error: estimated relative error of `weight`, or None without an estimate.
+        owner_weight: mixing weight g that the owner measured (mixture.py), or None.
+        geometry: feature statistics of the encoder, which set the covariance of samples; or None.
     """
 
     mu: Tensor
@@ -85,21 +90,31 @@ class VirtualClasses:
 
     def __repr__(self) -> str:
         kappa = f"mean kappa {float(self.kappa.mean()):.0f}"
-        how = f"{self.method} from {self.level}, {self.queries:,} queries, {kappa}"
-        return f"VirtualClasses({len(self.classnames)} classes, d = {self.mu.shape[1]}; {how})"
+        recovery = f"{self.method} from {self.level}, {self.queries:,} queries, {kappa}"
+        return f"VirtualClasses({len(self.classnames)} classes, d = {self.mu.shape[1]}; {recovery})"
 
     @property
     def summary(self) -> str:
-        """One line on what the teacher's rows rest on."""
-        sure = "" if self.error is None else f", relative error {self.error:.1g} as estimated"
-        asked = f" from {self.queries:,} queries" if self.queries else ""
-        return f"{len(self.classnames)} classes by {self.method} at access level {self.level}{asked}{sure}"
+        """One line on how the class weights were recovered."""
+        error = "" if self.error is None else f", estimated relative error {self.error:.1g}"
+        queries = f" from {self.queries:,} queries" if self.queries else ""
+        return f"{len(self.classnames)} classes by {self.method} at access level {self.level}{queries}{error}"
 
     def sample(self, n_per_class: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Unit rows (C * n_per_class, d), class after class, and their labels.
+        """Draw virtual features.
 
-        With a geometry: mean and mean length of the vMF, and the covariance of real features around it, a
-        part of which (MIXING) lies along the differences of the class means.
+        With feature statistics, draws have the mean and the mean resultant length of the vMF and the
+        covariance of real features, of which the share `MIXING` lies along differences of class means.
+
+        Args:
+            n_per_class: number of features per class.
+            generator: source of randomness.
+
+        Returns:
+            L2-normalized features (C * n_per_class, d), class after class, and their labels.
+
+        Raises:
+            UserError: a feature is not finite.
         """
         parts = []
         width = n_per_class * self.mu.shape[1]
@@ -108,7 +123,7 @@ class VirtualClasses:
                 with torch.no_grad():
                     draws = self.network(mu, n_per_class, generator)
             elif self.geometry is not None:
-                draws = self._scattered(mu, kappa, n_per_class, generator)
+                draws = self._sample_with_covariance(mu, kappa, n_per_class, generator)
             else:
                 draws = VonMisesFisher(mu, kappa).sample((n_per_class,), generator)
             parts.append(draws.transpose(0, 1).reshape(-1, self.mu.shape[1]))
@@ -116,30 +131,32 @@ class VirtualClasses:
         labels = torch.arange(len(self.mu)).repeat_interleave(n_per_class)
         return check_unit_rows(features, STAGE, "virtual feature", self.classnames, labels), labels
 
-    def _scattered(self, mu: Tensor, kappa: Tensor, n: int, generator: torch.Generator | None) -> Tensor:
-        """Unit draws (n, C, d) around mu (C, d) with the geometry's covariance."""
+    def _sample_with_covariance(
+        self, mu: Tensor, kappa: Tensor, n: int, generator: torch.Generator | None
+    ) -> Tensor:
+        """Draw L2-normalized features (n, C, d) around mu (C, d) with the encoder's covariance."""
         assert self.geometry is not None
         length = mean_resultant_length(kappa, mu.shape[1]).to(mu)[:, None]
         differences = float(length.mean()) * (self.mu - self.mu.mean(0)) / len(self.mu) ** 0.5
-        mixed = MIXING * float(differences.square().sum())
-        rest = (1 - length.square() - mixed).clamp(min=0.1 * (1 - length.square()))
+        variance_along = MIXING * float(differences.square().sum())
+        variance = (1 - length.square() - variance_along).clamp(min=0.1 * (1 - length.square()))
         total = n * len(mu)
         along = torch.randn(total, len(self.mu), generator=generator) @ differences * MIXING**0.5
-        scatter = self.geometry.noise(total, generator).view(n, *mu.shape) * rest.sqrt()
+        scatter = self.geometry.noise(total, generator).view(n, *mu.shape) * variance.sqrt()
         return F.normalize(length * mu + scatter + along.view(n, *mu.shape), dim=2)
 
-    def kept(self, features: Tensor, labels: Tensor) -> Tensor:
-        """(n,) bool: the recovered teacher assigns the draw to its own class (the paper's filter)."""
+    def assigned_to_own_class(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return whether the teacher predicts labels (n,) from features (n, d), the paper's filter."""
         parts = split_rows(features, len(self.weight))
         return torch.cat([self.logits(part).argmax(1) for part in parts]) == labels
 
     def logits(self, x: Tensor) -> Tensor:
-        """(n, C) scores of features x (n, d) by the recovered teacher."""
+        """Return the scores (n, C) of features x (n, d) by the recovered teacher."""
         logits = x @ self.weight.T
         return logits if self.bias is None else logits + self.bias
 
     def ordered_as(self, classnames: Sequence[str]) -> VirtualClasses:
-        """The same classes in the order of `classnames`. Raises UserError unless the names are the same."""
+        """Return the same classes in the order of `classnames`. Raises UserError if the names differ."""
         order = matching_order(self.classnames, classnames)
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("mu", "kappa", "weight", "bias"):
@@ -149,39 +166,40 @@ class VirtualClasses:
 
     def digest(self) -> str:
         """Return the SHA-256 of the distributions and class weights, in hexadecimal."""
-        made = hashlib.sha256(json.dumps(self.classnames).encode())
+        digest = hashlib.sha256(json.dumps(self.classnames).encode())
         for tensor in (self.mu, self.kappa, self.weight, self.bias):
             if tensor is not None:
-                made.update(tensor.cpu().contiguous().numpy().tobytes())
-        return made.hexdigest()
+                digest.update(tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all but the geometry, which has a file of its own."""
-        # The file format refuses tensors that share memory, as they may where mu is the weight.
+        """Write a file of virtual classes. It omits `geometry`, which has its own file."""
+        # Safetensors rejects tensors that share memory, as mu and weight may.
         tensors = {"mu": self.mu, "kappa": self.kappa, "weight": self.weight.clone()}
         if self.bias is not None:
             tensors["bias"] = self.bias
         if self.network is not None:
             tensors |= {f"network.{name}": value for name, value in self.network.state_dict().items()}
         names = ("classnames", "queries", "method", "level", "backbone", "error")
-        about = {name: getattr(self, name) for name in names} | {"known_weight": self.owner_weight}
-        save_tensors(path, tensors, {"kind": "virtual", **about})
+        metadata = {name: getattr(self, name) for name in names} | {"known_weight": self.owner_weight}
+        save_tensors(path, tensors, {"kind": "virtual", **metadata})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> VirtualClasses:
-        """Read `save`'s file. Raises UserError when it is missing, broken or of another kind."""
-        tensors, about = load_tensors(path, "virtual")
-        names = check_class_names(about.get("classnames"), path)
+        """Load a file that `save` wrote. Raises UserError if it is missing, broken or of another kind."""
+        tensors, metadata = load_tensors(path, "virtual")
+        names = check_class_names(metadata.get("classnames"), path)
         try:
-            queries = int(about["queries"])  # type: ignore[call-overload]
-            method, level, backbone = (str(about[name]) for name in ("method", "level", "backbone"))
-            off = None if about.get("error") is None else float(about["error"])  # type: ignore[arg-type]
+            queries = int(metadata["queries"])  # type: ignore[call-overload]
+            method, level, backbone = (str(metadata[name]) for name in ("method", "level", "backbone"))
+            error = metadata.get("error")
+            error = None if error is None else float(error)  # type: ignore[arg-type]
             mu, kappa, weight = (tensors.pop(name).float() for name in ("mu", "kappa", "weight"))
             bias = tensors.pop("bias").float() if "bias" in tensors else None
-            known = about.get("known_weight")
-            owner_weight = None if known is None else float(known)  # type: ignore[arg-type]
+            owner_weight = metadata.get("known_weight")
+            owner_weight = None if owner_weight is None else float(owner_weight)  # type: ignore[arg-type]
             if owner_weight is not None and not owner_weight >= 0:
-                raise ValueError("the teacher's weight beside text is at least 0")
+                raise ValueError("the mixing weight must be at least 0")
             if (
                 mu.dim() != 2
                 or 0 in mu.shape
@@ -190,30 +208,32 @@ class VirtualClasses:
                 or (bias is not None and bias.shape != mu.shape[:1])
                 or len(names) != len(mu)
             ):
-                raise ValueError("its shapes do not fit")
+                raise ValueError("the shapes of its tensors do not match")
             if not ((mu.norm(dim=1) - 1).abs() < 1e-3).all() or not (kappa > 0).all():
-                raise ValueError("directions are unit rows and concentrations greater than 0")
+                raise ValueError("mean directions must have length 1, concentrations must be greater than 0")
             network = None
             if tensors:
                 network = FeatureMLP(mu.shape[1])
                 state = {name.removeprefix("network."): value.float() for name, value in tensors.items()}
                 network.load_state_dict(state, assign=True)
                 network.requires_grad_(False).eval()
-        except (KeyError, TypeError, RuntimeError, ValueError, OverflowError) as error:
-            raise UserError(
-                f"{path}: an incomplete file of virtual classes ({error}); recover again"
-            ) from None
+        except (KeyError, TypeError, RuntimeError, ValueError, OverflowError) as reason:
+            raise UserError(f"{path}: incomplete file of virtual classes ({reason}); recover again") from None
         return cls(
-            mu, kappa, names, weight, queries, method, level, backbone, network, bias, off, owner_weight
+            mu, kappa, names, weight, queries, method, level, backbone, network, bias, error, owner_weight
         )
 
 
-def matching_order(theirs: Sequence[str], ours: Sequence[str]) -> Tensor:
-    """Indices that put `theirs` into the order of `ours`. Raises UserError unless the names are the same."""
-    if sorted(theirs) != sorted(ours):
-        odd = sorted(set(theirs) ^ set(ours))[:5]
+def matching_order(classnames: Sequence[str], target: Sequence[str]) -> Tensor:
+    """Return the indices that sort `classnames` into the order of `target`.
+
+    Raises:
+        UserError: the names differ.
+    """
+    if sorted(classnames) != sorted(target):
+        unmatched = sorted(set(classnames) ^ set(target))[:5]
         raise UserError(
-            f"the teacher's class names are not the base classes: they differ in {', '.join(odd)}"
+            f"the teacher's class names are not the base classes: they differ in {', '.join(unmatched)}"
         )
-    place = {name: index for index, name in enumerate(theirs)}
-    return torch.tensor([place[name] for name in ours])
+    index = {name: i for i, name in enumerate(classnames)}
+    return torch.tensor([index[name] for name in target])

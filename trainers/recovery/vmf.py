@@ -1,9 +1,11 @@
-"""The von Mises-Fisher (vMF) distribution on the unit sphere of R^d, for any d >= 2.
+"""Provide the von Mises-Fisher (vMF) distribution on the unit sphere of R^d, for any d >= 2.
 
 Density (with respect to the sphere's area): f(x; mu, kappa) = C_d(kappa) exp(kappa mu.x), where
 C_d(kappa) = kappa^nu / ((2 pi)^(d/2) I_nu(kappa)) and nu = d/2 - 1. Its mean is A_d(kappa) mu with
 A_d = I_{nu+1} / I_nu, the mean resultant length. All scalar functions run in float64 and never form a
-raw Bessel value, so they hold for kappa from 1e-6 to 1e6 and d to 4096. Plain tensor functions.
+raw Bessel value, so they hold for kappa from 1e-6 to 1e6 and d to 4096.
+
+Sampling follows Wood (1994), the estimate of the concentration Banerjee et al. (2005).
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from torch.distributions import Distribution, constraints, register_kl
 
 from dfzsl.utils.numerics import class_sums
 
-# Orders below this are reached from above by the recurrence of the Bessel functions. With nine terms of the
-# expansion from this order on, the relative error is below 2e-13 at every kappa.
-_LOWEST_EXPANDED_ORDER = 24.0
+# Lower orders are computed by downward recurrence of the Bessel functions. With nine terms of the expansion
+# at this order and above, the relative error is below 2e-13 at every kappa.
+_MIN_EXPANSION_ORDER = 24.0
 
 
 def _debye_polynomials(count: int) -> list[Polynomial]:
-    """U_0 ... U_{count-1} of the uniform asymptotic expansion of I_nu (DLMF 10.41.9)."""
+    """Return U_0 ... U_{count-1} of the uniform asymptotic expansion of I_nu (DLMF 10.41.9)."""
     polynomials = [Polynomial([1.0])]
     for _ in range(count - 1):
         u = polynomials[-1]
@@ -38,6 +40,7 @@ _DEBYE = [(u.coef.tolist(), u.deriv().coef.tolist()) for u in _debye_polynomials
 
 
 def _horner(coefficients: list[float], p: Tensor) -> Tensor:
+    """Evaluate a polynomial at p by Horner's scheme."""
     value = torch.full_like(p, coefficients[-1])
     for c in reversed(coefficients[:-1]):
         value = value * p + c
@@ -45,12 +48,16 @@ def _horner(coefficients: list[float], p: Tensor) -> Tensor:
 
 
 def _bessel(kappa: Tensor, nu: float) -> tuple[Tensor, Tensor]:
-    """(log(kappa^nu / I_nu(kappa)) + kappa, I_{nu+1}(kappa) / (kappa I_nu(kappa))) for float64 kappa >= 0.
+    """Return log(kappa^nu / I_nu(kappa)) + kappa and I_{nu+1}(kappa) / (kappa I_nu(kappa)).
 
-    Both are smooth at kappa = 0 and neither cancels: Debye's uniform expansion (DLMF 10.41.3) at a high
-    enough order, then I_{m-1} = I_{m+1} + (2 m / kappa) I_m downwards.
+    Debye's uniform expansion (DLMF 10.41.3) gives both at a high enough order; lower orders follow from
+    I_{m-1} = I_{m+1} + (2 m / kappa) I_m. Both are smooth at kappa = 0 and free of cancellation.
+
+    Args:
+        kappa: float64, at least 0.
+        nu: order.
     """
-    steps = max(0, math.ceil(_LOWEST_EXPANDED_ORDER - nu))
+    steps = max(0, math.ceil(_MIN_EXPANSION_ORDER - nu))
     top = nu + steps
     s = torch.sqrt(top * top + kappa * kappa)
     p = top / s
@@ -67,7 +74,7 @@ def _bessel(kappa: Tensor, nu: float) -> tuple[Tensor, Tensor]:
     return log_scaled, ratio
 
 
-def _checked_kappa(kappa: Tensor | float) -> Tensor:
+def _check_kappa(kappa: Tensor | float) -> Tensor:
     if not isinstance(kappa, Tensor):
         kappa = torch.tensor(kappa, dtype=torch.float64)
     if not (torch.isfinite(kappa).all() and (kappa > 0).all()):
@@ -75,37 +82,55 @@ def _checked_kappa(kappa: Tensor | float) -> Tensor:
     return kappa
 
 
-def _checked_dimension(d: int) -> int:
+def _check_dimension(d: int) -> int:
     if d < 2:
         raise ValueError(f"the von Mises-Fisher distribution needs d >= 2, got d = {d}")
     return d
 
 
 def mean_resultant_length(kappa: Tensor | float, d: int) -> Tensor:
-    """A_d(kappa) = I_{d/2}(kappa) / I_{d/2-1}(kappa): the mean cosine to mu. float64, shape of kappa.
+    """Return A_d(kappa) = I_{d/2}(kappa) / I_{d/2-1}(kappa), the mean cosine to mu.
 
-    Raises ValueError unless kappa is finite and positive and d >= 2.
+    Args:
+        kappa: concentrations of any shape.
+        d: dimension.
+
+    Returns:
+        float64, in the shape of kappa.
+
+    Raises:
+        ValueError: kappa is not finite and positive, or d < 2.
     """
-    kappa = _checked_kappa(kappa).double()
-    return kappa * _bessel(kappa, _checked_dimension(d) / 2 - 1)[1]
+    kappa = _check_kappa(kappa).double()
+    return kappa * _bessel(kappa, _check_dimension(d) / 2 - 1)[1]
 
 
 def concentration(resultant: Tensor | float, d: int) -> Tensor:
-    """The inverse of A_d: kappa >= 0 such that A_d(kappa) = `resultant`. float64, same shape.
+    """Return the concentration kappa with A_d(kappa) = `resultant`.
 
-    Start of Banerjee et al. (2005), kappa = R (d - R^2) / (1 - R^2), then Newton's steps with
-    A_d' = 1 - A_d^2 - (d - 1) A_d / kappa. Raises ValueError outside 0 <= resultant < 1.
+    Newton's method with A_d' = 1 - A_d^2 - (d - 1) A_d / kappa, starting from the approximation
+    kappa = R (d - R^2) / (1 - R^2) of Banerjee et al. (2005).
+
+    Args:
+        resultant: mean resultant lengths R of any shape.
+        d: dimension.
+
+    Returns:
+        float64, in the shape of `resultant`.
+
+    Raises:
+        ValueError: a length is not in [0, 1).
     """
     r = resultant.double() if isinstance(resultant, Tensor) else torch.tensor(resultant, dtype=torch.float64)
     if not ((r >= 0) & (r < 1)).all():
         raise ValueError("the mean resultant length must be at least 0 and less than 1")
-    nu = _checked_dimension(d) / 2 - 1
+    nu = _check_dimension(d) / 2 - 1
     kappa = r * (d - r * r) / (1 - r * r)
     for _ in range(6):
         ratio = _bessel(kappa, nu)[1]
         a = kappa * ratio
         slope = (1 - a * a - (d - 1) * ratio).clamp(min=torch.finfo(torch.float64).tiny)
-        # A step of more than half is never right: it comes from rounding in the slope at huge kappa.
+        # At huge kappa the slope has rounding errors. Exact steps never change kappa by more than a factor 2.
         kappa = (kappa - (a - r) / slope).clamp(min=kappa / 2, max=2 * kappa)
     return kappa
 
@@ -113,17 +138,26 @@ def concentration(resultant: Tensor | float, d: int) -> Tensor:
 def sample_cosine(
     kappa: Tensor, d: int, sample_shape: torch.Size, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Exact draws of w = mu.x for x ~ vMF(mu, kappa) by Wood's (1994) rejection: (w, sqrt(1 - w^2)).
+    """Draw w = mu.x for x ~ vMF(mu, kappa) by the rejection sampling of Wood (1994).
 
-    Both float64 of shape sample_shape + kappa.shape, on kappa's device; w^2 and 1 - w^2 are each computed
-    without cancellation. b = (d-1) / (2 kappa + sqrt(4 kappa^2 + (d-1)^2)) is exact at every kappa.
+    w and sqrt(1 - w^2) are each computed without cancellation. The constant of the proposal,
+    b = (d-1) / (2 kappa + sqrt(4 kappa^2 + (d-1)^2)), is exact at every kappa.
+
+    Args:
+        kappa: concentrations.
+        d: dimension.
+        sample_shape: shape of the draws per concentration.
+        generator: source of randomness.
+
+    Returns:
+        w and sqrt(1 - w^2), float64 of shape sample_shape + kappa.shape.
     """
     kappa = kappa.double().expand(sample_shape + kappa.shape)
     shape = kappa.shape
     kappa = kappa.reshape(-1)
     b = (d - 1) / (2 * kappa + torch.sqrt(4 * kappa * kappa + (d - 1) ** 2))
     peak = (1 - b) / (1 + b)
-    # 1 - peak^2, and below 1 - peak w and w - peak, written so that nothing cancels when w is near 1.
+    # This is 1 - peak^2. It and the gaps below are written so that nothing cancels when w is near 1.
     spread = 4 * b / (1 + b) ** 2
     w, sine = torch.empty_like(kappa), torch.empty_like(kappa)
     pending = torch.arange(kappa.numel(), device=kappa.device)
@@ -137,18 +171,23 @@ def sample_cosine(
         gap = 2 * bp / (1 + bp) - below_one  # w - peak, as 1 - peak = 2b / (1 + b)
         log_ratio = k * gap + (d - 1) * torch.log1p(-x0 * gap / x0_spread)
         accepted = torch.log(u) <= log_ratio
-        keep = pending[accepted]
-        w[keep] = (1 - below_one)[accepted]
-        sine[keep] = torch.sqrt(below_one * (2 - below_one))[accepted]
+        index = pending[accepted]
+        w[index] = (1 - below_one)[accepted]
+        sine[index] = torch.sqrt(below_one * (2 - below_one))[accepted]
         pending = pending[~accepted]
     return w.reshape(shape), sine.reshape(shape)
 
 
 class VonMisesFisher(Distribution):
-    """vMF distributions with mean directions `loc` (..., d) and concentrations broadcast to `loc.shape[:-1]`.
+    """The von Mises-Fisher distribution, batched.
 
-    `loc` is scaled to unit length here, so gradients in it are tangent to the sphere. Raises ValueError for
-    a `loc` that is not finite or has zero length, and for kappa <= 0 or not finite.
+    Args:
+        loc: (..., d) mean directions. They are L2-normalized here, so gradients in `loc` are tangent to the
+            sphere.
+        concentration: kappa, broadcast to `loc.shape[:-1]`.
+
+    Raises:
+        ValueError: `loc` is not finite or zero, or kappa is not finite and positive.
 
     >>> VonMisesFisher(prototypes, torch.tensor(1000.0)).sample((600,))   # (600, C, d)
     """
@@ -160,12 +199,12 @@ class VonMisesFisher(Distribution):
     def __init__(self, loc: Tensor, concentration: Tensor | float) -> None:
         if loc.dim() < 1 or not loc.is_floating_point():
             raise ValueError("loc must be a floating-point tensor of shape (..., d)")
-        d = _checked_dimension(loc.shape[-1])
-        loc = loc.to(torch.promote_types(loc.dtype, torch.float32))  # a kappa of 1e5 is infinite in float16
+        d = _check_dimension(loc.shape[-1])
+        loc = loc.to(torch.promote_types(loc.dtype, torch.float32))  # in float16 a kappa of 1e5 is infinite
         length = torch.linalg.vector_norm(loc, dim=-1, keepdim=True)
         if not (torch.isfinite(length).all() and (length > 0).all()):
             raise ValueError("loc must be finite and of non-zero length")
-        kappa = _checked_kappa(concentration).to(loc)
+        kappa = _check_kappa(concentration).to(loc)
         batch = torch.broadcast_shapes(loc.shape[:-1], kappa.shape)
         self.loc = (loc / length).expand((*batch, d))
         self.concentration = kappa.expand(batch)
@@ -184,7 +223,7 @@ class VonMisesFisher(Distribution):
         return self.event_shape[0]
 
     def _scalars(self) -> tuple[Tensor, Tensor]:
-        """(log C_d(kappa) + kappa, A_d(kappa) / kappa), float64, of the batch's shape."""
+        """Return log C_d(kappa) + kappa and A_d(kappa) / kappa, float64, in the batch shape."""
         log_scaled, ratio = _bessel(self.concentration.double(), self._dim / 2 - 1)
         return log_scaled - self._dim / 2 * math.log(2 * math.pi), ratio
 
@@ -199,7 +238,7 @@ class VonMisesFisher(Distribution):
 
     @property
     def mean_resultant_length(self) -> Tensor:
-        """A_d(kappa) = E[mu.x], float64, of the batch's shape."""
+        """A_d(kappa) = E[mu.x], float64, batch shape."""
         return self.concentration.double() * self._scalars()[1]
 
     @property
@@ -217,22 +256,32 @@ class VonMisesFisher(Distribution):
     def rsample(  # type: ignore[override]
         self, sample_shape: torch.Size | tuple[int, ...] = (), generator: torch.Generator | None = None
     ) -> Tensor:
-        """Unit rows of shape sample_shape + batch_shape + (d,), differentiable in `loc`.
+        """Draw samples that are differentiable in `loc`.
 
-        x = w mu + sqrt(1 - w^2) v, with w from `sample_cosine` and v the unit part of one normal draw
-        orthogonal to mu. The rejection step has no pathwise gradient in kappa: ValueError if it is asked for.
+        x = w mu + sqrt(1 - w^2) v, with w from `sample_cosine` and v the normalized part of a normal draw
+        that is orthogonal to mu.
+
+        Args:
+            sample_shape: shape of the draws per distribution.
+            generator: source of randomness.
+
+        Returns:
+            Unit vectors of shape sample_shape + batch_shape + (d,).
+
+        Raises:
+            ValueError: the concentration requires a gradient, which rejection sampling does not have.
         """
         if torch.is_grad_enabled() and self.concentration.requires_grad:
-            raise ValueError("draws have no gradient in the concentration: detach it, or use sample()")
+            raise ValueError("samples have no gradient in the concentration: detach it, or use sample()")
         shape = torch.Size(sample_shape)
         dtype, device = self.loc.dtype, self.loc.device
         w, sine = sample_cosine(self.concentration, self._dim, shape, generator)
         w, sine = w.to(dtype), sine.to(dtype)
         normal = torch.randn(shape + self.loc.shape, dtype=dtype, device=device, generator=generator)
-        # Without a gradient every step reuses the draw's memory: then a draw costs little more than a normal.
+        # Without gradients all steps reuse this memory, so a sample costs little more than a normal draw.
         buffer = None if torch.is_grad_enabled() and self.loc.requires_grad else normal
         tangent = normal
-        # In few dimensions a draw can lie so near mu that a projection leaves rounding: a second removes it.
+        # In few dimensions a draw can be so close to mu that one projection leaves rounding errors.
         for _ in range(1 if self._dim > 16 else 2):
             along = torch.einsum("...d,...d->...", tangent, self.loc)
             tangent = torch.addcmul(tangent, along[..., None], self.loc, value=-1, out=buffer)
@@ -243,68 +292,86 @@ class VonMisesFisher(Distribution):
     def sample(  # type: ignore[override]
         self, sample_shape: torch.Size | tuple[int, ...] = (), generator: torch.Generator | None = None
     ) -> Tensor:
-        """As `rsample`, without gradients."""
+        """Draw samples as `rsample` does, without gradients."""
         with torch.no_grad():
             return self.rsample(sample_shape, generator)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log f(x) for unit rows `value` (..., d), in `loc`'s dtype.
+        """Return log f(x) for unit vectors `value` (..., d).
 
-        Written with -|x - mu|^2 / 2 in place of mu.x - 1, which keeps float32 exact at large kappa.
+        The term -|x - mu|^2 / 2 in place of mu.x - 1 keeps float32 accurate at large kappa.
         """
         log_peak = self._scalars()[0].to(self.loc.dtype)
         return log_peak - 0.5 * self.concentration * (value - self.loc).square().sum(-1)
 
     def entropy(self) -> Tensor:
-        """-E[log f(x)] = -log C_d(kappa) - kappa A_d(kappa)."""
+        """Return -E[log f(x)] = -log C_d(kappa) - kappa A_d(kappa)."""
         log_peak, ratio = self._scalars()
         kappa = self.concentration.double()
         return (kappa * (1 - kappa * ratio) - log_peak).to(self.loc.dtype)
 
     def kl_to_uniform(self) -> Tensor:
-        """KL(self || uniform on the sphere) = log area - entropy, of the batch's shape."""
+        """Return KL(self || uniform on the sphere) = log area - entropy."""
         at_zero = self._scalars_at_zero()
         log_peak, ratio = self._scalars()
         kappa = self.concentration.double()
         return (log_peak - at_zero - kappa * (1 - kappa * ratio)).clamp(min=0).to(self.loc.dtype)
 
     def _scalars_at_zero(self) -> Tensor:
-        """log C_d(0): minus the log of the sphere's area."""
+        """Return log C_d(0), minus the logarithm of the area of the sphere."""
         zero = torch.zeros((), dtype=torch.float64, device=self.loc.device)
         return _bessel(zero, self._dim / 2 - 1)[0] - self._dim / 2 * math.log(2 * math.pi)
 
 
 @register_kl(VonMisesFisher, VonMisesFisher)
 def _kl_vmf_vmf(p: VonMisesFisher, q: VonMisesFisher) -> Tensor:
-    """log C(p) - log C(q) + A(p) (kappa_p - kappa_q mu_p.mu_q), arranged so that nothing large cancels."""
+    """Return log C(p) - log C(q) + A(p) (kappa_p - kappa_q mu_p.mu_q), without cancellation."""
     peak_p, ratio = p._scalars()
     peak_q, _ = q._scalars()
     kappa_p, kappa_q = p.concentration.double(), q.concentration.double()
     a = kappa_p * ratio
-    apart = 0.5 * (p.loc.double() - q.loc.double()).square().sum(-1)
-    return (peak_p - peak_q + (kappa_q - kappa_p) * (1 - a) + kappa_q * a * apart).to(p.loc.dtype)
+    distance = 0.5 * (p.loc.double() - q.loc.double()).square().sum(-1)
+    return (peak_p - peak_q + (kappa_q - kappa_p) * (1 - a) + kappa_q * a * distance).to(p.loc.dtype)
 
 
 def fit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean direction (d,) and concentration () of unit rows x (n, d), corrected for small n.
+    """Estimate mean direction and concentration, corrected for small n.
 
-    kappa solves A_d(kappa)^2 = (n R^2 - 1) / (n - 1), whose right side is unbiased for A_d^2 where R^2 is
-    not; it is 0 where the rows are no more aligned than uniform ones. Raises ValueError for n < 2, rows that
-    are not unit, or identical rows.
+    kappa solves A_d(kappa)^2 = (n R^2 - 1) / (n - 1) with the mean resultant length R. The right side is an
+    unbiased estimate of A_d^2, which R^2 is not. kappa is 0 if the samples are no more aligned than uniform
+    ones.
+
+    Args:
+        x: (n, d) unit vectors.
+
+    Returns:
+        Mean direction (d,) and concentration ().
+
+    Raises:
+        ValueError: n < 2, or vectors that are not of unit length or are identical.
     """
     mu, kappa = fit_classes(x, torch.zeros(len(x), dtype=torch.long, device=x.device), 1)
     return mu[0], kappa[0]
 
 
 def fit_classes(x: Tensor, labels: Tensor, num_classes: int, pooled: bool = False) -> tuple[Tensor, Tensor]:
-    """As `fit` for each class: mean directions (C, d) and concentrations (C,), both in x's dtype.
+    """Estimate mean direction and concentration of each class as `fit` does.
 
-    `pooled` gives every class the one concentration that all classes share about their own means. Raises
-    ValueError naming a class with fewer than two rows.
+    Args:
+        x: (n, d) unit vectors.
+        labels: (n,) their classes.
+        num_classes: number of classes C.
+        pooled: whether to estimate one concentration that all classes share.
+
+    Returns:
+        Mean directions (C, d) and concentrations (C,), in the dtype of x.
+
+    Raises:
+        ValueError: like `fit`; the message names a class with fewer than two vectors.
     """
     if x.dim() != 2 or labels.shape != (len(x),):
         raise ValueError("x must have shape (n, d) and labels (n,)")
-    # The lengths need float64: at kappa = 1e6 a float32 length shifts the estimate by percents.
+    # In float32, rounding of the lengths would shift an estimate of kappa = 1e6 by percents.
     lengths = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
     if not torch.allclose(lengths, torch.ones_like(lengths), atol=1e-3):
         raise ValueError("x must have finite rows of unit length")
@@ -313,7 +380,7 @@ def fit_classes(x: Tensor, labels: Tensor, num_classes: int, pooled: bool = Fals
         raise ValueError(f"class {int((n < 2).nonzero()[0])} has fewer than two rows")
     sums, _ = class_sums(x.double() / lengths[:, None], labels, num_classes)
     length = torch.linalg.vector_norm(sums, dim=-1)
-    # Pairs of different rows of a class: their summed cosine is n^2 R^2 - n, of n (n - 1) pairs.
+    # The cosines of the n (n - 1) pairs of different vectors of a class sum to n^2 R^2 - n.
     cosines, pairs = length**2 - n, n * (n - 1)
     if pooled:
         cosines, pairs = cosines.sum().expand(num_classes), pairs.sum().expand(num_classes)

@@ -1,4 +1,4 @@
-"""Extract a teacher's rows and intercepts by the method that its access level allows."""
+"""Recover a teacher's class weights by the method for its access level."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .boundary_search import rows_from_labels
-from .responses import Ask, Extracted
-from .score_recovery import rows_from_scores
+from .boundary_search import weights_from_labels
+from .responses import QueryFunction, RecoveredWeights
+from .score_recovery import weights_from_scores
 
 
 def recover_class_weights(
-    ask: Ask,
+    query: QueryFunction,
     level: str,
     classnames: Sequence[str],
     text: Tensor,
@@ -23,33 +23,34 @@ def recover_class_weights(
     tolerance: float = 0.02,
     budget: int = 0,
     generator: torch.Generator | None = None,
-) -> Extracted:
-    """Recover a teacher's rows and intercepts as far as an access level determines them.
+) -> RecoveredWeights:
+    """Recover class weights and intercepts as far as an access level determines them.
 
     Args:
-        ask: returns the responses to unit queries (n, d).
+        query: returns the responses to unit queries (n, d).
         level: "logits", "probabilities" or "labels".
         classnames: C names, for messages.
-        text: (C, d) unit text features, which labels are first requested for.
-        rays, bisections: precision with labels, see `rows_from_labels`.
-        tolerance: relative error of the rows at which no more scores are requested.
+        text: (C, d) L2-normalized text embeddings, the first queries at level labels.
+        rays: search directions at level labels, see `weights_from_labels`.
+        bisections: queries per search direction, see `weights_from_labels`.
+        tolerance: relative error of the weights at which no more scores are queried.
         budget: most queries; 0 for any number.
         generator: of random queries.
 
     Returns:
-        The rows that the budget buys: exact from logits; with sum zero from probabilities; with sum zero
-        and mean squared row 1 from labels.
+        Class weights and intercepts: exact from logits; with sum zero from probabilities; with sum zero and
+        mean squared length 1 from labels.
 
     Raises:
         UserError: the responses are not those of a linear or cosine classifier, or do not determine it.
     """
     generator = generator or torch.Generator().manual_seed(0)
     if level == "labels":
-        return rows_from_labels(
-            ask, classnames, text, rays=rays, bisections=bisections, budget=budget, generator=generator
+        return weights_from_labels(
+            query, classnames, text, rays=rays, bisections=bisections, budget=budget, generator=generator
         )
-    return rows_from_scores(
-        ask,
+    return weights_from_scores(
+        query,
         classnames,
         text.shape[1],
         logarithms=level == "probabilities",

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 
-from dfzsl.trainers.recovery.logistic import ROWS, regression
+from dfzsl.trainers.recovery.logistic import ROWS_PER_BLOCK, fit_logistic_regression
 
 
 def data(classes: int, images: int, d: int = 24, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -33,28 +33,28 @@ def apart(rows: torch.Tensor, others: torch.Tensor) -> float:
 @pytest.mark.parametrize("classes", (2, 3, 12))
 def test_is_scikit_learns_to_five_digits(classes, C, balanced):
     x, y = data(classes, 40)
-    rows = regression(x, y, classes, C, balanced=balanced)
+    rows = fit_logistic_regression(x, y, classes, C, balanced=balanced)
     assert apart(rows, reference(x, y, C, balanced)) < 1e-5
     assert rows.sum(0).abs().max() < 1e-4
 
 
 def test_more_features_than_go_at_once_and_any_start_end_at_the_same_rows():
-    x, y = data(6, ROWS // 2)
-    assert len(x) > ROWS
-    rows = regression(x, y, 6, 3.0, tolerance=1e-8)
+    x, y = data(6, ROWS_PER_BLOCK // 2)
+    assert len(x) > ROWS_PER_BLOCK
+    rows = fit_logistic_regression(x, y, 6, 3.0, tolerance=1e-8)
     assert apart(rows, reference(x, y, 3.0, False)) < 1e-5
-    assert apart(regression(x, y, 6, 3.0, tolerance=1e-8, start=torch.randn(6, 24)), rows) < 1e-5
-    assert apart(regression(x, y, 6, 3.0, tolerance=1e-4), rows) < 1e-2
-    assert torch.equal(regression(x, y, 6, 3.0, tolerance=1e-8), rows)
+    assert apart(fit_logistic_regression(x, y, 6, 3.0, tolerance=1e-8, start=torch.randn(6, 24)), rows) < 1e-5
+    assert apart(fit_logistic_regression(x, y, 6, 3.0, tolerance=1e-4), rows) < 1e-2
+    assert torch.equal(fit_logistic_regression(x, y, 6, 3.0, tolerance=1e-8), rows)
 
 
 def test_a_class_without_features_gets_no_row():
     x, y = data(4, 30)
-    rows = regression(x, 2 * y, 8, 3.0)
+    rows = fit_logistic_regression(x, 2 * y, 8, 3.0)
     assert (rows[1::2] == 0).all()
-    assert torch.equal(rows[::2], regression(x, y, 4, 3.0))
+    assert torch.equal(rows[::2], fit_logistic_regression(x, y, 4, 3.0))
 
 
 def test_features_that_tell_nothing_give_no_rows():
     x = F.normalize(torch.randn(1, 24), dim=1).repeat(60, 1)
-    assert (regression(x, torch.arange(60) % 6, 6, 3.0) == 0).all()
+    assert (fit_logistic_regression(x, torch.arange(60) % 6, 6, 3.0) == 0).all()

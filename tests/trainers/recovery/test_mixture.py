@@ -1,4 +1,4 @@
-"""Text and teacher combined, the owner's card, and ridge regression: against direct computation."""
+"""Test mixtures, model cards of teachers and ridge regression against direct computation."""
 
 import math
 
@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 from dfzsl.trainers.recovery.feature_statistics import FeatureStatistics, measure_feature_statistics
 from dfzsl.trainers.recovery.mixture import (
-    WEIGHTS,
+    TEACHER_WEIGHT_RANGE,
     mix,
     predict_teacher_weight,
     teacher_rows,
@@ -32,8 +32,8 @@ DIM, CLASSES = 24, 10
 
 
 @pytest.fixture(scope="module")
-def world():
-    """Images in one cone, texts in another: (text (C, d), features (n, d), labels (n,))."""
+def toy_data():
+    """Return images in one cone and texts in another: (text (C, d), features (n, d), labels (n,))."""
     g = rng(3)
     deviation = unit(torch.randn(CLASSES, DIM, generator=g))
     axes = torch.eye(DIM)[:2]
@@ -45,45 +45,45 @@ def world():
 
 class TestRidge:
     def test_left_out_predictions_are_those_of_refits_without_the_class(self):
-        """The shortcut against leaving each row out, centring again and solving anew, at every strength."""
+        """The shortcut equals centering and solving again without each row, at every strength."""
         g = rng(1)
         t, y = torch.randn(8, 5, generator=g).double(), torch.randn(8, 3, generator=g).double()
         _, left_out = leave_one_out_ridge(t, y)
         losses = {}
-        centred = t - t.mean(0)
+        centered = t - t.mean(0)
         for ridge in RIDGES[:-1]:
-            strength = ridge * centred.square().sum(1).mean()
-            made = []
+            strength = ridge * centered.square().sum(1).mean()
+            predictions = []
             for i in range(len(t)):
                 rest = [j for j in range(len(t)) if j != i]
                 x, z = t[rest] - t[rest].mean(0), y[rest] - y[rest].mean(0)
                 beta = torch.linalg.solve(x.T @ x + strength * torch.eye(5), x.T @ z)
-                made.append(y[rest].mean(0) + (t[i] - t[rest].mean(0)) @ beta)
-            losses[ridge] = (torch.stack(made), float((torch.stack(made) - y).square().sum()))
+                predictions.append(y[rest].mean(0) + (t[i] - t[rest].mean(0)) @ beta)
+            losses[ridge] = (torch.stack(predictions), float((torch.stack(predictions) - y).square().sum()))
         best = min(losses, key=lambda ridge: losses[ridge][1])
         mean_alone = torch.stack([y[[j for j in range(8) if j != i]].mean(0) for i in range(8)])
         expected = losses[best][0] if losses[best][1] < (mean_alone - y).square().sum() else mean_alone
         assert torch.allclose(left_out + y.mean(0), expected, atol=1e-8)
 
-    def test_rows_that_sum_to_zero_do_not_give_the_left_out_one_away(self):
-        """Random targets cannot be foretold, though centred rows determine the one that is missing."""
+    def test_rows_that_sum_to_zero_do_not_leak_the_left_out_one(self):
+        """Random targets cannot be predicted, though centered rows determine the missing one."""
         g = rng(2)
         t, y = torch.randn(12, 40, generator=g), torch.randn(12, 40, generator=g)
         y = y - y.mean(0)
         _, left_out = leave_one_out_ridge(t, y)
         assert float(F.cosine_similarity(left_out, y, dim=1).mean()) < 0.2
 
-    def test_a_linear_law_is_found(self):
+    def test_a_linear_map_is_recovered(self):
         g = rng(4)
         t, law = torch.randn(30, 6, generator=g), torch.randn(6, 4, generator=g)
-        found, left_out = leave_one_out_ridge(t, t @ law + 3)
-        assert torch.allclose(found, law, atol=0.1)
+        ridge_map, left_out = leave_one_out_ridge(t, t @ law + 3)
+        assert torch.allclose(ridge_map, law, atol=0.1)
         assert float(F.cosine_similarity(left_out, (t - t.mean(0)) @ law, dim=1).mean()) > 0.98
 
 
 class TestMixture:
-    def test_scaling_and_centring_change_no_decision_of_the_teacher(self, world):
-        _, x, _ = world
+    def test_scaling_and_centering_change_no_decision_of_the_teacher(self, toy_data):
+        _, x, _ = toy_data
         weight, bias = (
             7 * unit(torch.randn(CLASSES, DIM, generator=rng(5))),
             torch.randn(CLASSES, generator=rng(6)),
@@ -93,52 +93,52 @@ class TestMixture:
         assert rows.mean(0).abs().max() < 1e-6 and offset.mean().abs() < 1e-6
         assert float(rows.square().sum(1).mean()) == pytest.approx(1, abs=1e-5)
 
-    def test_the_owners_weight_is_taken_as_it_is(self, world):
-        text, *_ = world
+    def test_the_owners_weight_is_taken_as_it_is(self, toy_data):
+        text, *_ = toy_data
         weight = torch.randn(CLASSES, DIM, generator=rng(7))
-        made = mix(text, weight, known=0.4)
-        assert torch.allclose(made.rows, text + 0.4 * teacher_rows(weight)[0], atol=1e-6)
-        assert (made.weight, made.reason) == (0.4, "the owner's cross-validation")
-        assert not made.bias.any()
+        mixture = mix(text, weight, owner_weight=0.4)
+        assert torch.allclose(mixture.class_weights, text + 0.4 * teacher_rows(weight)[0], atol=1e-6)
+        assert (mixture.teacher_weight, mixture.reason) == (0.4, "the owner's cross-validation")
+        assert not mixture.bias.any()
 
-    def test_signs_by_loops(self, world):
-        text, x, labels = world
+    def test_statistics_match_loops(self, toy_data):
+        text, x, labels = toy_data
         weight = torch.stack([x[labels == c].mean(0) for c in range(CLASSES)])
-        near, found, alike = text_teacher_statistics(text, weight)
+        nearest_text_cosine, retrieval_accuracy, text_teacher_cosine = text_teacher_statistics(text, weight)
         w = unit(weight - weight.mean(0))
         t = text - text.mean(0)
         scores = np.array([[float(w[r] @ t[c]) for c in range(CLASSES)] for r in range(CLASSES)])
         scores -= scores.mean(0)
         others = [max(float(text[i] @ text[j]) for j in range(CLASSES) if j != i) for i in range(CLASSES)]
-        assert near == pytest.approx(np.mean(others), abs=1e-5)
-        assert found == pytest.approx((scores.argmax(1) == np.arange(CLASSES)).mean())
-        assert alike == pytest.approx(
+        assert nearest_text_cosine == pytest.approx(np.mean(others), abs=1e-5)
+        assert retrieval_accuracy == pytest.approx((scores.argmax(1) == np.arange(CLASSES)).mean())
+        assert text_teacher_cosine == pytest.approx(
             np.mean([float(w[c] @ t[c] / t[c].norm()) for c in range(CLASSES)]), abs=1e-5
         )
 
-    def test_the_weight_rises_with_agreement_and_falls_with_what_words_can_tell(self, world):
-        text, x, labels = world
+    def test_the_weight_rises_with_agreement_and_with_text_similarity(self, toy_data):
+        text, x, labels = toy_data
         means = torch.stack([x[labels == c].mean(0) for c in range(CLASSES)])
         noise = torch.randn(CLASSES, DIM, generator=rng(8))
         assert predict_teacher_weight(text, means) > predict_teacher_weight(text, noise)
-        alike = unit(text + 4 * text.mean(0))
-        assert predict_teacher_weight(alike, means) > predict_teacher_weight(text, means)
-        assert WEIGHTS[0] <= predict_teacher_weight(text, noise) <= WEIGHTS[1]
+        similar = unit(text + 4 * text.mean(0))
+        assert predict_teacher_weight(similar, means) > predict_teacher_weight(text, means)
+        assert TEACHER_WEIGHT_RANGE[0] <= predict_teacher_weight(text, noise) <= TEACHER_WEIGHT_RANGE[1]
 
-    def test_a_teacher_that_grew_from_the_text_is_left_alone(self, world):
-        text, *_ = world
+    def test_a_teacher_trained_from_text_is_used_unchanged(self, toy_data):
+        text, *_ = toy_data
         weight = text + 0.1 * unit(torch.randn(CLASSES, DIM, generator=rng(9)))
-        made = mix(text, weight)
-        assert math.isinf(made.weight) and made.loo_predictability == 0
-        assert torch.allclose(made.rows, teacher_rows(weight)[0], atol=1e-6)
+        mixture = mix(text, weight)
+        assert math.isinf(mixture.teacher_weight) and mixture.loo_predictability == 0
+        assert torch.allclose(mixture.class_weights, teacher_rows(weight)[0], atol=1e-6)
 
     @pytest.mark.parametrize("classes", [1, 2, 3])
     @pytest.mark.parametrize("whitened", [False, True])
     def test_few_classes_and_equal_ones(self, classes, whitened):
         geometry = measure_feature_statistics(torch.randn(200, DIM, generator=rng())) if whitened else None
         text = unit(torch.ones(classes, DIM))
-        made = mix(text, torch.ones(classes, DIM), geometry=geometry)
-        assert torch.isfinite(made.rows).all() and torch.isfinite(made.text_to_weight).all()
+        mixture = mix(text, torch.ones(classes, DIM), geometry=geometry)
+        assert torch.isfinite(mixture.class_weights).all() and torch.isfinite(mixture.text_to_weight).all()
 
 
 class TestGeometry:
@@ -164,14 +164,14 @@ class TestGeometry:
 
     def test_file_round_trip_and_broken_ones(self, tmp_path):
         geometry = measure_feature_statistics(
-            torch.randn(150, DIM, generator=rng()), backbone="b", source="pictures"
+            torch.randn(150, DIM, generator=rng()), backbone="b", source="images"
         )
         geometry.save(tmp_path / "g.safetensors")
         loaded = FeatureStatistics.load(tmp_path / "g.safetensors")
         assert torch.equal(loaded.scatter, geometry.scatter) and repr(loaded) == repr(geometry)
         Teacher(torch.eye(2), ["a", "b"]).save(tmp_path / "t.safetensors")
-        for path, said in (("none", "no such geometry file"), ("t.safetensors", "found teacher")):
-            with pytest.raises(UserError, match=said):
+        for path, message in (("none", "no such geometry file"), ("t.safetensors", "found teacher")):
+            with pytest.raises(UserError, match=message):
                 FeatureStatistics.load(tmp_path / path)
         with pytest.raises(UserError, match="100 images or more, got 3"):
             measure_feature_statistics(torch.eye(3))
@@ -195,8 +195,8 @@ class TestCard:
         assert estimate_class_spread(x, labels, classes) == pytest.approx((coherence, cone), abs=0.03)
         assert estimate_class_spread(x[::2], labels[::2], classes) == (None, None)
 
-    def test_finds_a_strength_and_a_weight_that_beat_text_and_the_papers_teacher(self, world):
-        text, x, labels = world
+    def test_finds_a_strength_and_a_weight_that_beat_text_and_the_papers_teacher(self, toy_data):
+        text, x, labels = toy_data
         card = cross_validate(x, labels, text)
         assert card.images == [12] * CLASSES and card.accuracy is not None
         assert card.accuracy["mixture"] >= max(card.accuracy["text"], card.accuracy["teacher"])
@@ -212,12 +212,12 @@ class TestCard:
             hits += int((scores.argmax(1) == labels[fold == f]).sum())
         assert card.accuracy["mixture"] == pytest.approx(100 * hits / len(labels), abs=0.9)
 
-    def test_of_weights_that_cannot_be_told_apart_the_least_is_taken(self):
+    def test_the_least_of_equally_good_weights_is_chosen(self):
         right = torch.zeros(2, 14, 300, dtype=torch.bool)
         right[1, :, :200] = True
         assert one_standard_error_choice(right) == (1, 0)
-        right[1, 6:, 200:260] = True  # clearly better from here on, and alike
-        assert one_standard_error_choice(right) == (1, 8)  # the first whose neighbours are as good
+        right[1, 6:, 200:260] = True  # equally good, and clearly better than the others
+        assert one_standard_error_choice(right) == (1, 8)  # the first whose neighbors are as good
         right[0] = True
         assert one_standard_error_choice(right) == (0, 0)
 
@@ -231,7 +231,7 @@ class TestCard:
         for _ in range(200):
             ease = torch.rand(
                 300, generator=g
-            )  # how hard an image is, the same for all weights, and a little luck
+            )  # how hard an image is, the same for all weights, and some noise
             right = ease + 0.1 * torch.randn(14, 300, generator=g) < truth[:, None]
             _, column = one_standard_error_choice(right[None])
             plain = int(right.double().mean(1).argmax())
@@ -240,14 +240,14 @@ class TestCard:
             weight += (column - plain) / 200
         assert lost < best + 0.002 and weight < -0.3  # as good, and a smaller weight
 
-    def test_too_few_images_leave_the_weight_to_the_client(self, world):
-        text, x, labels = world
+    def test_too_few_images_leave_the_weight_to_the_client(self, toy_data):
+        text, x, labels = toy_data
         few = rank_in_class(labels) < 2
         card = cross_validate(x[few], labels[few], text)
         assert (card.weight, card.accuracy, card.strength) == (None, None, 0.316)
 
-    def test_goes_with_the_teachers_file(self, world, tmp_path):
-        text, x, labels = world
+    def test_goes_with_the_teachers_file(self, toy_data, tmp_path):
+        text, x, labels = toy_data
         names = [f"class {i}" for i in range(CLASSES)]
         teacher = fit_teacher(x, labels, names, text=text)
         teacher.save(tmp_path / "t.safetensors")
@@ -255,11 +255,11 @@ class TestCard:
         assert fit_teacher(x, labels, names).card is None
 
     @pytest.mark.parametrize(
-        "wrong",
+        "changes",
         [3, {}, {"images": [1]}, {"weight": -1.0}, {"weight": float("nan")}, {"strength": 0}, {"cone": 2.0}],
     )
-    def test_a_card_that_cannot_be_is_refused(self, wrong):
-        words = TeacherCard([3, 3], 1.0, 0.2, {"text": 50.0}, 0.9, 0.9).as_dict()
-        assert TeacherCard.of(words, 2).weight == 0.2
+    def test_a_card_that_cannot_be_is_refused(self, changes):
+        values = TeacherCard([3, 3], 1.0, 0.2, {"text": 50.0}, 0.9, 0.9).as_dict()
+        assert TeacherCard.from_dict(values, 2).weight == 0.2
         with pytest.raises(UserError, match="its card"):
-            TeacherCard.of(words | wrong if wrong and isinstance(wrong, dict) else wrong, 2)
+            TeacherCard.from_dict(values | changes if changes and isinstance(changes, dict) else changes, 2)

@@ -46,8 +46,8 @@ def teacher(request, text):
     return Teacher(weight - weight.mean(0), NAMES, "backbone", normalized=request.param)
 
 
-def cosines(found, true):
-    return F.cosine_similarity(found, true, dim=1)
+def cosines(estimate, true):
+    return F.cosine_similarity(estimate, true, dim=1)
 
 
 def decisive(teacher):
@@ -64,14 +64,14 @@ def test_rows_are_exact_from_logits(teacher, text, level):
     assert virtual.queries == oracle.queries == (D + 3 if level == "logits" else 0)
 
 
-def test_the_filter_asks_the_teacher_with_its_intercept(teacher, text, tmp_path):
+def test_the_filter_uses_the_intercepts_of_the_teacher(teacher, text, tmp_path):
     teacher.bias = torch.linspace(0, 0.5, C)
     virtual = recover(open_oracle(teacher, "weights"), text, NAMES, generator=rng())
     virtual.save(tmp_path / "v.safetensors")
     virtual = VirtualClasses.load(tmp_path / "v.safetensors").ordered_as(NAMES[::-1])
     x, labels = virtual.sample(200, rng())
     by_teacher = C - 1 - teacher.logits(x).argmax(1) == labels
-    assert torch.equal(virtual.kept(x, labels), by_teacher)
+    assert torch.equal(virtual.assigned_to_own_class(x, labels), by_teacher)
     teacher.bias = None
     assert not torch.equal(C - 1 - teacher.logits(x).argmax(1) == labels, by_teacher)
 
@@ -92,10 +92,10 @@ def deviations(weight, bias):
 def test_intercepts_are_recovered_at_every_level(teacher, text, level):
     teacher = biased(teacher)
     virtual = recover(open_oracle(teacher, level), text, rays=2.5, generator=rng())
-    true, found = deviations(decisive(teacher), teacher.bias), deviations(virtual.weight, virtual.bias)
+    true, estimate = deviations(decisive(teacher), teacher.bias), deviations(virtual.weight, virtual.bias)
     if level == "labels":
-        true, found = true / true.norm(), found / found.norm()
-    assert (found - true).norm() / true.norm() < (2e-3 if level == "labels" else 1e-5)
+        true, estimate = true / true.norm(), estimate / estimate.norm()
+    assert (estimate - true).norm() / true.norm() < (2e-3 if level == "labels" else 1e-5)
     x = rows(500, 4)
     assert (virtual.logits(x).argmax(1) == teacher.logits(x).argmax(1)).float().mean() > 0.99
     assert virtual.error < 2e-3
@@ -127,7 +127,7 @@ WORSE = {
 
 
 @pytest.mark.parametrize("given", WORSE)
-def test_answers_that_are_worse_are_asked_for_until_they_suffice(text, given):
+def test_inaccurate_responses_are_queried_until_they_suffice(text, given):
     level, change = WORSE[given]
     teacher = biased(Teacher(rows(C, 2) + 0.5 * text, NAMES))
     plain = open_oracle(teacher, level)
@@ -138,9 +138,9 @@ def test_answers_that_are_worse_are_asked_for_until_they_suffice(text, given):
         tolerance=0.05,
     )
     true = decisive(teacher) - decisive(teacher).mean(0)
-    off = (virtual.weight - virtual.weight.mean(0) - true).norm() / true.norm()
-    assert virtual.error < 0.05 and off < 0.08
-    assert virtual.error / 3 < off < 3 * virtual.error or off < 1e-5
+    error = (virtual.weight - virtual.weight.mean(0) - true).norm() / true.norm()
+    assert virtual.error < 0.05 and error < 0.08
+    assert virtual.error / 3 < error < 3 * virtual.error or error < 1e-5
     assert virtual.queries <= 32 * (D + 1)
 
 
@@ -148,15 +148,15 @@ def test_answers_that_are_worse_are_asked_for_until_they_suffice(text, given):
 @pytest.mark.parametrize("budget", (D + 1, 100, 1000, 3000))
 def test_a_budget_is_never_passed_and_more_of_it_comes_nearer(text, level, budget):
     teacher = biased(Teacher(rows(C, 2) + 0.5 * text, NAMES))
-    asked = []
+    query_counts = []
 
     def answer(x):
-        asked.append(len(x))
-        logits = teacher.logits(x) + 0.05 * torch.randn(len(x), C, generator=rng(len(asked)))
+        query_counts.append(len(x))
+        logits = teacher.logits(x) + 0.05 * torch.randn(len(x), C, generator=rng(len(query_counts)))
         return {"logits": logits, "probabilities": logits.softmax(1), "labels": logits.argmax(1)}[level]
 
     def run(budget):
-        asked.clear()
+        query_counts.clear()
         return recover(Oracle(answer, level, NAMES, D, budget=budget), text, generator=rng())
 
     def nearness(virtual):
@@ -164,16 +164,16 @@ def test_a_budget_is_never_passed_and_more_of_it_comes_nearer(text, level, budge
         return float(cosines(virtual.weight - virtual.weight.mean(0), true).mean())
 
     try:
-        near = nearness(run(budget))
+        accuracy = nearness(run(budget))
     except UserError as error:
         assert "TEACHER.BUDGET" in str(error) and budget < 1000
-        near = 0.0
-    assert sum(asked) <= budget
-    assert nearness(run(10 * budget)) > near
-    assert sum(asked) <= 10 * budget
+        accuracy = 0.0
+    assert sum(query_counts) <= budget
+    assert nearness(run(10 * budget)) > accuracy
+    assert sum(query_counts) <= 10 * budget
 
 
-def test_answers_that_tell_nothing_are_refused(text):
+def test_uninformative_responses_are_refused(text):
     teacher = Teacher(rows(C, 2), NAMES)
     coarse = Oracle(lambda x: teacher.logits(x).softmax(1).round(decimals=1), "probabilities", NAMES, D)
     with pytest.raises(UserError, match=r"TEACHER\.ACCESS to labels"):
@@ -186,20 +186,20 @@ def test_answers_that_tell_nothing_are_refused(text):
 
 
 def test_an_oracle_asks_nothing_beyond_its_budget():
-    teacher, asked = Teacher(rows(C, 2), NAMES), []
-    oracle = Oracle(lambda x: asked.append(len(x)) or teacher.logits(x), "logits", NAMES, D, budget=50)
+    teacher, query_counts = Teacher(rows(C, 2), NAMES), []
+    oracle = Oracle(lambda x: query_counts.append(len(x)) or teacher.logits(x), "logits", NAMES, D, budget=50)
     oracle(rows(40, 1))
     with pytest.raises(UserError, match=r"40 .* 11 .* TEACHER\.BUDGET 50"):
         oracle(rows(11, 1))
     oracle(rows(10, 1))
-    assert asked == [40, 10]
+    assert query_counts == [40, 10]
 
 
 def test_a_class_that_holds_its_antipode_is_left_elsewhere(text):
     teacher = Teacher(rows(C, 2), NAMES, bias=torch.tensor([0.4, 0, 0, 0, 0]))
     starts = rows(400, 3)
-    mine = teacher.logits(starts).argmax(1) == 0
-    assert (teacher.logits(-starts[mine]).argmax(1) == 0).any()
+    is_first_class = teacher.logits(starts).argmax(1) == 0
+    assert (teacher.logits(-starts[is_first_class]).argmax(1) == 0).any()
     virtual = recover(open_oracle(teacher, "labels"), text, rays=2.0, generator=rng())
     x = rows(1000, 4)
     assert (virtual.logits(x).argmax(1) == teacher.logits(x).argmax(1)).float().mean() > 0.99
@@ -239,7 +239,7 @@ def test_more_bisections_come_nearer(text):
 
 
 @pytest.mark.parametrize("level", ("logits", "probabilities"))
-def test_a_teacher_that_is_not_linear_is_told_apart(text, level):
+def test_a_nonlinear_teacher_is_refused(text, level):
     hidden, head = rows(8 * C, 2), rows(8 * C, 3)[:, :C]
 
     def answer(x):
@@ -250,7 +250,7 @@ def test_a_teacher_that_is_not_linear_is_told_apart(text, level):
         recover(Oracle(answer, level, NAMES, D), text)
 
 
-def test_a_class_whose_probability_is_never_told_is_named(text):
+def test_a_class_whose_probability_is_never_disclosed_is_named(text):
     oracle = Oracle(
         lambda x: F.one_hot(torch.zeros(len(x), dtype=int), C).double(), "probabilities", NAMES, D
     )
@@ -258,13 +258,13 @@ def test_a_class_whose_probability_is_never_told_is_named(text):
         recover(oracle, text)
 
 
-def test_a_class_that_is_never_answered_is_named(text):
+def test_a_class_that_is_never_returned_is_named(text):
     inside = rows(C, 2)[:4]
     teacher = Teacher(torch.cat([inside, inside.mean(0, keepdim=True)]), NAMES, normalized=False)
     with pytest.raises(UserError, match="'elk'"):
         recover(open_oracle(teacher, "labels"), text, generator=rng())
     constant = Oracle(lambda x: torch.arange(len(x)) % C, "labels", NAMES, D)
-    with pytest.raises(UserError, match=r"say nothing certain|wherever it is asked"):
+    with pytest.raises(UserError, match=r"do not determine|for every query"):
         recover(constant, text, generator=rng())
 
 
@@ -348,12 +348,12 @@ def test_the_generator_makes_features_of_their_class(text, tmp_path):
     virtual = recover(oracle, text, method="generator", epochs=30, lr=1e-3, draws=8, generator=rng())
     features, labels = virtual.sample(20, rng(1))
     assert torch.allclose(features.norm(dim=1), torch.ones(C * 20), atol=1e-5)
-    assert virtual.kept(features, labels).float().mean() > 0.9
+    assert virtual.assigned_to_own_class(features, labels).float().mean() > 0.9
     assert features[labels == 0].var(0).sum() > 1e-3
     virtual.save(tmp_path / "v.safetensors")
     loaded = VirtualClasses.load(tmp_path / "v.safetensors").ordered_as(NAMES[::-1])
     turned, turned_labels = loaded.sample(20, rng(1))
-    assert loaded.kept(turned, turned_labels).float().mean() > 0.9
+    assert loaded.assigned_to_own_class(turned, turned_labels).float().mean() > 0.9
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -440,7 +440,7 @@ def test_the_concentration_of_a_coherence():
     assert mean_resultant_length(typical_concentration(512), 512) == pytest.approx(0.88, rel=1e-9)
 
 
-def test_the_common_direction_favours_no_text():
+def test_the_common_direction_favors_no_text():
     text = F.normalize(rows(8, 4) + 2 * rows(1, 5), dim=1)
     scores = text @ common_direction(text)
     assert scores.std() < 1e-4 < (text @ F.normalize(text.mean(0), dim=0)).std()
@@ -516,7 +516,7 @@ def test_on_real_features_the_geometry_comes_near_the_truth(real):
     truth, kappa = fit_classes(real["x_test"], real["y_test"], len(names))
     assert 0.7 < virtual.kappa[0] / kappa.median() < 1.4
     assert kappa.median() / paper_concentration(base) > 4
-    # The directions that tell classes apart are known well, the common one is not.
+    # The directions that separate classes are accurate, the common one is not.
     assert cosines(virtual.mu - virtual.mu.mean(0), truth - truth.mean(0)).mean() > 0.8
     text_only = cosines(base - base.mean(0), truth - truth.mean(0)).mean()
     assert cosines(virtual.mu - virtual.mu.mean(0), truth - truth.mean(0)).mean() > text_only + 0.2
@@ -537,6 +537,6 @@ def test_on_real_features_labels_give_the_rows(real_features):
     x = F.normalize(torch.from_numpy(file["x_val"].astype("float32")), dim=1)[base]
     text = F.normalize(torch.from_numpy(file["text"].astype("float32")), dim=1)[:12]
     teacher = fit_teacher(x, labels[base], [str(name) for name in file["classnames"][:12]])
-    found = recover(open_oracle(teacher, "labels"), text, generator=torch.Generator().manual_seed(0))
+    estimate = recover(open_oracle(teacher, "labels"), text, generator=torch.Generator().manual_seed(0))
     rows = F.normalize(teacher.weight, dim=1)
-    assert F.cosine_similarity(found.weight, rows - rows.mean(0), dim=1).min() > 0.999
+    assert F.cosine_similarity(estimate.weight, rows - rows.mean(0), dim=1).min() > 0.999

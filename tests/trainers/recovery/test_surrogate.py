@@ -23,14 +23,14 @@ def test_it_approaches_the_teacher_with_more_labels(n, nearness):
     weight, bias = teacher()
     x = directions(n, 3)
     surrogate = fit_surrogate(x, (x @ weight.T + bias).argmax(1), C)
-    true, found = (
+    true, estimate = (
         torch.cat([w, b[:, None]], 1) for w, b in ((weight, bias), (surrogate.weight, surrogate.bias))
     )
-    assert F.cosine_similarity(found.flatten(), true.flatten(), dim=0) > nearness
+    assert F.cosine_similarity(estimate.flatten(), true.flatten(), dim=0) > nearness
     assert surrogate.weight.sum(0).abs().max() < 1e-4
     assert surrogate.weight.square().sum(1).mean() == pytest.approx(1, rel=1e-4)
-    off = (F.normalize(found.flatten(), dim=0) - F.normalize(true.flatten(), dim=0)).norm()
-    assert off / 3 < surrogate.error < 3 * off
+    error = (F.normalize(estimate.flatten(), dim=0) - F.normalize(true.flatten(), dim=0)).norm()
+    assert error / 3 < surrogate.error < 3 * error
 
 
 def test_a_class_without_a_label_has_the_row_0():

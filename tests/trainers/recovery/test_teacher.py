@@ -101,12 +101,15 @@ def test_an_intercept_decides_and_is_kept(teacher, data, normalized, tmp_path):
     assert (biased.logits(data[0]).argmax(1) == 1).all() and (plain.logits(data[0]).argmax(1) != 1).any()
     biased.save(tmp_path / "teacher.safetensors")
     assert torch.equal(Teacher.load(tmp_path / "teacher.safetensors").bias, bias)
-    rows, intercepts = biased.beside_text()
+    rows, intercepts = biased.cosine_scale_weights()
     assert rows.norm(dim=1).mean() == pytest.approx(1)
     ratio = biased.logits(data[0]) / (data[0] @ rows.T + intercepts)
     assert torch.allclose(ratio, ratio[0, 0].expand(60, 3), rtol=1e-3)
-    for wrong, said in ((torch.ones(2), "one intercept per class"), (torch.full((3,), torch.nan), "finite")):
-        with pytest.raises(UserError, match=said):
+    for wrong, message in (
+        (torch.ones(2), "one intercept per class"),
+        (torch.full((3,), torch.nan), "finite"),
+    ):
+        with pytest.raises(UserError, match=message):
             Teacher(teacher.weight, NAMES, bias=wrong)
 
 
@@ -130,7 +133,7 @@ def test_files_that_are_no_teacher_are_refused(teacher, tmp_path):
 
 
 @pytest.mark.parametrize("normalized", (True, False))
-def test_access_levels_say_less_and_less(data, teacher, normalized, tmp_path):
+def test_access_levels_disclose_less_and_less(data, teacher, normalized, tmp_path):
     features, _ = data
     teacher.normalized = normalized
     teacher.save(tmp_path / "t.safetensors")
@@ -149,9 +152,9 @@ def test_access_levels_say_less_and_less(data, teacher, normalized, tmp_path):
 @pytest.mark.parametrize(
     ("level", "answer", "message"),
     [
-        ("logits", lambda x: torch.zeros(len(x), 4), r"of shape \(5, 3\), it answered \(5, 4\)"),
+        ("logits", lambda x: torch.zeros(len(x), 4), r"of shape \(5, 3\), it returned \(5, 4\)"),
         ("logits", lambda x: torch.full((len(x), 3), torch.nan), "not finite"),
-        ("logits", lambda x: [[0, 0, 0]] * len(x), "it answered list"),
+        ("logits", lambda x: [[0, 0, 0]] * len(x), "it returned list"),
         ("probabilities", lambda x: torch.ones(len(x), 3), "sum to 1"),
         ("labels", lambda x: torch.full((len(x),), 3), "labels from 0 to 2"),
         ("labels", lambda x: torch.zeros(len(x)), "as integers"),
@@ -277,7 +280,7 @@ def test_a_server_that_stays_down_ends_with_one_line_and_is_resumed(server, data
     oracle = client(server, retries=1).oracle("labels", tmp_path / "journal")
     oracle(data[0][:25])
     server.handler.script[:] = [500, 500]
-    with pytest.raises(UserError, match=r"stopped answering after 25 queries .*500.*run again"):
+    with pytest.raises(UserError, match=r"stopped responding after 25 queries .*500.*run again"):
         oracle(data[0][25:50])
     server.handler.keys.clear()
     again = client(server).oracle("labels", tmp_path / "journal")
@@ -299,7 +302,7 @@ def test_replies_that_no_retry_mends_are_reported_at_once(server, data, fault, m
 def test_addresses_that_cannot_be(server):
     with pytest.raises(UserError, match="http:// or https://"):
         HTTPTeacher("file:///etc/passwd")
-    with pytest.raises(UserError, match="does not describe itself"):
+    with pytest.raises(UserError, match="description of the teacher"):
         HTTPTeacher("http://127.0.0.1:1/", retries=0).oracle("logits")
     with pytest.raises(UserError, match=r"set TEACHER\.ACCESS to logits"):
         client(server).oracle("weights")

@@ -169,9 +169,9 @@ def test_float32_log_prob_keeps_its_digits_at_large_kappa():
 @pytest.mark.parametrize("kappa", (50.0, 205.0, 1000.0, 1e4, 1e6))
 def test_fit_returns_the_concentration_of_its_draws(d, kappa):
     mu = direction(d)
-    found_mu, found = fit(VonMisesFisher(mu, kappa).sample((10_000,), rng(7)))
-    assert found == pytest.approx(kappa, rel=0.02)
-    assert (found_mu - mu).norm() < 2 * math.sqrt(
+    estimated_mu, estimate = fit(VonMisesFisher(mu, kappa).sample((10_000,), rng(7)))
+    assert estimate == pytest.approx(kappa, rel=0.02)
+    assert (estimated_mu - mu).norm() < 2 * math.sqrt(
         d / (10_000 * kappa * float(mean_resultant_length(kappa, d)))
     )
 
