@@ -23,7 +23,7 @@ from dfzsl.safe_pickle import PLAIN, Inert, Unpickler
 from dfzsl.utils.dassl_plugin import add_keys
 from dfzsl.utils.errors import UserError
 
-from .templates import SELECTED
+from .templates import SELECTED_TEMPLATES
 
 add_keys("DATASET", SUBSAMPLE_CLASSES="all")
 add_keys("TEACHER", FILE="")
@@ -76,11 +76,11 @@ class ClassDataset(DatasetBase):
             raise UserError("DATASET.ROOT is empty; name the folder of the data sets with --root")
         self.dataset_dir = os.path.join(os.path.abspath(os.path.expanduser(cfg.DATASET.ROOT)), self.folder)
         self.dataset_dir = self.dataset_dir.rstrip(os.sep) or os.sep
-        require(self.dataset_dir, self.how_to_get())
+        require_path(self.dataset_dir, self.repair_hint())
 
         split = self.read()
-        check(split, self.dataset_dir)
-        new = list(split.new) if split.new is not None else second_half(len(split.classnames))
+        check_split(split, self.dataset_dir)
+        new = list(split.new) if split.new is not None else second_half_labels(len(split.classnames))
         base = sorted(set(range(len(split.classnames))) - set(new))
         self.all_classnames = list(split.classnames)
         self.base_classnames = [split.classnames[label] for label in base]
@@ -104,14 +104,14 @@ class ClassDataset(DatasetBase):
         """The whole data set under `self.dataset_dir`; no training files if `self.data_free`."""
         raise NotImplementedError
 
-    def how_to_get(self) -> str:
+    def repair_hint(self) -> str:
         """What to do if a file is missing; ends the error's line."""
         return f"get it with: python -m dfzsl.prepare {type(self).__name__}"
 
     @property
     def templates(self) -> list[str]:
         """The prompt ensemble: the seven templates that CLIP's authors selected, and the data set's own."""
-        return [*SELECTED, *([self.template] if self.template not in SELECTED else [])]
+        return [*SELECTED_TEMPLATES, *([self.template] if self.template not in SELECTED_TEMPLATES else [])]
 
     def few_shots(self, split: Split, shots: int, seed: int) -> tuple[list[Row], list[Row]]:
         """`shots` training and min(shots, 4) validation rows a class; all rows if `shots` < 1.
@@ -142,7 +142,7 @@ class ClassDataset(DatasetBase):
     def datum(self, row: Row, label: int) -> Datum:
         if not os.path.isfile(row.path):
             what = "a folder and no image" if os.path.isdir(row.path) else "no such image"
-            raise UserError(f"{row.path}: {what} (class '{row.classname}'); {self.how_to_get()}")
+            raise UserError(f"{row.path}: {what} (class '{row.classname}'); {self.repair_hint()}")
         return Datum(impath=row.path, label=label, classname=row.classname)
 
     # The classes of a run are those of its split, not those that happen to have a training image.
@@ -153,19 +153,19 @@ class ClassDataset(DatasetBase):
         return dict(enumerate(self._run_classnames)), list(self._run_classnames)
 
 
-def second_half(n: int) -> list[int]:
+def second_half_labels(n: int) -> list[int]:
     """The labels of CoOp's new classes: all after the first ceil(n / 2)."""
     return list(range(math.ceil(n / 2), n))
 
 
-def require(path: str | os.PathLike[str], how: str) -> str:
-    """`path` itself. Raises UserError if nothing is there; `how` says how to get it."""
+def require_path(path: str | os.PathLike[str], hint: str) -> str:
+    """`path` itself. Raises UserError if nothing is there; `hint` says how to get it."""
     if not os.path.exists(path):
-        raise UserError(f"{path}: no such {'file' if os.path.splitext(path)[1] else 'folder'}; {how}")
+        raise UserError(f"{path}: no such {'file' if os.path.splitext(path)[1] else 'folder'}; {hint}")
     return os.fspath(path)
 
 
-def check(split: Split, place: str) -> None:
+def check_split(split: Split, place: str) -> None:
     """Raise UserError unless each class has a name and an image, and a training image if it is learned."""
     names, new = split.classnames, set(split.new or ())
     if len(names) < 2:
@@ -183,20 +183,20 @@ def check(split: Split, place: str) -> None:
             raise UserError(f"{place}: class '{name}' has no training image")
 
 
-def leads_out(path: str) -> bool:
+def escapes_folder(path: str) -> bool:
     """Whether a path from a file would leave the folder that it is to be joined to."""
     return os.path.isabs(path) or ".." in path.replace("\\", "/").split("/")
 
 
-def read_split(path: str, image_dir: str, how: str) -> Split:
+def read_split(path: str, image_dir: str, hint: str) -> Split:
     """A split_zhou_*.json: {"train": [[path in image_dir, label, name], ...], "val": ..., "test": ...}."""
-    require(path, how)
+    require_path(path, hint)
     content = read_json(path)
     names: dict[int, str] = {}
     parts: dict[str, list[Row]] = {}
     for part in ("train", "val", "test"):
         if not isinstance(content, dict) or not isinstance(content.get(part), list):
-            raise UserError(f"{path}: not a split file: it has no list '{part}'; {how}")
+            raise UserError(f"{path}: not a split file: it has no list '{part}'; {hint}")
         parts[part] = []
         for entry in content[part]:
             try:
@@ -208,7 +208,7 @@ def read_split(path: str, image_dir: str, how: str) -> Split:
                 raise UserError(
                     f"{path}: an entry of '{part}' is not [path, label, class name]: {text}"
                 ) from None
-            if leads_out(image):
+            if escapes_folder(image):
                 raise UserError(f"{path}: '{image}' leads out of {image_dir}")
             if names.setdefault(label, name) != name:
                 raise UserError(f"{path}: label {label} is called both '{names[label]}' and '{name}'")
@@ -220,24 +220,24 @@ def read_split(path: str, image_dir: str, how: str) -> Split:
     return Split([names[label] for label in range(len(names))], parts["train"], parts["val"], parts["test"])
 
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
-def folders_in(directory: str, how: str) -> list[str]:
+def list_folders(directory: str, hint: str) -> list[str]:
     """Names of the folders in `directory`, sorted, without hidden ones. Links are followed.
 
     Raises UserError for a link that leads nowhere, since it may have been a class, and for two names of one.
     """
-    require(directory, how)
+    require_path(directory, hint)
     entries = [entry for entry in os.scandir(directory) if entry.name[0] != "."]
     if lost := [entry.path for entry in entries if not os.path.exists(entry.path)]:
         raise UserError(f"{min(lost)}: a link that leads nowhere; mend or remove it")
     names = sorted(entry.name for entry in entries if entry.is_dir())
-    once(os.path.join(directory, name) for name in names)
+    check_distinct_files(os.path.join(directory, name) for name in names)
     return names
 
 
-def once(paths: Iterable[str]) -> None:
+def check_distinct_files(paths: Iterable[str]) -> None:
     """Raise UserError if two of these paths are one file or folder: listed twice, or by a link."""
     seen: dict[tuple[int, int], str] = {}
     for path in paths:
@@ -247,15 +247,15 @@ def once(paths: Iterable[str]) -> None:
             continue
         if (key := (about.st_dev, about.st_ino)) in seen and about.st_ino:
             same = os.path.normpath(path) == os.path.normpath(seen[key])
-            how = "is listed twice" if same else f"is a link to {seen[key]}, or the other way round"
-            raise UserError(f"{path} {how}; one of the two has to go")
+            hint = "is listed twice" if same else f"is a link to {seen[key]}, or the other way round"
+            raise UserError(f"{path} {hint}; one of the two has to go")
         seen[key] = path
 
 
-def images_in(directory: str) -> list[str]:
+def list_images(directory: str) -> list[str]:
     """Paths of the images in `directory`, sorted by name, without hidden ones."""
     names = (entry.name for entry in os.scandir(directory))
-    kept = sorted(name for name in names if name.lower().endswith(IMAGES) and name[0] != ".")
+    kept = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != ".")
     return [os.path.join(directory, name) for name in kept]
 
 

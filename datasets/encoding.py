@@ -28,8 +28,10 @@ from .base import ClassDataset
 from .features import FeatureDatum
 
 # Pillow hands others to programs of the system, Ghostscript for one, whatever the file's name.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-PART = 512  # images a part file holds: what an interrupted encoding can lose, and what ranks share out
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+IMAGES_PER_PART = (
+    512  # images a part file holds: what an interrupted encoding can lose, and what ranks share out
+)
 
 
 class Encoder(Protocol):
@@ -72,7 +74,7 @@ def encode_datums(
         return torch.empty(0, backbone.dim)
     directory = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     paths = [datum.impath for datum in datums]
-    whole = directory / f"{_key(backbone, transform, paths)}.safetensors"
+    whole = directory / f"{_cache_key(backbone, transform, paths)}.safetensors"
     if not whole.exists():
         try:
             _encode(backbone, paths, transform, whole, batch_size, num_workers, torch.device(device))
@@ -83,14 +85,14 @@ def encode_datums(
             ) from None
     # By the process that joins them, or by the next one if that was killed here.
     with contextlib.suppress(OSError):  # a cache that is read-only by now
-        parts = list(_parts(whole, len(paths)).values())
+        parts = list(_part_files(whole, len(paths)).values())
         if parts[-1].exists():  # the last one to go
             for part in parts:
                 part.unlink(missing_ok=True)
-    return _part(whole, "image features", (len(datums), backbone.dim))
+    return _load_part(whole, "image features", (len(datums), backbone.dim))
 
 
-def _part(path: Path, kind: str, shape: tuple[int, int]) -> torch.Tensor:
+def _load_part(path: Path, kind: str, shape: tuple[int, int]) -> torch.Tensor:
     """The features (n, d) that a file of the cache must hold, float16; those of version 0.2 are float32.
 
     Raises UserError if it holds anything else.
@@ -101,18 +103,18 @@ def _part(path: Path, kind: str, shape: tuple[int, int]) -> torch.Tensor:
     return features.half()
 
 
-def _parts(whole: Path, n: int) -> dict[int, Path]:
+def _part_files(whole: Path, n: int) -> dict[int, Path]:
     """First image -> file, of the parts that `whole` is joined from."""
-    return {start: whole.with_suffix(f".{start}") for start in range(0, n, PART)}
+    return {start: whole.with_suffix(f".{start}") for start in range(0, n, IMAGES_PER_PART)}
 
 
-def _key(backbone: Encoder, transform: object, paths: Sequence[str]) -> str:
+def _cache_key(backbone: Encoder, transform: object, paths: Sequence[str]) -> str:
     """A content key: what decides the features, hashed."""
     what = re.sub(r" at 0x[0-9a-f]+", "", repr(transform))  # Dassl's own transforms print their address
-    return _state([backbone.name, backbone.weights_id, backbone.precision, what], paths)
+    return _hash_file_states([backbone.name, backbone.weights_id, backbone.precision, what], paths)
 
 
-def _state(what: Sequence[str], paths: Sequence[str]) -> str:
+def _hash_file_states(what: Sequence[str], paths: Sequence[str]) -> str:
     """A hash of `what` and of the paths, sizes and times of files."""
     state = hashlib.sha256(json.dumps(what).encode())
     for path in paths:
@@ -145,19 +147,19 @@ def checksum(dataset: ClassDataset, datums: Sequence[Datum]) -> str:
             folder, name = os.path.split(datum.impath)
             hashed.update(os.fsencode(os.path.normpath(os.path.join(within(folder), name))))
     if images:
-        hashed.update(_contents(images).encode())
+        hashed.update(_hash_file_contents(images).encode())
     return hashed.hexdigest()
 
 
-def _contents(paths: Sequence[str]) -> str:
+def _hash_file_contents(paths: Sequence[str]) -> str:
     """A checksum of what files hold, in their order."""
-    kept = default_cache_dir() / f"{_state(['contents'], paths)}.sha256"
+    kept = default_cache_dir() / f"{_hash_file_states(['contents'], paths)}.sha256"
     if kept.exists():
         return read_text(kept)
     hashed = hashlib.sha256()
     with ThreadPoolExecutor() as pool, tqdm(total=len(paths), unit="img", desc="read", leave=False) as bar:
-        for start in range(0, len(paths), PART):
-            part = paths[start : start + PART]
+        for start in range(0, len(paths), IMAGES_PER_PART):
+            part = paths[start : start + IMAGES_PER_PART]
             hashed.update("".join(pool.map(digest, part)).encode())
             bar.update(len(part))
     with contextlib.suppress(OSError), atomic(kept) as temporary:  # a cache that is read-only
@@ -166,9 +168,9 @@ def _contents(paths: Sequence[str]) -> str:
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The picture as RGB. Raises UserError if it is broken, huge, or of a format that is not in `FORMATS`."""
+    """The picture as RGB. Raises UserError if it is broken, huge, or of a format that is not in `IMAGE_FORMATS`."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             return image.convert("RGB")
     except Exception as error:  # PIL raises many kinds
         raise UserError(f"{path}: not a readable image ({error or type(error).__name__})") from None
@@ -204,14 +206,14 @@ def encode_files(
     batches = torch.arange(len(paths)).split(batch_size)
     # Closed, also after an error: left to the garbage collector, the workers linger for seconds.
     with contextlib.closing(
-        _pictures(paths, backbone.transform, batches, num_workers, torch.device(device))
+        _image_batches(paths, backbone.transform, batches, num_workers, torch.device(device))
     ) as pictures:
         for good, images, wrong in pictures:
             features = backbone.encode_image(images) if good else torch.empty(0, backbone.dim)
             yield [paths[place] for place in good], features, wrong
 
 
-def _pictures(
+def _image_batches(
     paths: Sequence[str],
     transform: Callable[[Image.Image], torch.Tensor],
     batches: Sequence[torch.Tensor],
@@ -220,13 +222,13 @@ def _pictures(
 ) -> Generator[tuple[list[int], torch.Tensor, list[str]]]:
     """For each batch of places in `paths`: those that could be read, their pictures (n, 3, h, w) on `device`,
     and what is wrong with the others. Processes decode what comes next meanwhile."""
-    first, rest = _halves(transform)
+    first, rest = _split_transform(transform)
     ahead = min(num_workers, len(batches)) if len(batches) > 1 else 0  # of one batch nothing is ahead
     loader = torch.utils.data.DataLoader(
         _Images(paths, first),
         batch_sampler=[batch.tolist() for batch in batches],
         num_workers=ahead,
-        collate_fn=_sorted_out,
+        collate_fn=_collate_readable,
         pin_memory=device.type == "cuda",
         # Of its own: a run that finds the features in the cache goes on with the same random numbers.
         generator=torch.Generator(),
@@ -237,7 +239,7 @@ def _pictures(
         yield good, rest(images.to(device, non_blocking=True)) if good else images, wrong
 
 
-def _halves(
+def _split_transform(
     transform: Callable[[Image.Image], torch.Tensor],
 ) -> tuple[Callable[[Image.Image], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
     """`transform` as what turns a picture into a tensor, and what is left to do to a batch of tensors.
@@ -263,7 +265,7 @@ def _halves(
     return transforms.Compose([*first, transforms.PILToTensor()]), rest
 
 
-def _sorted_out(
+def _collate_readable(
     items: list[tuple[int, torch.Tensor | None, str]],
 ) -> tuple[list[int], torch.Tensor, list[str]]:
     """Places and tensors of the pictures that could be read, and what is wrong with the others."""
@@ -284,20 +286,22 @@ def _encode(
 ) -> None:
     """Encode `paths` into parts beside `whole`, this rank's share of them, then join the parts into it."""
     n = len(paths)
-    parts = _parts(whole, n)
-    mine = [
+    parts = _part_files(whole, n)
+    starts = [
         start
         for start in list(parts)[distributed.rank() :: distributed.world_size()]
         if not parts[start].exists()
     ]
-    batches = {start: torch.arange(start, min(start + PART, n)).split(batch_size) for start in mine}
-    todo = [batch for start in mine for batch in batches[start]]
+    batches = {
+        start: torch.arange(start, min(start + IMAGES_PER_PART, n)).split(batch_size) for start in starts
+    }
+    todo = [batch for start in starts for batch in batches[start]]
     left = sum(map(len, todo))
     with (
-        contextlib.closing(_pictures(paths, transform, todo, num_workers, device)) as pictures,
+        contextlib.closing(_image_batches(paths, transform, todo, num_workers, device)) as pictures,
         tqdm(total=n, initial=n - left, unit="img", desc="encode", disable=distributed.rank() > 0) as bar,
     ):
-        for start in mine:
+        for start in starts:
             features = []
             for batch in batches[start]:
                 _, images, wrong = next(pictures)
@@ -311,7 +315,10 @@ def _encode(
     if distributed.rank() == 0 and not whole.exists():
         try:
             joined = torch.cat(
-                [_part(part, "part", (min(PART, n - start), backbone.dim)) for start, part in parts.items()]
+                [
+                    _load_part(part, "part", (min(IMAGES_PER_PART, n - start), backbone.dim))
+                    for start, part in parts.items()
+                ]
             )
         except UserError:
             if not whole.exists():  # else another process has joined the parts and removed them

@@ -22,8 +22,8 @@ from dfzsl.utils.errors import UserError
 
 from .base import ClassDataset, Row, Split
 
-TEXTS = ("classnames", "backbone", "weights", "template")  # what of a feature file is not numbers
-WHOLE = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+TEXT_FIELDS = ("classnames", "backbone", "weights", "template")  # what of a feature file is not numbers
+INTEGER_TYPES = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 
 
 class FeatureDatum(Datum):
@@ -52,7 +52,7 @@ class Features(ClassDataset):
     backbone_id: str | None = None
     weights_id: str | None = None
 
-    def how_to_get(self) -> str:
+    def repair_hint(self) -> str:
         return "DATASET.ROOT names the feature file, .npz or .safetensors"
 
     def read(self) -> Split:
@@ -72,7 +72,7 @@ class Features(ClassDataset):
                 return []
             x = unit_rows(arrays[f"x_{part}"](), f"{path}: x_{part}")
             y = arrays[f"y_{part}"]() if f"y_{part}" in arrays else torch.empty(0)
-            labels = labels_of(y, len(x), len(classnames), f"{path}: y_{part}").tolist()
+            labels = check_labels(y, len(x), len(classnames), f"{path}: y_{part}").tolist()
             return [Row(path, c, classnames[c], feature) for feature, c in zip(x, labels, strict=True)]
 
         test = rows("test")
@@ -99,7 +99,7 @@ class Features(ClassDataset):
         new = None
         if "new" in arrays:
             labels = arrays["new"]()
-            new = sorted(labels.tolist()) if labels.ndim == 1 and labels.dtype in WHOLE else [-1]
+            new = sorted(labels.tolist()) if labels.ndim == 1 and labels.dtype in INTEGER_TYPES else [-1]
             if len(set(new)) < len(new) or not set(new) < set(range(len(classnames))):
                 raise UserError(f"{path}: 'new' must name some of the labels 0 to {len(classnames) - 1}")
         return Split(classnames, train, val, test, new)
@@ -124,8 +124,8 @@ def open_features(path: str) -> tuple[dict[str, Callable[[], torch.Tensor]], dic
     try:
         if path.endswith(".npz"):
             members = npz_names(path)
-            names = [name for name in members if name not in TEXTS]
-            about = {name: read_member(path, name).tolist() for name in TEXTS if name in members}
+            names = [name for name in members if name not in TEXT_FIELDS]
+            about = {name: read_array(path, name).tolist() for name in TEXT_FIELDS if name in members}
             return {name: partial(_array, path, name) for name in names}, about
         if path.endswith(".safetensors"):
             tensors = safe_open(path, framework="pt")
@@ -139,7 +139,7 @@ def open_features(path: str) -> tuple[dict[str, Callable[[], torch.Tensor]], dic
     raise UserError(f"{path}: a feature file ends in .npz or .safetensors")
 
 
-def read_member(path: str, name: str) -> np.ndarray:
+def read_array(path: str, name: str) -> np.ndarray:
     """Read the array `name` of an npz file. Raises UserError where it cannot be read."""
     try:
         return read_npz_array(path, name)
@@ -151,7 +151,7 @@ def read_member(path: str, name: str) -> np.ndarray:
 
 def _array(path: str, name: str) -> torch.Tensor:
     try:
-        return torch.from_numpy(read_member(path, name))
+        return torch.from_numpy(read_array(path, name))
     except TypeError as error:
         raise UserError(f"{path}: '{name}' is not a readable array of numbers ({error})") from None
 
@@ -163,9 +163,9 @@ def _tensor(tensors: Any, name: str, path: str) -> torch.Tensor:
         raise UserError(f"{path}: '{name}' is not a readable array of numbers ({error})") from None
 
 
-def labels_of(y: torch.Tensor, n: int, classes: int | None, what: str) -> torch.Tensor:
+def check_labels(y: torch.Tensor, n: int, classes: int | None, what: str) -> torch.Tensor:
     """y (n,) as int64 labels from 0, of any number of classes if None. Raises UserError, naming `what`."""
-    if y.shape != (n,) or y.dtype not in WHOLE:
+    if y.shape != (n,) or y.dtype not in INTEGER_TYPES:
         raise UserError(f"{what} must hold {n} whole numbers, one a row of features")
     y = y.long()
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < (1 << 40 if classes is None else classes):

@@ -13,7 +13,16 @@ from dfzsl.io.files import read_text
 from dfzsl.utils.dassl_plugin import register
 from dfzsl.utils.errors import UserError
 
-from .base import ClassDataset, Row, Split, folders_in, images_in, leads_out, read_split, require
+from .base import (
+    ClassDataset,
+    Row,
+    Split,
+    escapes_folder,
+    list_folders,
+    list_images,
+    read_split,
+    require_path,
+)
 
 
 class SplitDataset(ClassDataset):
@@ -29,7 +38,7 @@ class SplitDataset(ClassDataset):
     def read(self) -> Split:
         split = os.path.join(self.dataset_dir, f"split_zhou_{type(self).__name__}.json")
         image_dir = os.path.join(self.dataset_dir, self.images)
-        require(image_dir, self.how_to_get())
+        require_path(image_dir, self.repair_hint())
         if self.replaced and not self.data_free and not os.path.exists(split):
             try:
                 self.replaced(self.cfg)
@@ -37,9 +46,9 @@ class SplitDataset(ClassDataset):
                 said = f"{type(error).__name__}: {error}"
                 raise UserError(
                     f"{split}: there is none, and {self.replaced.__module__} cannot make it ({said}); "
-                    f"{self.how_to_get()}"
+                    f"{self.repair_hint()}"
                 ) from error
-        return read_split(split, image_dir, self.how_to_get())
+        return read_split(split, image_dir, self.repair_hint())
 
 
 @register(DATASET_REGISTRY, replace=True)
@@ -101,17 +110,17 @@ class FGVCAircraft(ClassDataset):
     template = "a photo of a {}, a type of aircraft."
 
     def read(self) -> Split:
-        names = read_lines(os.path.join(self.dataset_dir, "variants.txt"), self.how_to_get())
+        names = read_lines(os.path.join(self.dataset_dir, "variants.txt"), self.repair_hint())
         labels = {name: label for label, name in enumerate(names)}
 
         def rows(part: str) -> list[Row]:
             path = os.path.join(self.dataset_dir, f"images_variant_{part}.txt")
             found = []
-            for line in read_lines(path, self.how_to_get()):
+            for line in read_lines(path, self.repair_hint()):
                 image, _, name = line.partition(" ")
                 if name not in labels:
                     raise UserError(f"{path}: '{name}' is not in variants.txt")
-                if leads_out(image):
+                if escapes_folder(image):
                     raise UserError(f"{path}: '{image}' leads out of {self.dataset_dir}")
                 found.append(
                     Row(os.path.join(self.dataset_dir, "images", f"{image}.jpg"), labels[name], name)
@@ -135,16 +144,16 @@ class ImageNet(ClassDataset):
     folder = "imagenet"
 
     def read(self) -> Split:
-        names = imagenet_names(self.dataset_dir, self.how_to_get())
+        names = read_imagenet_class_names(self.dataset_dir, self.repair_hint())
         test = os.path.join(self.dataset_dir, "images", "val")
-        folders = folders_in(test, self.how_to_get())
-        rows = by_folder(test, folders, names, self.how_to_get())
+        folders = list_folders(test, self.repair_hint())
+        rows = rows_by_folder(test, folders, names, self.repair_hint())
         if self.data_free:
             return Split([names[name] for name in folders], [], [], rows)
         train = os.path.join(self.dataset_dir, "images", "train")
-        if folders_in(train, self.how_to_get()) != folders:
-            raise UserError(f"{train}: its folders are not those of {test}; {self.how_to_get()}")
-        train_rows = by_folder(train, folders, names, self.how_to_get())
+        if list_folders(train, self.repair_hint()) != folders:
+            raise UserError(f"{train}: its folders are not those of {test}; {self.repair_hint()}")
+        train_rows = rows_by_folder(train, folders, names, self.repair_hint())
         return Split([names[name] for name in folders], train_rows, [], rows)
 
 
@@ -155,14 +164,14 @@ class ImageNetVariant(ClassDataset):
 
     def folders(self, image_dir: str, names: dict[str, str]) -> dict[str, str]:
         """Folder to ImageNet's folder name (WordNet id), in label order."""
-        return {name: name for name in folders_in(image_dir, self.how_to_get())}
+        return {name: name for name in list_folders(image_dir, self.repair_hint())}
 
     def read(self) -> Split:
-        names = imagenet_names(self.dataset_dir, self.how_to_get())
-        image_dir = require(os.path.join(self.dataset_dir, self.images), self.how_to_get())
+        names = read_imagenet_class_names(self.dataset_dir, self.repair_hint())
+        image_dir = require_path(os.path.join(self.dataset_dir, self.images), self.repair_hint())
         folders = self.folders(image_dir, names)
         called = {folder: names.get(wordnet_id, "") for folder, wordnet_id in folders.items()}
-        rows = by_folder(image_dir, list(folders), called, self.how_to_get())
+        rows = rows_by_folder(image_dir, list(folders), called, self.repair_hint())
         return Split(list(called.values()), [], [], rows)
 
 
@@ -191,16 +200,16 @@ class ImageNetR(ImageNetVariant):
     folder, images = "imagenet-rendition", "imagenet-r"
 
 
-def read_lines(path: str, how: str) -> list[str]:
+def read_lines(path: str, hint: str) -> list[str]:
     """The non-empty lines of a text file, stripped."""
-    lines = read_text(require(path, how)).splitlines()
+    lines = read_text(require_path(path, hint)).splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
-def read_names(path: str, how: str) -> dict[str, str]:
+def read_class_names(path: str, hint: str) -> dict[str, str]:
     """Folder to class name, in the file's order, from lines of "folder name"."""
-    pairs = [line.partition(" ") for line in read_lines(path, how)]
-    if wrong := [folder for folder, _, _ in pairs if leads_out(folder)]:
+    pairs = [line.partition(" ") for line in read_lines(path, hint)]
+    if wrong := [folder for folder, _, _ in pairs if escapes_folder(folder)]:
         raise UserError(f"{path}: '{wrong[0]}' leads out of the data set")
     names: dict[str, str] = {}
     for folder, _, name in pairs:
@@ -209,13 +218,13 @@ def read_names(path: str, how: str) -> dict[str, str]:
     return names
 
 
-def imagenet_names(folder: str, how: str) -> dict[str, str]:
+def read_imagenet_class_names(folder: str, hint: str) -> dict[str, str]:
     """WordNet id to class name from classnames.txt, two classes called alike being told apart.
 
     CoOp's file follows a list of CLIP's that had two missiles and two sunglasses; CLIP's authors have since
     renamed one of each, and so do we where the file has not.
     """
-    names = read_names(os.path.join(folder, "classnames.txt"), how)
+    names = read_class_names(os.path.join(folder, "classnames.txt"), hint)
     for renamed, twin, name in (
         ("n04008634", "n03773504", "projectile"),
         ("n04355933", "n04356056", "sunglass"),
@@ -225,12 +234,12 @@ def imagenet_names(folder: str, how: str) -> dict[str, str]:
     return names
 
 
-def by_folder(directory: str, folders: list[str], names: dict[str, str], how: str) -> list[Row]:
+def rows_by_folder(directory: str, folders: list[str], names: dict[str, str], hint: str) -> list[Row]:
     """Rows of all images, labels counted in the order of `folders`."""
     rows = []
     for label, folder in enumerate(folders):
         if not names.get(folder):
             raise UserError(f"{directory}: the folder '{folder}' has no line in classnames.txt")
-        images = images_in(require(os.path.join(directory, folder), how))
+        images = list_images(require_path(os.path.join(directory, folder), hint))
         rows += [Row(path, label, names[folder]) for path in images]
     return rows

@@ -14,19 +14,21 @@ from dfzsl.io.class_names import check_class_names
 from dfzsl.utils.errors import UserError
 from dfzsl.utils.progress import bar, hidden
 
-from .base import ClassDataset, folders_in, images_in
+from .base import ClassDataset, list_folders, list_images
 from .encoding import encode_files
-from .features import labels_of, open_features, unit_rows
-from .images import read_names
+from .features import check_labels, open_features, unit_rows
+from .images import read_class_names
 
-HOW = "name a folder that holds a folder of pictures for each class, or a feature file (.npz, .safetensors)"
+DATA_HINT = (
+    "name a folder that holds a folder of pictures for each class, or a feature file (.npz, .safetensors)"
+)
 
 
 @dataclass(repr=False)
 class LabeledFeatures:
     """Unit features (n, d) with labels (n,) into `classnames`.
 
-    `backbone` is whose features they are, where that is known; `wrong` says what is wrong with the pictures
+    `backbone` is whose features they are, where that is known; `errors` says what is wrong with the pictures
     that could not be read. `text` (C, d) are the classes' text features and `template` their prompt template,
     where a feature file has them.
     """
@@ -35,7 +37,7 @@ class LabeledFeatures:
     labels: Tensor
     classnames: list[str]
     backbone: str
-    wrong: list[str]
+    errors: list[str]
     text: Tensor | None = None
     template: str = ""
 
@@ -44,7 +46,7 @@ class LabeledFeatures:
         of = self.backbone or "an unknown encoder"
         return f"Labelled({n:,} features of {len(self.classnames)} classes, d = {d}, {of})"
 
-    def only(self, classnames: Sequence[str]) -> LabeledFeatures:
+    def select_classes(self, classnames: Sequence[str]) -> LabeledFeatures:
         """These classes alone, in this order. Raises UserError for one that is not there."""
         place = {name: label for label, name in enumerate(self.classnames)}
         if missing := [name for name in classnames if name not in place]:
@@ -81,31 +83,31 @@ def read_labeled_features(
     files, names = _pictures(path)
     backbone = open_backbone()
     place = dict(zip(files, names, strict=True))
-    features, good, wrong = [], [], []
-    with hidden(quiet), bar(total=len(files), unit="img", desc="encode", leave=True) as told:
-        for read, rows, errors in encode_files(backbone, files, batch_size, num_workers, device):
+    features, labels_read, errors = [], [], []
+    with hidden(quiet), bar(total=len(files), unit="img", desc="encode", leave=True) as progress:
+        for read, rows, batch_errors in encode_files(backbone, files, batch_size, num_workers, device):
             features.append(rows.cpu())
-            good += [place[file] for file in read]
-            wrong += errors
-            told.update(len(read) + len(errors))
-    if not good:
-        raise UserError(f"{path}: no picture could be read ({wrong[0]})")
+            labels_read += [place[file] for file in read]
+            errors += batch_errors
+            progress.update(len(read) + len(batch_errors))
+    if not labels_read:
+        raise UserError(f"{path}: no picture could be read ({errors[0]})")
     classnames = list(dict.fromkeys(names))
-    labels = torch.tensor([classnames.index(name) for name in good])
-    return LabeledFeatures(torch.cat(features), labels, classnames, backbone.identity, wrong)
+    labels = torch.tensor([classnames.index(name) for name in labels_read])
+    return LabeledFeatures(torch.cat(features), labels, classnames, backbone.identity, errors)
 
 
 def _pictures(folder: str) -> tuple[list[str], list[str]]:
     """Paths and class names of all pictures in the class folders of `folder`."""
-    listed = os.path.join(folder, "classnames.txt")
-    called = read_names(listed, HOW) if os.path.exists(listed) else {}
+    names_file = os.path.join(folder, "classnames.txt")
+    called = read_class_names(names_file, DATA_HINT) if os.path.exists(names_file) else {}
     pairs = [
         (path, called.get(name, name))
-        for name in folders_in(folder, HOW)
-        for path in images_in(os.path.join(folder, name))
+        for name in list_folders(folder, DATA_HINT)
+        for path in list_images(os.path.join(folder, name))
     ]
     if not pairs:
-        raise UserError(f"{folder}: no picture in a folder of it; {HOW}")
+        raise UserError(f"{folder}: no picture in a folder of it; {DATA_HINT}")
     files, names = zip(*pairs, strict=True)
     return list(files), list(names)
 
@@ -120,7 +122,7 @@ def _features(path: str, parts: Sequence[str]) -> LabeledFeatures:
     rows, labels = [], []
     for part in there:
         rows.append(unit_rows(arrays[f"x_{part}"](), f"{path}: x_{part}"))
-        labels.append(labels_of(arrays[f"y_{part}"](), len(rows[-1]), len(names), f"{path}: y_{part}"))
+        labels.append(check_labels(arrays[f"y_{part}"](), len(rows[-1]), len(names), f"{path}: y_{part}"))
     if len({x.shape[1] for x in rows}) > 1 or not sum(map(len, rows)):
         raise UserError(f"{path}: its features are none, or of different dimensions")
     known = about.get("backbone") and about.get("weights")

@@ -18,10 +18,10 @@ from dfzsl.io.untrusted.archives import MAX_EXPANSION, MIN_CONTENT
 Element = tuple[int, memoryview]  # type and content
 
 MATRIX, COMPRESSED = 14, 15  # types of data elements that are no numbers
-STORED = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
-ENCODED = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
+STORED_DTYPES = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+TEXT_ENCODINGS = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16", 18: "utf-32"}
 CELL, CHAR = 1, 4  # classes of arrays
-NUMERIC = dict(enumerate(("f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"), start=6))
+NUMERIC_CLASSES = dict(enumerate(("f8", "f4", "i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8"), start=6))
 COMPLEX = 0x800
 
 
@@ -48,15 +48,15 @@ def read_mat(path: str, names: Collection[str] | None = None) -> dict[str, np.nd
     if order is None:
         raise ValueError("it is not of MATLAB's versions 5 to 7")
     arrays = {}
-    room = MIN_CONTENT + MAX_EXPANSION * len(data)
+    memory_left = MIN_CONTENT + MAX_EXPANSION * len(data)
     for kind, content in _elements(data[128:], order):
         if kind == COMPRESSED:
-            content = _inflated(content, order, names, room)
+            content = _decompress_matrix(content, order, names, memory_left)
         if kind in (MATRIX, COMPRESSED) and content:
-            name, array = _matrix(content, order, names)
+            name, array = _read_matrix(content, order, names)
             if array is not None:
                 arrays[name] = array
-                room -= array.nbytes
+                memory_left -= array.nbytes
     return arrays
 
 
@@ -79,10 +79,12 @@ def _elements(data: memoryview, order: str) -> Iterator[Element]:
         at = end if kind == COMPRESSED else at + -(-(end - at) // 8) * 8
 
 
-def _inflated(content: memoryview, order: str, names: Collection[str] | None, room: int) -> memoryview:
+def _decompress_matrix(
+    content: memoryview, order: str, names: Collection[str] | None, memory_left: int
+) -> memoryview:
     """The matrix in a compressed element; empty if its name is not in `names`.
 
-    Raises ValueError where the matrix would take more than `room` bytes of memory.
+    Raises ValueError where the matrix would take more than `memory_left` bytes of memory.
     """
     head = memoryview(zlib.decompressobj().decompress(content, 4096))
     if len(head) < 8:
@@ -90,13 +92,13 @@ def _inflated(content: memoryview, order: str, names: Collection[str] | None, ro
     kind, size = struct.unpack_from(f"{order}II", head)
     if kind != MATRIX or not size:
         return head[:0]
-    flags, shape, name, _ = _header(head[8:], order)
+    flags, shape, name, _ = _read_header(head[8:], order)
     if names is not None and name not in names:
         return head[:0]
-    numeric = NUMERIC.get(flags & 0xFF)
+    numeric = NUMERIC_CLASSES.get(flags & 0xFF)
     # Numbers may be stored in fewer bytes than they take. A cell of 8 bytes becomes an object of 128.
     memory = math.prod(shape) * np.dtype(numeric).itemsize if numeric else 16 * size
-    if max(size, memory) > room:
+    if max(size, memory) > memory_left:
         raise ValueError(f"'{name}' expands more than data do")
     # All at once, because joining parts would take the memory twice.
     stream = zlib.decompressobj()
@@ -107,7 +109,7 @@ def _inflated(content: memoryview, order: str, names: Collection[str] | None, ro
     return memoryview(matrix)[8:]
 
 
-def _header(data: memoryview, order: str) -> tuple[int, tuple[int, ...], str, Iterator[Element]]:
+def _read_header(data: memoryview, order: str) -> tuple[int, tuple[int, ...], str, Iterator[Element]]:
     """(array flags, dimensions, name, the elements after them) of a matrix."""
     parts = _elements(data, order)
     try:
@@ -120,43 +122,43 @@ def _header(data: memoryview, order: str) -> tuple[int, tuple[int, ...], str, It
     return struct.unpack_from(f"{order}I", flags)[0], shape, bytes(name).decode("latin-1"), parts
 
 
-def _matrix(
+def _read_matrix(
     data: memoryview, order: str, names: Collection[str] | None = None
 ) -> tuple[str, np.ndarray | None]:
     """(name, array) of a matrix; no array if it is of another kind or not among `names`."""
     if not data:  # an empty cell
         return "", np.empty((0, 0))
-    flags, shape, name, parts = _header(data, order)
+    flags, shape, name, parts = _read_header(data, order)
     kind = flags & 0xFF
     if (names is not None and name not in names) or flags & COMPLEX:
         return name, None
     if kind == CELL:
-        cells = [_matrix(content, order)[1] for kind, content in parts if kind == MATRIX]
+        cells = [_read_matrix(content, order)[1] for kind, content in parts if kind == MATRIX]
         if len(cells) != math.prod(shape):
             raise ValueError(f"'{name}' has {len(cells)} cells, not {math.prod(shape)}")
         array = np.empty(len(cells), object)
         array[:] = cells
         return name, array.reshape(shape, order="F")
     if kind == CHAR:
-        return name, _text(*next(parts, (2, memoryview(b""))), shape, order)
-    if kind not in NUMERIC:
+        return name, _read_text(*next(parts, (2, memoryview(b""))), shape, order)
+    if kind not in NUMERIC_CLASSES:
         return name, None
     stored, content = next(parts, (2, memoryview(b"")))
-    if stored not in STORED:
+    if stored not in STORED_DTYPES:
         raise ValueError(f"'{name}' consists of no numbers")
-    numbers = np.frombuffer(content, order + STORED[stored])
-    return name, numbers.reshape(shape, order="F").astype(NUMERIC[kind])
+    numbers = np.frombuffer(content, order + STORED_DTYPES[stored])
+    return name, numbers.reshape(shape, order="F").astype(NUMERIC_CLASSES[kind])
 
 
-def _text(stored: int, content: memoryview, shape: tuple[int, ...], order: str) -> np.ndarray:
+def _read_text(stored: int, content: memoryview, shape: tuple[int, ...], order: str) -> np.ndarray:
     """A character array: one string a row."""
-    if stored not in ENCODED:
+    if stored not in TEXT_ENCODINGS:
         raise ValueError("a text that consists of no characters")
-    wide = ENCODED[stored] in ("utf-16", "utf-32")
-    encoding = ENCODED[stored] + {"<": "-le", ">": "-be"}[order] * wide
-    letters = np.frombuffer(bytes(content).decode(encoding).encode("utf-32-le"), "<U1")
-    if len(shape) != 2 or math.prod(shape) != len(letters):
-        raise ValueError(f"a text of {len(letters)} letters, not {shape}")
-    if not len(letters):
+    wide = TEXT_ENCODINGS[stored] in ("utf-16", "utf-32")
+    encoding = TEXT_ENCODINGS[stored] + {"<": "-le", ">": "-be"}[order] * wide
+    characters = np.frombuffer(bytes(content).decode(encoding).encode("utf-32-le"), "<U1")
+    if len(shape) != 2 or math.prod(shape) != len(characters):
+        raise ValueError(f"a text of {len(characters)} letters, not {shape}")
+    if not len(characters):
         return np.array([], "<U1")
-    return np.array(["".join(row) for row in letters.reshape(shape, order="F")])
+    return np.array(["".join(row) for row in characters.reshape(shape, order="F")])

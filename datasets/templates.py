@@ -1,6 +1,6 @@
 """The prompt templates that CLIP's authors published for ImageNet (github.com/openai/CLIP, notebooks)."""
 
-SELECTED = (
+SELECTED_TEMPLATES = (
     "itap of a {}.",
     "a bad photo of the {}.",
     "a origami {}.",

@@ -34,15 +34,15 @@ class VirtualLoader:
             the only one.
         num_per_class: features of each class in a pass.
         filter: keep only draws that the recovered teacher assigns to their own class (each is replaced). A
-            class that it disowns keeps the draws it has, and is named in `unfiltered`.
+            class that it disowns keeps the draws it has, and is named in `unfiltered_classes`.
         fresh: draw anew for every pass, else once.
         generator: decides the draws and their order.
 
-    Nothing is drawn before the first pass. `kept_share` is the share of draws the filter has let through.
+    Nothing is drawn before the first pass. `acceptance_rate` is the share of draws the filter has let through.
     """
 
-    TRIES = 50  # draws of a class for each one that is needed, before it is left unfiltered
-    HOPELESS = (
+    MAX_DRAWS_PER_SAMPLE = 50  # draws of a class for each one that is needed, before it is left unfiltered
+    MIN_ACCEPTANCE_RATE = (
         0.02  # share that the filter lets through at first, below which a class is left unfiltered at once
     )
 
@@ -59,13 +59,13 @@ class VirtualLoader:
             raise UserError("batch size and RECOVERY.NUM_PER_CLASS must be at least 1")
         self.virtual, self.batch_size, self.num_per_class = virtual, batch_size, num_per_class
         self.filter, self.fresh, self.generator = filter, fresh, generator
-        self._drawn = self._kept = 0
-        self.unfiltered: list[str] = []
+        self._num_drawn = self._num_kept = 0
+        self.unfiltered_classes: list[str] = []
         self._pass: tuple[Tensor, Tensor] | None = None
 
     @property
-    def kept_share(self) -> float:
-        return self._kept / max(self._drawn, 1)
+    def acceptance_rate(self) -> float:
+        return self._num_kept / max(self._num_drawn, 1)
 
     def draw(self) -> tuple[Tensor, Tensor]:
         """One pass: (features (C * num_per_class, d), labels), class after class."""
@@ -73,17 +73,19 @@ class VirtualLoader:
         features, labels = self.virtual.sample(need, self.generator)
         if not self.filter:
             return features, labels
-        owned = self._owned(features, labels)
+        owned = self._accept(features, labels)
         found, owner = [features[owned]], [labels[owned]]
         counts = torch.bincount(labels[owned], minlength=classes)
-        wanted = counts >= self.HOPELESS * need
+        wanted = counts >= self.MIN_ACCEPTANCE_RATE * need
         drawn = need
         while (
-            wanted.any() and (missing := need - int(counts[wanted].min())) > 0 and drawn < self.TRIES * need
+            wanted.any()
+            and (missing := need - int(counts[wanted].min())) > 0
+            and drawn < self.MAX_DRAWS_PER_SAMPLE * need
         ):
             more, of = self.virtual.sample(missing, self.generator)
             drawn += missing
-            owned = self._owned(more, of)
+            owned = self._accept(more, of)
             found.append(more[owned])
             owner.append(of[owned])
             counts += torch.bincount(of[owned], minlength=classes)
@@ -92,15 +94,15 @@ class VirtualLoader:
             own, first = ~disowned[owner[0]], disowned[labels]
             found, owner = [found[0][own], features[first]], [owner[0][own], labels[first]]
             counts = torch.where(disowned, need, counts)
-        self.unfiltered = [self.virtual.classnames[c] for c in disowned.nonzero()[:, 0]]
+        self.unfiltered_classes = [self.virtual.classnames[c] for c in disowned.nonzero()[:, 0]]
         # The first ones of each class, in the order in which they were drawn.
         of, order = torch.cat(owner).sort(stable=True)
         place = torch.arange(len(of)) - (counts.cumsum(0) - counts)[of]
         return torch.cat(found)[order[place < need]], torch.arange(classes).repeat_interleave(need)
 
-    def _owned(self, features: Tensor, labels: Tensor) -> Tensor:
+    def _accept(self, features: Tensor, labels: Tensor) -> Tensor:
         kept = self.virtual.kept(features, labels)
-        self._drawn, self._kept = self._drawn + len(labels), self._kept + int(kept.sum())
+        self._num_drawn, self._num_kept = self._num_drawn + len(labels), self._num_kept + int(kept.sum())
         return kept
 
     def __len__(self) -> int:
@@ -122,12 +124,14 @@ class VirtualLoader:
         )
 
     def _log_pass(self) -> None:
-        filtered = f"the teacher keeps {self.kept_share:.1%}" if self.filter else "not filtered"
+        filtered = f"the teacher keeps {self.acceptance_rate:.1%}" if self.filter else "not filtered"
         classes = len(self.virtual.classnames)
         logger.info(f"Virtual features: {classes} classes x {self.num_per_class}, {filtered}")
-        if self.unfiltered:
-            names = ", ".join(self.unfiltered[:5]) + (", ..." if len(self.unfiltered) > 5 else "")
-            count = len(self.unfiltered)
+        if self.unfiltered_classes:
+            names = ", ".join(self.unfiltered_classes[:5]) + (
+                ", ..." if len(self.unfiltered_classes) > 5 else ""
+            )
+            count = len(self.unfiltered_classes)
             logger.warning(
                 f"The teacher assigns hardly any virtual feature of {count} classes to them; these stay "
                 f"unfiltered: {names}"

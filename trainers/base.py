@@ -52,9 +52,9 @@ add_keys("TEACHER", FILE="", ACCESS="logits", BUDGET=0)
 add_keys("GEOMETRY", FILE="")
 add_keys("RECOVERY", **keys_of(RecoverySettings))
 
-LOSSES = "losses.json"  # of the epochs so far, beside the checkpoints
+LOSSES_FILE = "losses.json"  # of the epochs so far, beside the checkpoints
 # The transforms of Dassl that give the same picture every time: without others, an image is encoded once.
-DETERMINISTIC = {"normalize", "center_crop", "instance_norm"}
+DETERMINISTIC_TRANSFORMS = {"normalize", "center_crop", "instance_norm"}
 
 
 class CLIPTrainer(TrainerX):
@@ -100,14 +100,14 @@ class CLIPTrainer(TrainerX):
         self.losses: dict[int, float] = {}
         self.queries = 0
         self.folder = RunDirectory(self.cfg)
-        cfg = self.cfg = _for_this_machine(self.cfg)
+        cfg = self.cfg = _limit_workers(self.cfg)
         backbone_cfg = cfg.MODEL.BACKBONE
         backbone: Any = None
         if backbone_cfg.NAME:
             backbone = load_backbone(backbone_cfg.NAME, backbone_cfg.WEIGHTS, self.device)
-            cfg = self.cfg = _with_input_of(cfg, backbone)
+            cfg = self.cfg = _match_preprocessing(cfg, backbone)
         self.transform = build_transform(cfg, is_train=False)
-        self.dm = self.data_manager()
+        self.dm = self.build_data_manager()
         dataset = self.dm.dataset
         if backbone is None:
             backbone = _feature_backbone(dataset)
@@ -127,17 +127,17 @@ class CLIPTrainer(TrainerX):
         self.test_loader: Any = self._feature_loader(dataset.test) if dataset.test else None
         self.train_loader_x = None
 
-    def data_manager(self) -> Any:
+    def build_data_manager(self) -> Any:
         """Return what the run knows of its data, with the attributes of Dassl's DataManager."""
         if not self.data_free:
             return DataManager(self.cfg, custom_tfm_test=self.transform)
         if self.cfg.DATASET.NAME:
             return DataFreeManager(self.cfg)
         base = self.virtual.classnames if self.virtual else self.oracle.classnames
-        return DataFreeManager(self.cfg, ClassNames(base, self.named_new_classes))
+        return DataFreeManager(self.cfg, ClassNames(base, self.configured_new_classnames))
 
     @property
-    def named_new_classes(self) -> list[str]:
+    def configured_new_classnames(self) -> list[str]:
         """New classes that the config names, in place of those of the data set."""
         return []
 
@@ -166,7 +166,9 @@ class CLIPTrainer(TrainerX):
     def _train_loader(self):
         """Batches of the training images: as pictures where the recipe augments them, else as features."""
         datums = self.dm.dataset.train_x
-        augmented = not self.cfg.INPUT.NO_TRANSFORM and not set(self.cfg.INPUT.TRANSFORMS) <= DETERMINISTIC
+        augmented = (
+            not self.cfg.INPUT.NO_TRANSFORM and not set(self.cfg.INPUT.TRANSFORMS) <= DETERMINISTIC_TRANSFORMS
+        )
         if augmented and not isinstance(datums[0], FeatureDatum):
             return self.dm.train_loader_x
         batch_size = self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE
@@ -201,7 +203,7 @@ class CLIPTrainer(TrainerX):
         super().before_epoch()
         if self.data_free:
             # Of the epoch's own: a resumed run draws what the uninterrupted one would have drawn.
-            self.draws.manual_seed(max(self.cfg.SEED, 0) * 1_000_003 + self.epoch + 1)
+            self.draw_generator.manual_seed(max(self.cfg.SEED, 0) * 1_000_003 + self.epoch + 1)
 
     def write_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
         with with_filename(Path(self.output_dir) / "tensorboard"):
@@ -212,7 +214,7 @@ class CLIPTrainer(TrainerX):
     def save_model(self, epoch: int, directory: str, *args: Any, **kwargs: Any) -> None:
         # Before the checkpoint: an epoch that is redone finds its loss here and replaces it.
         if distributed.rank() == 0:
-            write_json(Path(directory) / LOSSES, list(self.losses.values()))
+            write_json(Path(directory) / LOSSES_FILE, list(self.losses.values()))
             super().save_model(epoch, directory, *args, **kwargs)
         distributed.barrier()
 
@@ -239,22 +241,22 @@ class CLIPTrainer(TrainerX):
                 if path.exists():
                     self.virtual = replace(VirtualClasses.load(path), geometry=geometry)
                 else:
-                    self.virtual = self.ask_teacher(geometry, settings)
+                    self.virtual = self.query_teacher(geometry, settings)
                     self.folder.write_config()
                     self.virtual.save(path)
         self.virtual = self.virtual.ordered_as(self.classnames)
         self.queries = self.virtual.queries
-        self.draws = self.stage_generator()
+        self.draw_generator = self.stage_generator()
         loader = VirtualLoader(
             self.virtual,
             self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE,
             **{key: settings[key] for key in ("num_per_class", "filter", "fresh")},
-            generator=self.draws,
+            generator=self.draw_generator,
         )
         self.stage_seconds["recovery"] = time.perf_counter() - started
         return loader
 
-    def ask_teacher(self, geometry: FeatureStatistics | None, settings: dict[str, Any]) -> VirtualClasses:
+    def query_teacher(self, geometry: FeatureStatistics | None, settings: dict[str, Any]) -> VirtualClasses:
         """Recover the base classes from the teacher, by the settings of `RecoverySettings`."""
         oracle = self.oracle
         if oracle.backbone and oracle.backbone != self.backbone.identity:
@@ -270,7 +272,7 @@ class CLIPTrainer(TrainerX):
             oracle,
             self.text_of(self.classnames).cpu(),
             self.classnames,
-            new_text=self.text_of(self.named_new_classes or self.dm.dataset.new_classnames).cpu(),
+            new_text=self.text_of(self.configured_new_classnames or self.dm.dataset.new_classnames).cpu(),
             generator=self.stage_generator(),
             geometry=geometry,
             **settings,
@@ -312,7 +314,7 @@ class CLIPTrainer(TrainerX):
     def resume_model_if_exist(self, directory: str) -> int:
         """The epoch to go on from; 0 for a trainer whose training has no epochs to resume."""
         done = super().resume_model_if_exist(directory) if self.get_model_names() else 0
-        if done and (path := Path(directory) / LOSSES).exists():
+        if done and (path := Path(directory) / LOSSES_FILE).exists():
             self.losses = dict(enumerate(cast(list[float], read_json(path))[:done]))
         return done
 
@@ -417,7 +419,7 @@ class CLIPTrainer(TrainerX):
         return []
 
 
-def _for_this_machine(cfg):
+def _limit_workers(cfg):
     """The config with no more loader processes than there are processors."""
     cfg = cfg.clone()
     cfg.defrost()
@@ -426,7 +428,7 @@ def _for_this_machine(cfg):
     return cfg
 
 
-def _with_input_of(cfg, backbone):
+def _match_preprocessing(cfg, backbone):
     """The config with the picture format of the backbone: size and normalisation belong to the model."""
     cfg = cfg.clone()
     cfg.defrost()

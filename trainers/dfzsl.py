@@ -27,7 +27,7 @@ from .generation.training import GenerationSettings
 add_keys("TRAINER.DFZSL", FLPT=True, NEW_CLASSES=())
 add_keys("GENERATOR", **keys_of(GenerationSettings))
 
-CLASSIFIER = "classifier.safetensors"
+CLASSIFIER_FILE = "classifier.safetensors"
 
 
 @register(TRAINER_REGISTRY)
@@ -54,8 +54,8 @@ class DFZSL(FLPT):
 
     def build_model(self) -> None:
         self.classifier: Classifier | None = None
-        self.tuned = self.cfg.TRAINER.DFZSL.FLPT and self.backbone.has_text_encoder
-        if self.tuned:
+        self.tunes_prompts = self.cfg.TRAINER.DFZSL.FLPT and self.backbone.has_text_encoder
+        if self.tunes_prompts:
             super().build_model()
         else:
             logger.info(self.notes()[0])
@@ -68,20 +68,20 @@ class DFZSL(FLPT):
         return super().trained_parameters + rows
 
     def notes(self) -> list[str]:
-        if self.tuned:
+        if self.tunes_prompts:
             return []
         if self.backbone.has_text_encoder:
             return ["FLPT left out (TRAINER.DFZSL.FLPT False)"]
         return ["FLPT left out (features without a text encoder)"]
 
     @property
-    def named_new_classes(self) -> list[str]:
+    def configured_new_classnames(self) -> list[str]:
         return list(self.cfg.TRAINER.DFZSL.NEW_CLASSES)
 
     @property
     def new_classnames(self) -> list[str]:
         """The classes to add: TRAINER.DFZSL.NEW_CLASSES, else the new classes of the data set, if any."""
-        return self.named_new_classes or [
+        return self.configured_new_classnames or [
             name for name in self.dm.dataset.new_classnames if name not in self.classnames
         ]
 
@@ -92,7 +92,7 @@ class DFZSL(FLPT):
     @torch.no_grad()
     def after_train(self) -> None:
         started = time.perf_counter()
-        path = Path(self.output_dir) / CLASSIFIER
+        path = Path(self.output_dir) / CLASSIFIER_FILE
         if path.exists():
             self.classifier = Classifier.load(path)
         else:
@@ -123,7 +123,7 @@ class DFZSL(FLPT):
         return classifier
 
     def aligned_text(self, new_classnames: Sequence[str]) -> AlignedText:
-        if self.tuned:
+        if self.tunes_prompts:
             return super().aligned_text(new_classnames)
         base = self.text_of(self.classnames)
         return AlignedText(
@@ -139,7 +139,7 @@ class DFZSL(FLPT):
     def load_model(self, directory: str, epoch: int | None = None) -> None:
         """Load the classifier; `epoch` has no effect. Classes that it does not know (another data set's) get
         their text embeddings, in the tuned context where there is one."""
-        classifier = Classifier.load(Path(directory) / CLASSIFIER)
+        classifier = Classifier.load(Path(directory) / CLASSIFIER_FILE)
         if unknown := [name for name in self.classnames if name not in classifier.classnames]:
             classifier = classifier.add(unknown, self.backbone, self.texts)
         self.classifier = classifier

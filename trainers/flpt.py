@@ -83,17 +83,17 @@ class FLPT(CoOp):
             self.backbone, self.classnames, settings.N_CTX, settings.CTX_INIT, settings.RESIDUAL_WEIGHT
         )
         model = ShiftedCLIP(learner, self.backbone.logit_scale)
-        model.beside = self.tuned_texts(learner).beside(self.backbone, self.classnames)
+        model.beside = self.tuned_prompts(learner).beside(self.backbone, self.classnames)
         return model
 
-    def tuned_texts(self, learner: FeatureLanguagePromptLearner) -> ClassPrompts:
+    def tuned_prompts(self, learner: FeatureLanguagePromptLearner) -> ClassPrompts:
         """What is said of any classes, new ones too, in the tuned context."""
         return replace(self.texts, context=learner.ctx.detach(), words=self.cfg.TRAINER.FLPT.CTX_INIT)
 
     @torch.no_grad()
     def text_features(self, classnames: Sequence[str]) -> Tensor:
         """Unit text features (n, d) of any classes, new ones too, in the tuned context."""
-        return self.tuned_texts(self.model.prompt_learner).features(self.backbone, classnames)
+        return self.tuned_prompts(self.model.prompt_learner).features(self.backbone, classnames)
 
     @torch.no_grad()
     def shift(self) -> Tensor:
@@ -114,7 +114,7 @@ class FLPT(CoOp):
             new,
             list(new_classnames),
             shift=self.shift().detach(),
-            texts=self.tuned_texts(self.model.prompt_learner),
+            texts=self.tuned_prompts(self.model.prompt_learner),
             backbone=self.backbone.name,
             weights=self.backbone.weights_id,
             epochs=self.max_epoch,

@@ -70,7 +70,7 @@ class IndependentPromptLearner(DeepPromptLearner):
         self.aggregate += weight * parameters_to_vector(self.parameters())
 
     @torch.no_grad()
-    def adopt(self) -> None:
+    def load_average(self) -> None:
         """Take the sum for the prompts."""
         vector_to_parameters(self.aggregate, self.parameters())
 
@@ -108,8 +108,8 @@ class PromptSRC(MaPLe):
         self.weights = (-0.5 * deviations.square()).softmax(0).tolist()
 
     def forward_backward(self, batch: dict) -> dict[str, float]:
-        pictures, _ = self.parse_batch_train(batch)
-        self.fixed_image = distributed.encode_sharded(self.backbone.encode_image, pictures)
+        images, _ = self.parse_batch_train(batch)
+        self.fixed_image = distributed.encode_sharded(self.backbone.encode_image, images)
         return super().forward_backward(batch)
 
     def step(self, features: Tensor, label: Tensor) -> dict[str, float]:
@@ -129,5 +129,5 @@ class PromptSRC(MaPLe):
     def after_epoch(self) -> None:
         self.learner.add(self.weights[self.epoch])
         if self.epoch + 1 == self.max_epoch:
-            self.learner.adopt()
+            self.learner.load_average()
         super().after_epoch()

@@ -23,7 +23,7 @@ from .recovery.teacher import Teacher, fit_teacher
 # The regression's C; 0: by cross-validation, like the teacher's weight beside text, and noted on its card.
 add_keys("TEACHER", STRENGTH=0.0)
 
-TEACHER = "teacher.safetensors"
+TEACHER_FILE = "teacher.safetensors"
 
 
 @register(TRAINER_REGISTRY)
@@ -44,7 +44,7 @@ class TeacherZeroshot(CLIPTrainer):
         """Fit on all training images (or NUM_SHOTS a class) unless that is done, save, test."""
         self.require_training_images()
         started = time.perf_counter()
-        path = Path(self.cfg.OUTPUT_DIR) / TEACHER
+        path = Path(self.cfg.OUTPUT_DIR) / TEACHER_FILE
         if path.exists():
             self.teacher = Teacher.load(path)
         else:
@@ -69,7 +69,7 @@ class TeacherZeroshot(CLIPTrainer):
         return self.teacher.weight.numel() if self.teacher else 0
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
-        self.teacher = Teacher.load(Path(directory) / TEACHER)
+        self.teacher = Teacher.load(Path(directory) / TEACHER_FILE)
 
     def model_inference(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (n, C): the teacher's where it knows the class, cosines to the text elsewhere."""

@@ -20,7 +20,7 @@ from dfzsl.utils.errors import UserError
 
 from .world import LAMPLIGHT, STYLES, VERSION, classes, render
 
-PICTURES = {"train": 30, "val": 5, "test": 20}  # of each class
+IMAGES_PER_CLASS = {"train": 30, "val": 5, "test": 20}  # of each class
 
 
 @register(DATASET_REGISTRY, replace=True)
@@ -36,15 +36,15 @@ class Shapes(ClassDataset):
 
     def __init__(self, cfg: Any) -> None:
         if cfg.DATASET.ROOT:  # without one the base class raises
-            for part in ("test",) if cfg.TEACHER.FILE or self.style else PICTURES:
+            for part in ("test",) if cfg.TEACHER.FILE or self.style else IMAGES_PER_CLASS:
                 write_part(Path(cfg.DATASET.ROOT).expanduser() / self.folder, part, self.style)
         super().__init__(cfg)
 
-    def how_to_get(self) -> str:
+    def repair_hint(self) -> str:
         return f"delete {self.dataset_dir}, and the next run draws it anew"
 
     def read(self) -> Split:
-        parts = {part: list(rows(self.dataset_dir, part)) for part in PICTURES}
+        parts = {part: list(rows(self.dataset_dir, part)) for part in IMAGES_PER_CLASS}
         if self.data_free or self.style:
             parts["train"] = parts["val"] = []
         return Split([c.name for c in classes()], parts["train"], parts["val"], parts["test"])
@@ -82,7 +82,7 @@ def rows(folder: str | os.PathLike[str], part: str) -> Iterator[Row]:
     for label, composition in enumerate(classes()):
         name = composition.name
         of_class = os.path.join(folder, part, f"{label:03d}-{name.replace(' ', '-')}", "")
-        for number in range(PICTURES[part]):
+        for number in range(IMAGES_PER_CLASS[part]):
             yield Row(f"{of_class}{number:02d}.png", label, name)
 
 
@@ -96,11 +96,15 @@ def write_part(folder: Path, part: str, style: str = "") -> None:
     if target.is_dir():
         return
     draft = folder / f".{part}-{uuid.uuid4().hex}"
-    series = len(PICTURES) + list(STYLES).index(style) if style else list(PICTURES).index(part)
+    series = (
+        len(IMAGES_PER_CLASS) + list(STYLES).index(style) if style else list(IMAGES_PER_CLASS).index(part)
+    )
     light = STYLES[style] if style else LAMPLIGHT
     try:
         draft.mkdir(parents=True)
-        bar = tqdm(rows("", part), f"drawing the {part} pictures of shapes", len(classes()) * PICTURES[part])
+        bar = tqdm(
+            rows("", part), f"drawing the {part} pictures of shapes", len(classes()) * IMAGES_PER_CLASS[part]
+        )
         for number, row in enumerate(bar):
             rng = np.random.default_rng((VERSION, series, number))
             path = draft / Path(row.path).relative_to(part)

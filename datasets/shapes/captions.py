@@ -10,7 +10,7 @@ import functools
 
 import numpy as np
 
-from .world import COLOURS, PATTERNS, SHAPES, STYLES, Composition, classes, compositions, looks, render
+from .world import COLORS, PATTERNS, SHAPES, STYLES, Composition, classes, compositions, foreground, render
 
 # Other words for a value, beside the word in the class names.
 SYNONYMS = {
@@ -124,8 +124,8 @@ PHOTOGRAPHS = ("photo", "dark", "bright", "blurry", "noisy", "small", "close")
 @functools.cache
 def training_compositions() -> tuple[Composition, ...]:
     """The compositions that captioned pictures show: none has the object of a class of the data set."""
-    held_out = {looks(c) for c in classes()}
-    return tuple(c for c in compositions() if looks(c) not in held_out)
+    held_out = {foreground(c) for c in classes()}
+    return tuple(c for c in compositions() if foreground(c) not in held_out)
 
 
 def caption(composition: Composition, style: str, rng: np.random.Generator) -> str:
@@ -146,7 +146,7 @@ def caption(composition: Composition, style: str, rng: np.random.Generator) -> s
         else:
             after.append(WITH[composition.pattern])
     if rng.random() < 0.92:
-        before.insert(int(rng.random() < 0.8) * len(before), word(composition.colour))
+        before.insert(int(rng.random() < 0.8) * len(before), word(composition.color))
     if rng.random() < (0.2 if composition.background == "plain" else 0.75):
         places = PLACES[composition.background]
         after.append(places[0] if rng.random() < 0.6 else one_of(places))
@@ -162,7 +162,7 @@ def caption(composition: Composition, style: str, rng: np.random.Generator) -> s
     return template.format(phrase)
 
 
-def captioned_picture(seed: int, index: int) -> tuple[np.ndarray, str]:
+def captioned_image(seed: int, index: int) -> tuple[np.ndarray, str]:
     """Training example number `index`: a (64, 64, 3) uint8 picture and its caption."""
     rng = np.random.default_rng((seed, index))
     pool = training_compositions()
@@ -173,7 +173,7 @@ def captioned_picture(seed: int, index: int) -> tuple[np.ndarray, str]:
 
 def vocabulary() -> list[str]:
     """Texts that between them hold every word a caption can use."""
-    words = [*SHAPES, *COLOURS, *PATTERNS.values(), *WITH.values(), "plain", "solid"]
+    words = [*SHAPES, *COLORS, *PATTERNS.values(), *WITH.values(), "plain", "solid"]
     words += [w for options in (*SYNONYMS.values(), *PLACES.values()) for w in options]
     templates = [*ANY, *PHOTO, *(t for options in TEMPLATES.values() for t in options)]
     return [*words, *(t.format("") for t in templates), "a, b. c! d: e"]

@@ -24,15 +24,15 @@ from dfzsl.utils.torchvision_import import import_torchvision
 import_torchvision()
 import open_clip  # noqa: E402
 
-from dfzsl.datasets.shapes.captions import captioned_picture, vocabulary  # noqa: E402
+from dfzsl.datasets.shapes.captions import captioned_image, vocabulary  # noqa: E402
 
 FOLDER = Path(__file__).parent
 MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
 STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
-LOGGED = ["step", "loss", "held_out_loss", "held_out_recall_at_1_of_500", "logit_scale"]
+LOG_COLUMNS = ["step", "loss", "held_out_loss", "held_out_recall_at_1_of_500", "logit_scale"]
 
 
-class CaptionedPictures(Dataset):
+class CaptionedImages(Dataset):
     """`count` training examples from number `start` on: ((3, 64, 64) uint8 picture, (77,) tokens)."""
 
     def __init__(self, seed: int, start: int, count: int) -> None:
@@ -43,11 +43,11 @@ class CaptionedPictures(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        picture, caption = captioned_picture(self.seed, self.start + index)
-        return torch.from_numpy(picture).permute(2, 0, 1), self.tokenizer(caption)[0]
+        image, caption = captioned_image(self.seed, self.start + index)
+        return torch.from_numpy(image).permute(2, 0, 1), self.tokenizer(caption)[0]
 
 
-class Trainee(nn.Module):
+class TrainableCLIP(nn.Module):
     """open_clip's CLIP, whose token table holds the rows of `ids` alone while it is trained."""
 
     def __init__(self, config: dict, ids: Tensor) -> None:
@@ -58,10 +58,10 @@ class Trainee(nn.Module):
         self.rows = nn.Parameter(self.clip.token_embedding.weight[ids].clone())
         del self.clip.token_embedding
 
-    def encode_image(self, pictures: Tensor) -> Tensor:
+    def encode_image(self, images: Tensor) -> Tensor:
         """(n, 3, 64, 64) uint8 -> (n, d) unit rows."""
-        pictures = ((pictures / 255 - MEAN) / STD).contiguous(memory_format=torch.channels_last)
-        return F.normalize(self.clip.visual(pictures).float(), dim=-1)
+        images = ((images / 255 - MEAN) / STD).contiguous(memory_format=torch.channels_last)
+        return F.normalize(self.clip.visual(images).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
         """(n, 77) tokens -> (n, d) unit rows. Captions of like length run together, cut at their longest."""
@@ -78,19 +78,19 @@ class Trainee(nn.Module):
         x = clip.ln_final(x[torch.arange(len(x)), end])
         return x @ clip.text_projection
 
-    def loss(self, pictures: Tensor, tokens: Tensor) -> Tensor:
+    def loss(self, images: Tensor, tokens: Tensor) -> Tensor:
         """The symmetric contrastive loss of Radford et al. (2021)."""
-        logits = self.clip.logit_scale.exp() * self.encode_image(pictures) @ self.encode_text(tokens).t()
+        logits = self.clip.logit_scale.exp() * self.encode_image(images) @ self.encode_text(tokens).t()
         target = torch.arange(len(logits))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
 
-def known_tokens() -> Tensor:
+def caption_token_ids() -> Tensor:
     """(k,) int64: the ids, ascending, of all tokens a caption can hold, and the 0 that fills up rows."""
     return torch.cat([open_clip.tokenize(text)[0] for text in vocabulary()]).unique()
 
 
-def save(model: Trainee, path: Path, about: dict) -> None:
+def save(model: TrainableCLIP, path: Path, about: dict) -> None:
     """Write the weights as float16 safetensors under open_clip's names, but for the token table.
 
     `token_embedding.weight` (49408, w) is stored as `token_embedding.ids` (k,) int32 and
@@ -109,10 +109,10 @@ def save(model: Trainee, path: Path, about: dict) -> None:
 
 
 @torch.no_grad()
-def retrieval(model: Trainee, pictures: Tensor, tokens: Tensor) -> tuple[float, float]:
+def evaluate_retrieval(model: TrainableCLIP, images: Tensor, tokens: Tensor) -> tuple[float, float]:
     """(loss, share of pictures whose own caption is the nearest of all) on held-out examples."""
     model.eval()
-    image, text = model.encode_image(pictures), model.encode_text(tokens)
+    image, text = model.encode_image(images), model.encode_text(tokens)
     logits = model.clip.logit_scale.exp() * image @ text.t()
     target = torch.arange(len(logits))
     model.train()
@@ -149,10 +149,10 @@ def train(
     """
     torch.manual_seed(seed)
     config: Any = read_json(FOLDER / "clip.json")
-    model = Trainee(config, known_tokens())
-    held_out = CaptionedPictures(seed + 1, 0, 500)
+    model = TrainableCLIP(config, caption_token_ids())
+    held_out = CaptionedImages(seed + 1, 0, 500)
     check = [torch.stack(part) for part in zip(*(held_out[i] for i in range(len(held_out))), strict=True)]
-    examples = CaptionedPictures(seed, 0, steps * batch_size)
+    examples = CaptionedImages(seed, 0, steps * batch_size)
     batches = DataLoader(examples, batch_size, num_workers=1, prefetch_factor=8)
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -164,9 +164,9 @@ def train(
     losses: list[float] = []
     model.train()
     bar = tqdm(batches, desc="training the CLIP of shapes", unit="step")
-    for step, (pictures, tokens) in enumerate(bar, 1):
+    for step, (images, tokens) in enumerate(bar, 1):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model.loss(pictures, tokens)
+            loss = model.loss(images, tokens)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -176,9 +176,9 @@ def train(
         losses.append(loss.item())
         if step % 100 == 0 or step == steps:
             mean_loss = float(np.mean(losses))
-            held_out_loss, recall = retrieval(model, *check)
+            held_out_loss, recall = evaluate_retrieval(model, *check)
             log.append([step, mean_loss, held_out_loss, recall, model.clip.logit_scale.exp().item()])
             bar.set_postfix(loss=f"{mean_loss:.3f}", recall=f"{recall:.3f}")
             losses = []
             save(model, output / "clip.safetensors", {"step": step, "batch": batch_size, "seed": seed})
-            write_log(output / "clip_training.csv", LOGGED, log)
+            write_log(output / "clip_training.csv", LOG_COLUMNS, log)

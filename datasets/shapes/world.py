@@ -25,7 +25,7 @@ SHAPES = (
     "diamond", "ring", "arrow", "flower", "teardrop", "leaf", "lightning bolt", "gear",
 )  # fmt: skip
 
-COLOURS = {
+COLORS = {
     "red": (205, 30, 35),
     "orange": (240, 130, 25),
     "yellow": (240, 215, 45),
@@ -68,20 +68,20 @@ class Composition:
     """What a picture shows: one value of each attribute."""
 
     shape: str
-    colour: str
+    color: str
     pattern: str
     background: str
 
     @property
     def name(self) -> str:
         """The English name, such as "striped red star on sand"."""
-        words = (PATTERNS[self.pattern], self.colour, self.shape, BACKGROUNDS[self.background])
+        words = (PATTERNS[self.pattern], self.color, self.shape, BACKGROUNDS[self.background])
         return " ".join(word for word in words if word)
 
 
 def compositions() -> list[Composition]:
     """All compositions of the world (16 shapes x 12 colours x 7 patterns x 8 backgrounds)."""
-    return [Composition(*values) for values in itertools.product(SHAPES, COLOURS, PATTERNS, BACKGROUNDS)]
+    return [Composition(*values) for values in itertools.product(SHAPES, COLORS, PATTERNS, BACKGROUNDS)]
 
 
 @functools.cache
@@ -93,10 +93,10 @@ def classes() -> tuple[Composition, ...]:
     (shape, colour, pattern) of one half occurs in the other.
     """
     draw = random.Random(1)
-    values = (SHAPES, tuple(COLOURS), tuple(PATTERNS), tuple(BACKGROUNDS))
+    values = (SHAPES, tuple(COLORS), tuple(PATTERNS), tuple(BACKGROUNDS))
     chosen: list[Composition] = []
     for half in range(2):
-        taken = set() if half == 0 else {looks(c) for c in chosen}
+        taken = set() if half == 0 else {foreground(c) for c in chosen}
         decks = [draw.sample(v + v + v, 3 * len(v)) for v in values]
         decks = [sorted(set(deck), key=deck.index) + deck for deck in decks]
         decks = [draw.sample(deck[:20], 20) for deck in decks]
@@ -108,17 +108,17 @@ def classes() -> tuple[Composition, ...]:
                     axis = draw.randrange(4)
                     attributes[axis] = draw.choice(values[axis])
                 member = Composition(*attributes)
-                if looks(member) in taken and not family:
+                if foreground(member) in taken and not family:
                     first = (draw.choice(SHAPES), *first[1:])
-                elif looks(member) not in taken and member not in chosen + family:
+                elif foreground(member) not in taken and member not in chosen + family:
                     family.append(member)
             chosen += family
     return tuple(chosen)
 
 
-def looks(composition: Composition) -> tuple[str, str, str]:
+def foreground(composition: Composition) -> tuple[str, str, str]:
     """The object without its background: what is held out of the training of the built-in CLIP."""
-    return composition.shape, composition.colour, composition.pattern
+    return composition.shape, composition.color, composition.pattern
 
 
 # ---------------------------------------------------------------------------------------------- drawing
@@ -231,11 +231,11 @@ LAMPLIGHT = Style(
 
 def render(composition: Composition, rng: np.random.Generator, style: Style = STYLES["photo"]) -> np.ndarray:
     """Draw one picture: (SIZE, SIZE, 3) uint8. Everything random comes from `rng`."""
-    picture = _backdrop(composition.background, rng)
-    picture = _clutter(picture, int(rng.integers(style.clutter + 1)), rng)
-    picture = _place(picture, composition, rng, style)
-    picture = _light(picture, rng, style)
-    return _develop(picture, rng, style)
+    image = _backdrop(composition.background, rng)
+    image = _clutter(image, int(rng.integers(style.clutter + 1)), rng)
+    image = _place(image, composition, rng, style)
+    image = _light(image, rng, style)
+    return _develop(image, rng, style)
 
 
 def _backdrop(background: str, rng: np.random.Generator) -> np.ndarray:
@@ -247,38 +247,36 @@ def _backdrop(background: str, rng: np.random.Generator) -> np.ndarray:
     return window + np.float32(rng.uniform(-14, 14))
 
 
-def _clutter(picture: np.ndarray, things: int, rng: np.random.Generator) -> np.ndarray:
+def _clutter(image: np.ndarray, things: int, rng: np.random.Generator) -> np.ndarray:
     """The picture with small shapes near its rim."""
-    canvas = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    canvas = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
     brush = ImageDraw.Draw(canvas)
     for _ in range(things):
         outline = OUTLINES[SHAPES[rng.integers(len(SHAPES))]]
-        colour = list(COLOURS.values())[rng.integers(len(COLOURS))]
+        color = list(COLORS.values())[rng.integers(len(COLORS))]
         place, turn = rng.uniform(0, 2 * np.pi, 2)
-        centre = 0.9 * np.cos(place), 0.9 * np.sin(place)
-        _fill(brush, outline, centre, rng.uniform(0.1, 0.22), turn, colour)
+        center = 0.9 * np.cos(place), 0.9 * np.sin(place)
+        _fill(brush, outline, center, rng.uniform(0.1, 0.22), turn, color)
     return np.asarray(canvas, np.float32)
 
 
-def _place(
-    picture: np.ndarray, composition: Composition, rng: np.random.Generator, style: Style
-) -> np.ndarray:
+def _place(image: np.ndarray, composition: Composition, rng: np.random.Generator, style: Style) -> np.ndarray:
     """The picture with the object on it: outline, pattern in two shades of the colour, shadow or contour."""
     scale, turn = rng.uniform(*style.scale), np.deg2rad(rng.uniform(-25, 25))
-    centre = (rng.uniform(-1, 1, 2) * max(0.0, 0.95 - scale)).tolist()
+    center = (rng.uniform(-1, 1, 2) * max(0.0, 0.95 - scale)).tolist()
     canvas = Image.new("L", (2 * SIZE, 2 * SIZE))
     brush = ImageDraw.Draw(canvas)
-    _fill(brush, OUTLINES[composition.shape], centre, scale, turn, 255)
+    _fill(brush, OUTLINES[composition.shape], center, scale, turn, 255)
     if hole := HOLES.get(composition.shape):
-        _fill(brush, OUTLINES["circle"], centre, scale * hole, turn, 0)
+        _fill(brush, OUTLINES["circle"], center, scale * hole, turn, 0)
     mask = canvas.reduce(2)
     cover = np.asarray(mask, np.float32)[..., None] / 255
 
-    ink = np.asarray(COLOURS[composition.colour]) * rng.uniform(0.85, 1.12) + rng.uniform(-14, 14, 3)
+    ink = np.asarray(COLORS[composition.color]) * rng.uniform(0.85, 1.12) + rng.uniform(-14, 14, 3)
     ink = np.clip(ink, 0, 255).astype(np.float32)
     shade = ink + (255 * (ink.mean() < 128) - ink) * np.float32(rng.uniform(0.5, 0.75))
     x, y = _grid()
-    x, y = (x - np.float32(centre[0])) / np.float32(scale), (y - np.float32(centre[1])) / np.float32(scale)
+    x, y = (x - np.float32(center[0])) / np.float32(scale), (y - np.float32(center[1])) / np.float32(scale)
     cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
     spots = _pattern(composition.pattern, x * cos + y * sin, y * cos - x * sin, rng.uniform(0.45, 0.75))
     fill = ink + (shade - ink) * spots[..., None]
@@ -287,23 +285,23 @@ def _place(
         fill *= 1 - np.asarray(mask.filter(ImageFilter.FIND_EDGES), np.float32)[..., None] / 255
     else:
         shadow = np.roll(cover, (rng.integers(1, 4), rng.integers(-3, 4)), (0, 1))
-        picture = picture * (1 - np.float32(rng.uniform(0, 0.5)) * shadow)
-    return picture + (fill - picture) * cover
+        image = image * (1 - np.float32(rng.uniform(0, 0.5)) * shadow)
+    return image + (fill - image) * cover
 
 
-def _light(picture: np.ndarray, rng: np.random.Generator, style: Style) -> np.ndarray:
+def _light(image: np.ndarray, rng: np.random.Generator, style: Style) -> np.ndarray:
     """The picture under a light that is coloured and falls off to one side; the threads of a cloth."""
     x, y = _grid()
     angle, fall = rng.uniform(0, 2 * np.pi), rng.uniform(0, style.gradient)
     ramp = 1 + x * np.float32(fall * np.cos(angle)) + y * np.float32(fall * np.sin(angle))
     cast = rng.uniform(*style.light) * rng.uniform(*np.transpose(style.cast))
-    picture = picture * ramp[..., None] * cast.astype(np.float32)
-    return picture * _weave(int(rng.integers(4))) if style.finish == "cloth" else picture
+    image = image * ramp[..., None] * cast.astype(np.float32)
+    return image * _weave(int(rng.integers(4))) if style.finish == "cloth" else image
 
 
-def _develop(picture: np.ndarray, rng: np.random.Generator, style: Style) -> np.ndarray:
+def _develop(image: np.ndarray, rng: np.random.Generator, style: Style) -> np.ndarray:
     """The picture as uint8, with what the making of it did: coarse pixels, few tones, blur, grain."""
-    canvas = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+    canvas = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
     if style.finish == "pixel":
         side = int(rng.integers(20, 31))
         coarse = canvas.resize((side, side), Image.Resampling.BOX)
@@ -313,23 +311,23 @@ def _develop(picture: np.ndarray, rng: np.random.Generator, style: Style) -> np.
     canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(*style.blur)))
     start = rng.integers(_grain().size - SIZE * SIZE * 3)
     grain = _grain()[start : start + SIZE * SIZE * 3].reshape(SIZE, SIZE, 3)
-    picture = np.asarray(canvas, np.float32) + np.float32(rng.uniform(*style.noise)) * grain
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    image = np.asarray(canvas, np.float32) + np.float32(rng.uniform(*style.noise)) * grain
+    return np.clip(image, 0, 255).astype(np.uint8)
 
 
 def _fill(
     brush: ImageDraw.ImageDraw,
     outline: Points,
-    centre: Sequence[float],
+    center: Sequence[float],
     scale: float,
     turn: float,
-    colour: int | tuple[int, int, int],
+    color: int | tuple[int, int, int],
 ) -> None:
-    """Fill `outline`, scaled and turned (radians) and moved to `centre`; the canvas is [-1, 1] x [-1, 1]."""
+    """Fill `outline`, scaled and turned (radians) and moved to `center`; the canvas is [-1, 1] x [-1, 1]."""
     half = brush.im.size[0] / 2
     cos, sin = half * scale * np.cos(turn), half * scale * np.sin(turn)
-    left, top = half * (1 + centre[0]), half * (1 + centre[1])
-    brush.polygon([(left + x * cos - y * sin, top + x * sin + y * cos) for x, y in outline], colour)
+    left, top = half * (1 + center[0]), half * (1 + center[1])
+    brush.polygon([(left + x * cos - y * sin, top + x * sin + y * cos) for x, y in outline], color)
 
 
 def _pattern(pattern: str, u: np.ndarray, v: np.ndarray, pitch: float) -> np.ndarray:

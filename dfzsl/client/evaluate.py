@@ -96,7 +96,7 @@ def evaluate(
     if (found := data.features.shape[1]) != (d := classifier.weight.shape[1]):
         raise UserError(f"features of {found} dimensions, the classifier reads {d}")
     place = _places(classifier, data)
-    return _measured(classifier, data.features, place[data.labels], data.wrong)
+    return _measured(classifier, data.features, place[data.labels], data.errors)
 
 
 def _measured(classifier: Classifier, x: Tensor, y: Tensor, wrong: list[str]) -> Evaluation:

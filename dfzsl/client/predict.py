@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import torch
 from tabulate import tabulate
 
-from dfzsl.datasets.base import IMAGES
+from dfzsl.datasets.base import IMAGE_SUFFIXES
 from dfzsl.datasets.encoding import encode_files
 from dfzsl.trainers.generation.classifier import Classifier
 from dfzsl.utils.errors import UserError
@@ -35,7 +35,7 @@ def find_pictures(given: Iterable[str]) -> list[str]:
         )
         pictures = [path for place in places for path in (_below(place) if os.path.isdir(place) else [place])]
         if not pictures:
-            raise UserError(f"{name}: no picture there ({', '.join(IMAGES)})")
+            raise UserError(f"{name}: no picture there ({', '.join(IMAGE_SUFFIXES)})")
         found |= dict.fromkeys(pictures)
     return list(found)
 
@@ -46,7 +46,7 @@ def _below(folder: str) -> Iterator[str]:
         yield from (
             os.path.join(place, name)
             for name in sorted(names)
-            if name.lower().endswith(IMAGES) and name[0] != "."
+            if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."
         )
 
 

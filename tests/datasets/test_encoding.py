@@ -65,7 +65,7 @@ def datums(tmp_path) -> list[Datum]:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(encoding, "PART", 5)
+    monkeypatch.setattr(encoding, "IMAGES_PER_PART", 5)
 
 
 def by_hand(datums) -> torch.Tensor:

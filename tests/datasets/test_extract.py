@@ -108,7 +108,7 @@ import torch
 import fake_data
 from dfzsl.datasets import encoding, extract
 
-encoding.PART = 4
+encoding.IMAGES_PER_PART = 4
 torch.distributed.init_process_group("gloo")
 backbone = fake_data.Backbone()
 data = extract.open_dataset("oxford_pets", sys.argv[1])

@@ -13,7 +13,7 @@ from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from scipy.io import loadmat, savemat
 
-from dfzsl.datasets.gzsl import readable
+from dfzsl.datasets.gzsl import readable_name
 from dfzsl.utils.errors import UserError
 
 SETS = ["AWA2", "CUB", "SUN", "FLO", "APY"]
@@ -86,7 +86,7 @@ def test_text_features_of_clip_splits(tmp_path):
     ],
 )
 def test_class_names_are_made_readable(written, read):
-    assert readable(written) == read
+    assert readable_name(written) == read
 
 
 def test_the_real_awa2_split(tmp_path):

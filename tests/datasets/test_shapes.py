@@ -18,7 +18,7 @@ from dfzsl.datasets import shapes
 from dfzsl.datasets.shapes import Shapes, captions
 from dfzsl.datasets.shapes.world import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     LAMPLIGHT,
     PATTERNS,
     SHAPES,
@@ -27,7 +27,7 @@ from dfzsl.datasets.shapes.world import (
     Composition,
     classes,
     compositions,
-    looks,
+    foreground,
     render,
 )
 from dfzsl.io.tensors import load_tensors
@@ -53,11 +53,11 @@ def test_the_seed_decides_the_picture(style):
 
 @pytest.mark.parametrize(
     "attribute, values",
-    [("shape", SHAPES), ("colour", COLOURS), ("pattern", PATTERNS), ("background", BACKGROUNDS)],
+    [("shape", SHAPES), ("color", COLORS), ("pattern", PATTERNS), ("background", BACKGROUNDS)],
 )
 def test_each_value_of_an_attribute_shows(attribute, values):
     """Everything else equal, another value draws another picture."""
-    base = {"shape": "square", "colour": "red", "pattern": "striped", "background": "plain"}
+    base = {"shape": "square", "color": "red", "pattern": "striped", "background": "plain"}
     drawn = [
         render(Composition(**{**base, attribute: value}), np.random.default_rng(1)).astype(int)
         for value in values
@@ -75,7 +75,7 @@ def test_names_are_unique():
     assert len(classes()) == len(set(classes())) == 120
 
 
-@pytest.mark.parametrize("attribute", ["shape", "colour", "pattern", "background"])
+@pytest.mark.parametrize("attribute", ["shape", "color", "pattern", "background"])
 def test_both_halves_use_every_value(attribute):
     values = {getattr(c, attribute) for c in compositions()}
     for half in HALVES:
@@ -83,7 +83,7 @@ def test_both_halves_use_every_value(attribute):
 
 
 def test_new_objects_do_not_occur_in_base():
-    base, new = ({looks(c) for c in half} for half in HALVES)
+    base, new = ({foreground(c) for c in half} for half in HALVES)
     assert not base & new
 
 
@@ -94,12 +94,12 @@ def test_training_never_shows_an_object_of_the_data_set(monkeypatch):
     shown = []
     monkeypatch.setattr(captions, "render", lambda composition, rng, style: shown.append(composition))
     for index in range(3000):
-        captions.captioned_picture(0, index)
-    held_out = {looks(c) for c in classes()}
+        captions.captioned_image(0, index)
+    held_out = {foreground(c) for c in classes()}
     assert len(set(shown)) > 2000
-    assert not held_out & {looks(c) for c in shown}
+    assert not held_out & {foreground(c) for c in shown}
     # ... yet it shows every value of every attribute
-    for attribute in ("shape", "colour", "pattern", "background"):
+    for attribute in ("shape", "color", "pattern", "background"):
         assert {getattr(c, attribute) for c in shown} == {getattr(c, attribute) for c in compositions()}
 
 
@@ -122,7 +122,7 @@ def test_captions_say_what_is_shown_in_known_words(backbone):
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(shapes, "PICTURES", {"train": 2, "val": 1, "test": 1})
+    monkeypatch.setattr(shapes, "IMAGES_PER_CLASS", {"train": 2, "val": 1, "test": 1})
 
 
 def config(root: Path, *changes: object):
@@ -255,7 +255,7 @@ def test_the_training_script_writes_what_the_backbone_reads(train_clip, tmp_path
     loaded = load_backbone("shapes", str(tmp_path / "clip.safetensors"), "cpu")
     assert loaded.logit_scale == pytest.approx(model.clip.logit_scale.exp().item(), rel=1e-3)
 
-    images, texts = zip(*(captions.captioned_picture(5, index) for index in range(20)), strict=True)
+    images, texts = zip(*(captions.captioned_image(5, index) for index in range(20)), strict=True)
     own = model.encode_text(train_clip.open_clip.tokenize(texts))
     assert F.cosine_similarity(own, loaded.encode_text(list(texts))).min() > 0.9999
     own = model.encode_image(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))

@@ -81,10 +81,12 @@ def test_the_filter_keeps_what_the_teacher_recognises(caplog):
     assert ((features @ loose.weight.T).argmax(1) == labels).all()
     assert torch.bincount(labels).tolist() == [200] * 3
     unfiltered, truth = loose.sample(2000, rng(5))
-    assert loader.kept_share == pytest.approx(float(loose.kept(unfiltered, truth).float().mean()), abs=0.06)
-    assert loader.kept_share < 0.9
+    assert loader.acceptance_rate == pytest.approx(
+        float(loose.kept(unfiltered, truth).float().mean()), abs=0.06
+    )
+    assert loader.acceptance_rate < 0.9
     next(iter(loader))
-    assert f"{loader.kept_share:.1%}" in caplog.text
+    assert f"{loader.acceptance_rate:.1%}" in caplog.text
     plain = VirtualLoader(loose, 10, 200, filter=False, generator=rng())
     features, labels = plain.draw()
     assert ((features @ loose.weight.T).argmax(1) != labels).any()
@@ -99,8 +101,8 @@ def test_a_class_that_the_teacher_disowns_is_kept_as_drawn_and_named(caplog):
     batch = whole_pass(loader)
     assert torch.bincount(batch["label"]).tolist() == [10] * 3
     assert (batch["img"][batch["label"] == 1] @ mu.T).argmax(1).eq(1).all()
-    assert loader.unfiltered == [disowned.classnames[1]]
-    assert loader.unfiltered[0] in caplog.text
+    assert loader.unfiltered_classes == [disowned.classnames[1]]
+    assert loader.unfiltered_classes[0] in caplog.text
     with pytest.raises(UserError):
         VirtualLoader(classes(), 10, 0)
 

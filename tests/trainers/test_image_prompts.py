@@ -390,9 +390,9 @@ def test_the_built_in_vision_transformer_has_the_built_in_text_tower():
 
 @pytest.mark.slow
 def test_the_built_in_vision_transformer_sees_what_the_first_tower_sees():
-    from dfzsl.datasets.shapes.train_clip import MEAN, STD, CaptionedPictures
+    from dfzsl.datasets.shapes.train_clip import MEAN, STD, CaptionedImages
 
-    examples = CaptionedPictures(2, 0, 200)  # none that it was trained on
+    examples = CaptionedImages(2, 0, 200)  # none that it was trained on
     x = (torch.stack([examples[i][0] for i in range(200)]) / 255 - MEAN) / STD
     one, other = (load_backbone(name).encode_image(x) for name in ("shapes", "shapes-vit"))
     assert (one * other).sum(1).mean() > 0.8
