@@ -82,9 +82,7 @@ class CLIPTrainer(TrainerX):
     trains = True  # False: the trainer learns nothing, so a test loads no model
     needs_teacher = False  # True: always data-free
     epoch_callback: Callable[[int], None] | None = None  # called with the index of each finished epoch
-    image_prompts = (
-        False  # True: learns inside the image encoder, from images, and so backpropagates through it
-    )
+    image_prompts = False  # True: learns inside the image encoder and so needs images, not features
 
     def __init__(self, cfg: Any, virtual: VirtualClasses | None = None) -> None:
         self.virtual = virtual

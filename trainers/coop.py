@@ -26,7 +26,7 @@ add_keys("TRAINER.COOP", N_CTX=16, CSC=False, CTX_INIT="", PREC="fp16", CLASS_TO
 
 
 class PromptedCLIP(nn.Module):
-    """CLIP with learned prompts, whose logits are exp(logit scale) * cosine(image feature, text embedding)."""
+    """CLIP with learned prompts: logits are exp(logit scale) * cos(image feature, text embedding)."""
 
     def __init__(self, prompt_learner: PromptLearner, logit_scale: float) -> None:
         super().__init__()

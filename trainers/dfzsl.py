@@ -49,7 +49,7 @@ class DFZSL(FLPT):
     def check_cfg(self, cfg) -> None:
         if not cfg.TEACHER.FILE:
             raise UserError(
-                "DFZSL needs the owner's teacher: set TEACHER.FILE (train.py --trainer TeacherZeroshot fits one)"
+                "DFZSL needs a teacher: set TEACHER.FILE (train.py --trainer TeacherZeroshot fits one)"
             )
 
     def build_model(self) -> None:

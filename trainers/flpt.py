@@ -72,7 +72,7 @@ class ShiftedCLIP(PromptedCLIP):
 
 @register(TRAINER_REGISTRY)
 class FLPT(CoOp):
-    """Prompt tuning with cross-entropy over base classes; logits are exp(logit scale) * cos(x + shift, t_c)."""
+    """Prompt tuning with cross-entropy over base classes of exp(logit scale) * cos(x + shift, t_c)."""
 
     recipe = "vit_b16"
     node = "FLPT"

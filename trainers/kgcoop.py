@@ -20,8 +20,8 @@ add_keys("TRAINER.KGCOOP", W=8.0)
 class KgCoOp(CoOp):
     """CoOp with the loss cross-entropy + W * mean_c (1 - cos(t_c, t_c of CLIP)).
 
-    TRAINER.COOP sets the context. For L2-normalized embeddings the penalty is half the squared distance of the paper's equation. The paper's
-    results were computed with this form.
+    TRAINER.COOP sets the context. For L2-normalized embeddings the penalty is half the squared distance of
+    the paper's equation; the paper's results were computed with this form.
     """
 
     recipe = "vit_b16_ep100_ctxv1"

@@ -1,7 +1,7 @@
 """Train the CLIP of Shapes on captioned images drawn as needed (scripts/shapes/train_clip.py).
 
-The text transformer is trained cut off at the longest caption, which is exact because it is causal, and with
-only the token rows that captions use; `save` says how those are stored.
+Training truncates the text at the longest caption, which is exact since the text transformer is causal, and
+uses only the token embeddings that captions need; see `save` for their format.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LOG_COLUMNS = ["step", "loss", "held_out_loss", "held_out_recall_at_1_of_500", "
 
 
 class CaptionedImages(Dataset):
-    """`count` training examples from number `start` on: ((3, 64, 64) uint8 picture, (77,) tokens)."""
+    """Training examples from `start` to `start + count`: image (3, 64, 64), uint8, and tokens (77,)."""
 
     def __init__(self, seed: int, start: int, count: int) -> None:
         self.seed, self.start, self.count = seed, start, count
@@ -48,7 +48,7 @@ class CaptionedImages(Dataset):
 
 
 class TrainableCLIP(nn.Module):
-    """open_clip's CLIP, whose token table holds the rows of `ids` alone while it is trained."""
+    """open_clip's CLIP with a token table that contains only the rows `ids`."""
 
     def __init__(self, config: dict, ids: Tensor) -> None:
         super().__init__()
@@ -59,12 +59,12 @@ class TrainableCLIP(nn.Module):
         del self.clip.token_embedding
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """(n, 3, 64, 64) uint8 -> (n, d) unit rows."""
+        """Encode images (n, 3, 64, 64), uint8, to L2-normalized features (n, d)."""
         images = ((images / 255 - MEAN) / STD).contiguous(memory_format=torch.channels_last)
         return F.normalize(self.clip.visual(images).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """(n, 77) tokens -> (n, d) unit rows. Captions of like length run together, cut at their longest."""
+        """Encode tokens (n, 77) to L2-normalized features (n, d), in groups of similar length."""
         order = tokens.argmax(dim=-1).argsort(stable=True)
         rows = torch.cat([self._encode_text(tokens[part]) for part in order.chunk(4)])
         return F.normalize(rows.float(), dim=-1)[order.argsort()]
@@ -72,29 +72,29 @@ class TrainableCLIP(nn.Module):
     def _encode_text(self, tokens: Tensor) -> Tensor:
         clip, end = self.clip, tokens.argmax(dim=-1)
         length = int(end.max()) + 1
-        places = torch.searchsorted(self.ids, tokens[:, :length].contiguous())
-        x = self.rows[places] + clip.positional_embedding[:length]
+        indices = torch.searchsorted(self.ids, tokens[:, :length].contiguous())
+        x = self.rows[indices] + clip.positional_embedding[:length]
         x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
         x = clip.ln_final(x[torch.arange(len(x)), end])
         return x @ clip.text_projection
 
     def loss(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """The symmetric contrastive loss of Radford et al. (2021)."""
+        """Compute the symmetric contrastive loss of Radford et al. (2021)."""
         logits = self.clip.logit_scale.exp() * self.encode_image(images) @ self.encode_text(tokens).t()
         target = torch.arange(len(logits))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
 
 def caption_token_ids() -> Tensor:
-    """(k,) int64: the ids, ascending, of all tokens a caption can hold, and the 0 that fills up rows."""
+    """Return the sorted ids (k,), int64, of all tokens of captions, including the padding token 0."""
     return torch.cat([open_clip.tokenize(text)[0] for text in vocabulary()]).unique()
 
 
 def save(model: TrainableCLIP, path: Path, about: dict) -> None:
-    """Write the weights as float16 safetensors under open_clip's names, but for the token table.
+    """Write the weights as float16 safetensors under open_clip's names, except the token table.
 
-    `token_embedding.weight` (49408, w) is stored as `token_embedding.ids` (k,) int32 and
-    `token_embedding.rows` (k, w): the rows of the tokens that captions use. All other rows are zero.
+    `token_embedding.weight` (49408, w) is stored as `token_embedding.ids` (k,), int32, and
+    `token_embedding.rows` (k, w), the rows of the tokens that captions use. All other rows are zero.
     """
     tensors = {
         name: value.half() if value.is_floating_point() else value
@@ -110,7 +110,7 @@ def save(model: TrainableCLIP, path: Path, about: dict) -> None:
 
 @torch.no_grad()
 def evaluate_retrieval(model: TrainableCLIP, images: Tensor, tokens: Tensor) -> tuple[float, float]:
-    """(loss, share of pictures whose own caption is the nearest of all) on held-out examples."""
+    """Compute the loss and the recall at 1 of captions on held-out examples."""
     model.eval()
     image, text = model.encode_image(images), model.encode_text(tokens)
     logits = model.clip.logit_scale.exp() * image @ text.t()
@@ -120,7 +120,7 @@ def evaluate_retrieval(model: TrainableCLIP, images: Tensor, tokens: Tensor) -> 
 
 
 def write_log(path: Path, columns: list[str], log: list[list[float]]) -> None:
-    """The training log as CSV; the first of its columns is the step."""
+    """Write the training log as CSV. The first column is the step."""
     with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
@@ -135,7 +135,7 @@ def train(
     seed: int = 1,
     output: Path = FOLDER,
 ) -> None:
-    """Train, and write clip.safetensors and clip_training.csv into `output` at every 100 steps.
+    """Train, and write clip.safetensors and clip_training.csv into `output` every 100 steps.
 
     The same seed, number of threads and machine give the same weights.
 

@@ -1,7 +1,7 @@
 """Distill the image tower of the built-in CLIP into a vision transformer (scripts/shapes/train_vit.py).
 
-Image prompts need a transformer. It learns the features that the first tower has on the images that tower was
-trained on (feature mimicry: Yang et al., CLIP-KD, CVPR 2024). The text tower stays as it is.
+Image prompts need a transformer. The student learns the features of the first tower on its training images
+(feature mimicry: Yang et al., CLIP-KD, CVPR 2024). The text tower is unchanged.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ LOG_COLUMNS = ["step", "squared_distance", "held_out_squared_distance"]
 
 
 def student(seed: int) -> nn.Module:
-    """The image tower of vit.json with random weights."""
+    """Build the image tower of vit.json with random weights."""
     config: Any = read_json(FOLDER / "vit.json")
     torch.manual_seed(seed)
     return open_clip.CLIP(**config).visual
 
 
 def distance(visual: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """Mean squared distance of unit features of pictures (n, 3, 64, 64) from unit targets (n, d)."""
+    """Compute the mean squared distance of normalized features of images (n, 3, 64, 64) from targets (n, d)."""
     return (F.normalize(visual(images).float(), dim=1) - target).square().sum(1).mean()
 
 
 def save(visual: nn.Module, path: Path, about: dict) -> None:
-    """Write the tower beside the built-in CLIP's text tower, as `train_clip.save` writes that."""
+    """Write the image tower and the text tower of the built-in CLIP, in the format of `train_clip.save`."""
     tensors = {k: v for k, v in load_file(FOLDER / "clip.safetensors").items() if not k.startswith("visual.")}
     tensors |= {f"visual.{name}": value.half().contiguous() for name, value in visual.state_dict().items()}
     save_tensors(path, tensors, {"kind": "clip", **about})
@@ -54,7 +54,7 @@ def train(
     seed: int = 1,
     output: Path = FOLDER,
 ) -> None:
-    """Train, and write vit.safetensors and vit_training.csv into `output` at every 100 steps.
+    """Train, and write vit.safetensors and vit_training.csv into `output` every 100 steps.
 
     The same seed, number of threads and machine give the same weights.
 

@@ -1,4 +1,4 @@
-"""Plot real beside virtual features of a finished run: dfzsl plot"""
+"""Plot real and virtual features of a finished run: dfzsl plot"""
 
 from dfzsl.cli.experiments import plot
 from dfzsl.cli.main import run

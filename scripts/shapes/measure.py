@@ -14,7 +14,7 @@ from dfzsl.datasets.shapes.world import STYLES, render
 from dfzsl.trainers.clip.loading import BUILT_IN, BUILT_IN_FOLDER, load_backbone
 from dfzsl.trainers.recovery.feature_statistics import measure_feature_statistics
 
-COMPOSITIONS, SEED = 1_000, 1
+NUM_COMPOSITIONS, SEED = 1_000, 1
 
 
 @click.command()
@@ -32,22 +32,22 @@ def main() -> None:
     backbone = load_backbone(BUILT_IN)
     pool, styles = training_compositions(), list(STYLES.values())
     features, labels = [], []
-    for label in trange(COMPOSITIONS, desc="measuring", unit="class"):
+    for label in trange(NUM_COMPOSITIONS, desc="measuring", unit="class"):
         composition = pool[int(rng.integers(len(pool)))]
         for _ in range(2):
-            picture = render(composition, rng, styles[int(rng.integers(len(styles)))])
-            image = backbone.transform(Image.fromarray(picture))[None]
+            pixels = render(composition, rng, styles[int(rng.integers(len(styles)))])
+            image = backbone.transform(Image.fromarray(pixels))[None]
             with torch.no_grad():
                 features.append(backbone.encode_image(image)[0])
             labels.append(label)
-    geometry = measure_feature_statistics(
+    statistics = measure_feature_statistics(
         torch.stack(features),
         torch.tensor(labels),
         backbone=backbone.identity,
         source="training pictures of the built-in world's CLIP (datasets/shapes/captions.py)",
     )
-    geometry.save(BUILT_IN_FOLDER / "geometry.safetensors")
-    click.echo(geometry)
+    statistics.save(BUILT_IN_FOLDER / "geometry.safetensors")
+    click.echo(statistics)
 
 
 if __name__ == "__main__":
