@@ -249,7 +249,7 @@ def read_split(path: str, image_dir: str, hint: str) -> Split:
             parts[part].append(Row(os.path.join(image_dir, image), label, name))
     if sorted(names) != list(range(len(names))):
         raise UserError(
-            f"{path}: labels must be 0 to {len(names) - 1} without a gap; found {sorted(names)[:5]}..."
+            f"{path}: labels must be 0 to {len(names) - 1} without a gap, not {sorted(names)[:5]}..."
         )
     return Split([names[label] for label in range(len(names))], parts["train"], parts["val"], parts["test"])
 

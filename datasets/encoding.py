@@ -95,8 +95,8 @@ def encode_datums(
                 f"cannot write the feature cache {directory} ({error}); set the environment variable "
                 "DFZSL_CACHE to a writable folder"
             ) from None
-    # The process that joined the parts deletes them, or the next one if that was killed. The last part is deleted
-    # last. The cache may have become read-only.
+    # The process that joined the parts deletes them, or the next one if that was killed. The last part is
+    # deleted last. The cache may have become read-only.
     with contextlib.suppress(OSError):
         parts = list(_part_files(whole, len(paths)).values())
         if parts[-1].exists():

@@ -19,9 +19,7 @@ from .encoding import encode_files
 from .features import check_labels, open_features, unit_rows
 from .images import read_class_names
 
-DATA_HINT = (
-    "name a folder that holds a folder of pictures for each class, or a feature file (.npz, .safetensors)"
-)
+DATA_HINT = "give a folder with a folder of images for each class, or a feature file (.npz, .safetensors)"
 
 
 @dataclass(repr=False)

@@ -34,7 +34,7 @@ def student(seed: int) -> nn.Module:
 
 
 def distance(visual: nn.Module, images: Tensor, target: Tensor) -> Tensor:
-    """Compute the mean squared distance of normalized features of images (n, 3, 64, 64) from targets (n, d)."""
+    """Compute the mean squared distance of normalized features of images (n, 3, 64, 64) to (n, d)."""
     return (F.normalize(visual(images).float(), dim=1) - target).square().sum(1).mean()
 
 

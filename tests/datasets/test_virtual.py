@@ -73,7 +73,7 @@ def test_the_seed_decides_every_pass(fresh):
     assert not torch.equal(other["img"], a["img"])
 
 
-def test_the_filter_keeps_what_the_teacher_recognises(caplog):
+def test_the_filter_keeps_samples_that_the_teacher_recognizes(caplog):
     caplog.set_level("INFO", logger="dfzsl")
     loose = classes(kappa=4.0)
     loader = VirtualLoader(loose, 10, 200, filter=True, generator=rng())
@@ -94,14 +94,14 @@ def test_the_filter_keeps_what_the_teacher_recognises(caplog):
     assert "not filtered" in caplog.text
 
 
-def test_a_class_that_the_teacher_disowns_is_kept_as_drawn_and_named(caplog):
+def test_a_class_that_the_teacher_rejects_stays_unfiltered(caplog):
     mu = classes().mu
-    disowned = classes(1000.0, weight=torch.stack([mu[0], -mu[1], mu[2]]))
-    loader = VirtualLoader(disowned, 10, 10, filter=True, generator=rng())
+    rejected = classes(1000.0, weight=torch.stack([mu[0], -mu[1], mu[2]]))
+    loader = VirtualLoader(rejected, 10, 10, filter=True, generator=rng())
     batch = whole_pass(loader)
     assert torch.bincount(batch["label"]).tolist() == [10] * 3
     assert (batch["img"][batch["label"] == 1] @ mu.T).argmax(1).eq(1).all()
-    assert loader.unfiltered_classes == [disowned.classnames[1]]
+    assert loader.unfiltered_classes == [rejected.classnames[1]]
     assert loader.unfiltered_classes[0] in caplog.text
     with pytest.raises(UserError):
         VirtualLoader(classes(), 10, 0)
