@@ -261,13 +261,13 @@ def test_promptsrc_without_a_text_of_its_own_is_held_near_the_ensemble(folder, t
 
 def test_promptsrc_ends_with_the_gaussian_mean_of_its_epochs(folder, tmp_path, monkeypatch):
     seen = []
-    add = IndependentPromptLearner.add
+    accumulate = IndependentPromptLearner.accumulate
 
     def noted(self, weight):
         seen.append([parameter.detach().clone() for parameter in self.parameters()])
-        add(self, weight)
+        accumulate(self, weight)
 
-    monkeypatch.setattr(IndependentPromptLearner, "add", noted)
+    monkeypatch.setattr(IndependentPromptLearner, "accumulate", noted)
     more = ("TRAINER.PROMPTSRC.GPA_MEAN", "2", "TRAINER.PROMPTSRC.GPA_STD", "1")
     train.main([*words("PromptSRC", folder, tmp_path), *more])
     assert len(seen) == 3
