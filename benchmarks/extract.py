@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tabulate import tabulate
 
-from dfzsl.datasets.encoding import _part, _pictures, encode_datums, encode_files
+from dfzsl.datasets.encoding import _image_batches, _load_part, encode_datums, encode_files
 from dfzsl.io.tensors import save_tensors
 from dfzsl.trainers.clip.backbone import cpu_has_bf16
 from dfzsl.trainers.clip.loading import load_backbone
@@ -87,7 +87,7 @@ class Loops:
     def decode(self) -> None:
         batches = torch.arange(len(self.datums)).split(self.batch_size)
         paths = [datum.impath for datum in self.datums]
-        for _ in _pictures(paths, self.backbone.transform, batches, self.workers, self.device):
+        for _ in _image_batches(paths, self.backbone.transform, batches, self.workers, self.device):
             pass
 
     @torch.inference_mode()
@@ -142,7 +142,7 @@ def cache_table(folder: Path, rows: int, rounds: int, dim: int = 512) -> str:
     found = best(
         {
             "float32, load_file and isfinite": lambda: load_file(full)["features"].isfinite().all(),
-            "float16, as it is read here": lambda: _part(half, "image features", (rows, dim)),
+            "float16, as it is read here": lambda: _load_part(half, "image features", (rows, dim)),
         },
         rounds,
     )

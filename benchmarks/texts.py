@@ -47,7 +47,7 @@ def main() -> None:
         x = encode_datums(backbone, datums, backbone.transform, num_workers=0).float()
         labels = torch.tensor([datum.label for datum in datums])
         found[part] = LabeledFeatures(x, labels, names, backbone.identity, [])
-    base = found["train"].only(names[:60])
+    base = found["train"].select_classes(names[:60])
     table = []
     with tempfile.TemporaryDirectory() as folder:
         said = Path(folder) / "said.json"

@@ -1,4 +1,4 @@
-"""The shipped configs: datasets/NAME.yaml, trainers/TRAINER/NAME.yaml, and ablations.yaml."""
+"""Find the shipped configs: datasets/NAME.yaml, trainers/TRAINER/NAME.yaml and ablations.yaml."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ CONFIGS = Path(__file__).parent
 
 
 def dataset_config(name: str) -> Path:
-    """The config of a data set. Raises UserError for an unknown one, listing the known ones."""
+    """Return the config of a data set. Raises UserError, with a list of data sets, for an unknown name."""
     path = CONFIGS / "datasets" / f"{name}.yaml"
     if not path.is_file():
         raise unknown_name("data set", name, (known.stem for known in path.parent.glob("*.yaml")))

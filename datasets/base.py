@@ -1,6 +1,6 @@
-"""What every data set shares: a split's rows become CoOp's base, new or all classes, some shots or all.
+"""Provide the base class of all data sets, with CoOp's protocol of base, new and all classes and few shots.
 
-A data set is a class with a `read` method that returns a `Split`; everything else happens here, once.
+A data set is a subclass of `ClassDataset` whose `read` method returns a `Split`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dfzsl.safe_pickle import PLAIN, Inert, Unpickler
 from dfzsl.utils.dassl_plugin import add_keys
 from dfzsl.utils.errors import UserError
 
-from .templates import SELECTED
+from .templates import SELECTED_TEMPLATES
 
 add_keys("DATASET", SUBSAMPLE_CLASSES="all")
 add_keys("TEACHER", FILE="")
 
 
 class Row(NamedTuple):
-    """One example of a split. Making a Row touches no file; `feature` is its (d,) row in a feature file."""
+    """One example of a split: an image at `path`, or a feature (d,) of the feature file at `path`."""
 
     path: str
     label: int
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
 
 class Split(NamedTuple):
-    """A whole data set: `classnames[label]`, the rows, and which labels are new (None: the second half)."""
+    """A whole data set: class names, rows, and the labels of the new classes (None: the second half)."""
 
     classnames: list[str]
     train: list[Row]
@@ -49,38 +49,46 @@ class Split(NamedTuple):
 
 
 class ClassDataset(DatasetBase):
-    """A Dassl data set with CoOp's protocol. Subclasses define `read`, and `folder` where they have one.
+    """A Dassl data set with CoOp's protocol. Subclasses define `read` and, if they need one, `folder`.
 
-    Config: `DATASET.ROOT`, `DATASET.NUM_SHOTS` (every image if below 1), `SEED` (which shots),
+    Config keys: `DATASET.ROOT`, `DATASET.NUM_SHOTS` (all images if below 1), `SEED` (of the few-shot draw),
     `DATASET.SUBSAMPLE_CLASSES` (base, new or all) and `TEACHER.FILE`. If the last is set the run is
     data-free: no training or validation file is named, counted or opened.
 
-    Attributes: `classnames` of this run; `all_classnames`, `base_classnames`, `new_classnames` in label
-    order; `template` and `templates` (prompt ensemble); `text_features` (dict of name to (d,) unit row, or
-    None); `test_only`: there is nothing to train on and `train_x` merely repeats `test`, because Dassl's
-    data manager wants one (as CoOp does for ImageNet-A and its like).
+    Args:
+        cfg: the config.
 
-    Raises UserError for whatever is wrong with the data: a folder, file, image or class that is missing.
+    Attributes:
+        classnames: classes of this run.
+        all_classnames, base_classnames, new_classnames: classes of the data set, in label order.
+        template: prompt template.
+        templates: prompt ensemble.
+        text_features: L2-normalized text embedding (d,) by class name, or None.
+        test_only: there are no training images. `train_x` then repeats `test`, because Dassl's data manager
+            requires one (CoOp does the same for ImageNet-A and the other variants).
+
+    Raises:
+        UserError: a folder, file, image or class is missing.
     """
 
     folder = ""
     template = "a photo of a {}."
     test_only = False
     text_features: dict[str, torch.Tensor] | None = None
-    replaced: type | None = None  # a checkout's own data set of this name, where we are plugged in
+    replaced: type | None = None  # the data set of the same name that a CoOp checkout has registered
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
         self.data_free = bool(cfg.TEACHER.FILE)
         if not cfg.DATASET.ROOT:
-            raise UserError("DATASET.ROOT is empty; name the folder of the data sets with --root")
+            raise UserError("DATASET.ROOT is empty; set the folder of the data sets with --root")
         self.dataset_dir = os.path.join(os.path.abspath(os.path.expanduser(cfg.DATASET.ROOT)), self.folder)
         self.dataset_dir = self.dataset_dir.rstrip(os.sep) or os.sep
-        require(self.dataset_dir, self.how_to_get())
+        require_path(self.dataset_dir, self.repair_hint())
 
         split = self.read()
-        check(split, self.dataset_dir)
-        new = list(split.new) if split.new is not None else second_half(len(split.classnames))
+        check_split(split, self.dataset_dir)
+        new = list(split.new) if split.new is not None else second_half_labels(len(split.classnames))
         base = sorted(set(range(len(split.classnames))) - set(new))
         self.all_classnames = list(split.classnames)
         self.base_classnames = [split.classnames[label] for label in base]
@@ -89,7 +97,7 @@ class ClassDataset(DatasetBase):
         choices = {"all": range(len(split.classnames)), "base": base, "new": new}
         if (subsample := cfg.DATASET.SUBSAMPLE_CLASSES) not in choices:
             raise UserError(f"DATASET.SUBSAMPLE_CLASSES is '{subsample}'; use base, new or all")
-        relabel = {label: place for place, label in enumerate(choices[subsample])}
+        relabel = {label: index for index, label in enumerate(choices[subsample])}
 
         train, val = ([], []) if self.data_free else self.few_shots(split, cfg.DATASET.NUM_SHOTS, cfg.SEED)
         train, val, test = (self.datums(rows, relabel) for rows in (train, val, split.test))
@@ -101,31 +109,39 @@ class ClassDataset(DatasetBase):
         super().__init__(train_x=train, val=val, test=test)
 
     def read(self) -> Split:
-        """The whole data set under `self.dataset_dir`; no training files if `self.data_free`."""
+        """Read the whole data set under `self.dataset_dir`, without training files if `self.data_free`."""
         raise NotImplementedError
 
-    def how_to_get(self) -> str:
-        """What to do if a file is missing; ends the error's line."""
+    def repair_hint(self) -> str:
+        """Return the instruction that ends an error message about a missing file."""
         return f"get it with: python -m dfzsl.prepare {type(self).__name__}"
 
     @property
     def templates(self) -> list[str]:
-        """The prompt ensemble: the seven templates that CLIP's authors selected, and the data set's own."""
-        return [*SELECTED, *([self.template] if self.template not in SELECTED else [])]
+        """The prompt ensemble: the seven templates selected by CLIP's authors, and the data set's own."""
+        return [*SELECTED_TEMPLATES, *([self.template] if self.template not in SELECTED_TEMPLATES else [])]
 
     def few_shots(self, split: Split, shots: int, seed: int) -> tuple[list[Row], list[Row]]:
-        """`shots` training and min(shots, 4) validation rows a class; all rows if `shots` < 1.
+        """Select `shots` training and min(shots, 4) validation rows per class; all rows if `shots` < 1.
 
-        CoOp draws once with Python's `random` fresh from `SEED`, train before val, and keeps the draw in
-        split_fewshot/shot_K-seed_S.pkl. Such a file decides where there is one; without one the same
-        draw is made again, and the state of `random` is left as it was, so no run differs from the first.
+        CoOp draws once with Python's `random`, seeded with `SEED`, train before val, and stores the draw in
+        split_fewshot/shot_K-seed_S.pkl. If that file exists it is used, else the same draw is made again.
+        The state of `random` is restored afterwards, so that every run continues with the same numbers.
+
+        Args:
+            split: the whole data set.
+            shots: training rows per class.
+            seed: seed of the draw.
+
+        Returns:
+            Training rows and validation rows.
         """
         if shots < 1:
             return split.train, split.val
-        kept = os.path.join(self.dataset_dir, "split_fewshot", f"shot_{shots}-seed_{seed}.pkl")
-        if os.path.exists(kept):
-            drawn, drawn_val = read_fewshot(kept)
-            return relocate(drawn, split.train, kept), relocate(drawn_val, split.val, kept)
+        path = os.path.join(self.dataset_dir, "split_fewshot", f"shot_{shots}-seed_{seed}.pkl")
+        if os.path.exists(path):
+            drawn, drawn_val = read_fewshot(path)
+            return relocate(drawn, split.train, path), relocate(drawn_val, split.val, path)
         state = random.getstate()
         if seed >= 0:
             random.seed(seed)
@@ -136,16 +152,17 @@ class ClassDataset(DatasetBase):
         return train, val
 
     def datums(self, rows: Iterable[Row], relabel: dict[int, int]) -> list[Datum]:
-        """Datums of the rows whose label is in `relabel`, in their order."""
+        """Convert rows to datums, in their order, and skip rows whose label is not in `relabel`."""
         return [self.datum(row, relabel[row.label]) for row in rows if row.label in relabel]
 
     def datum(self, row: Row, label: int) -> Datum:
+        """Convert a row to a datum. Raises UserError if its image does not exist."""
         if not os.path.isfile(row.path):
-            what = "a folder and no image" if os.path.isdir(row.path) else "no such image"
-            raise UserError(f"{row.path}: {what} (class '{row.classname}'); {self.how_to_get()}")
+            problem = "a folder, not an image" if os.path.isdir(row.path) else "no such image"
+            raise UserError(f"{row.path}: {problem} (class '{row.classname}'); {self.repair_hint()}")
         return Datum(impath=row.path, label=label, classname=row.classname)
 
-    # The classes of a run are those of its split, not those that happen to have a training image.
+    # Dassl counts the classes that have training images; a run has all classes of its split.
     def get_num_classes(self, data_source: object) -> int:
         return len(self._run_classnames)
 
@@ -153,50 +170,67 @@ class ClassDataset(DatasetBase):
         return dict(enumerate(self._run_classnames)), list(self._run_classnames)
 
 
-def second_half(n: int) -> list[int]:
-    """The labels of CoOp's new classes: all after the first ceil(n / 2)."""
+def second_half_labels(n: int) -> list[int]:
+    """Return the labels of CoOp's new classes: all after the first ceil(n / 2)."""
     return list(range(math.ceil(n / 2), n))
 
 
-def require(path: str | os.PathLike[str], how: str) -> str:
-    """`path` itself. Raises UserError if nothing is there; `how` says how to get it."""
+def require_path(path: str | os.PathLike[str], hint: str) -> str:
+    """Return `path`. Raises UserError, ending in `hint`, if it does not exist."""
     if not os.path.exists(path):
-        raise UserError(f"{path}: no such {'file' if os.path.splitext(path)[1] else 'folder'}; {how}")
+        raise UserError(f"{path}: no such {'file' if os.path.splitext(path)[1] else 'folder'}; {hint}")
     return os.fspath(path)
 
 
-def check(split: Split, place: str) -> None:
-    """Raise UserError unless each class has a name and an image, and a training image if it is learned."""
+def check_split(split: Split, source: str) -> None:
+    """Check that each class has a name and an image, and each base class a training image.
+
+    Args:
+        split: the data set.
+        source: its folder or file, for error messages.
+
+    Raises:
+        UserError: one of these is missing.
+    """
     names, new = split.classnames, set(split.new or ())
     if len(names) < 2:
-        raise UserError(f"{place}: {len(names)} class; a classification data set has at least 2")
-    trained = {row.label for row in split.train}
-    seen = trained | {row.label for row in split.val} | {row.label for row in split.test}
-    if stray := [label for label in seen if not 0 <= label < len(names)]:
+        raise UserError(f"{source}: {len(names)} class; a classification data set needs at least 2")
+    train_labels = {row.label for row in split.train}
+    labels = train_labels | {row.label for row in split.val} | {row.label for row in split.test}
+    if unnamed := [label for label in labels if not 0 <= label < len(names)]:
         raise UserError(
-            f"{place}: label {stray[0]} has no class name (labels count from 0 to {len(names) - 1})"
+            f"{source}: label {unnamed[0]} has no class name (labels must be 0 to {len(names) - 1})"
         )
-    for label, name in enumerate(check_class_names(names, place)):
-        if label not in seen:
-            raise UserError(f"{place}: class '{name}' is in the split but has no image")
-        if trained and label not in trained and label not in new:
-            raise UserError(f"{place}: class '{name}' has no training image")
+    for label, name in enumerate(check_class_names(names, source)):
+        if label not in labels:
+            raise UserError(f"{source}: class '{name}' is in the split but has no image")
+        if train_labels and label not in train_labels and label not in new:
+            raise UserError(f"{source}: class '{name}' has no training image")
 
 
-def leads_out(path: str) -> bool:
-    """Whether a path from a file would leave the folder that it is to be joined to."""
+def escapes_folder(path: str) -> bool:
+    """Return whether a path read from a file would leave the folder that it is joined to."""
     return os.path.isabs(path) or ".." in path.replace("\\", "/").split("/")
 
 
-def read_split(path: str, image_dir: str, how: str) -> Split:
-    """A split_zhou_*.json: {"train": [[path in image_dir, label, name], ...], "val": ..., "test": ...}."""
-    require(path, how)
+def read_split(path: str, image_dir: str, hint: str) -> Split:
+    """Read a split_zhou_*.json: {"train": [[path, label, class name], ...], "val": ..., "test": ...}.
+
+    Args:
+        path: the file.
+        image_dir: folder that the paths in it are relative to.
+        hint: instruction that ends an error message about a missing file.
+
+    Raises:
+        UserError: the file is missing or not a split file.
+    """
+    require_path(path, hint)
     content = read_json(path)
     names: dict[int, str] = {}
     parts: dict[str, list[Row]] = {}
     for part in ("train", "val", "test"):
         if not isinstance(content, dict) or not isinstance(content.get(part), list):
-            raise UserError(f"{path}: not a split file: it has no list '{part}'; {how}")
+            raise UserError(f"{path}: not a split file: the list '{part}' is missing; {hint}")
         parts[part] = []
         for entry in content[part]:
             try:
@@ -208,93 +242,120 @@ def read_split(path: str, image_dir: str, how: str) -> Split:
                 raise UserError(
                     f"{path}: an entry of '{part}' is not [path, label, class name]: {text}"
                 ) from None
-            if leads_out(image):
-                raise UserError(f"{path}: '{image}' leads out of {image_dir}")
+            if escapes_folder(image):
+                raise UserError(f"{path}: '{image}' is outside of {image_dir}")
             if names.setdefault(label, name) != name:
-                raise UserError(f"{path}: label {label} is called both '{names[label]}' and '{name}'")
+                raise UserError(f"{path}: label {label} has two class names, '{names[label]}' and '{name}'")
             parts[part].append(Row(os.path.join(image_dir, image), label, name))
     if sorted(names) != list(range(len(names))):
         raise UserError(
-            f"{path}: labels must be 0 to {len(names) - 1} without a gap; found {sorted(names)[:5]}..."
+            f"{path}: labels must be 0 to {len(names) - 1} without a gap, not {sorted(names)[:5]}..."
         )
     return Split([names[label] for label in range(len(names))], parts["train"], parts["val"], parts["test"])
 
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 
 
-def folders_in(directory: str, how: str) -> list[str]:
-    """Names of the folders in `directory`, sorted, without hidden ones. Links are followed.
+def list_folders(directory: str, hint: str) -> list[str]:
+    """List the folders in `directory` by name, sorted, without hidden ones. Links are followed.
 
-    Raises UserError for a link that leads nowhere, since it may have been a class, and for two names of one.
+    Args:
+        directory: the folder.
+        hint: instruction that ends an error message if it is missing.
+
+    Raises:
+        UserError: a link is broken (its target may have been a class), or two names are links to one folder.
     """
-    require(directory, how)
+    require_path(directory, hint)
     entries = [entry for entry in os.scandir(directory) if entry.name[0] != "."]
-    if lost := [entry.path for entry in entries if not os.path.exists(entry.path)]:
-        raise UserError(f"{min(lost)}: a link that leads nowhere; mend or remove it")
+    if broken := [entry.path for entry in entries if not os.path.exists(entry.path)]:
+        raise UserError(f"{min(broken)}: a broken link; repair or remove it")
     names = sorted(entry.name for entry in entries if entry.is_dir())
-    once(os.path.join(directory, name) for name in names)
+    check_distinct_files(os.path.join(directory, name) for name in names)
     return names
 
 
-def once(paths: Iterable[str]) -> None:
-    """Raise UserError if two of these paths are one file or folder: listed twice, or by a link."""
-    seen: dict[tuple[int, int], str] = {}
+def check_distinct_files(paths: Iterable[str]) -> None:
+    """Raise UserError if two of these paths are the same file or folder."""
+    first_paths: dict[tuple[int, int], str] = {}
     for path in paths:
         try:
-            about = os.stat(path)
-        except (OSError, ValueError):  # that it is missing is told where it is read
+            status = os.stat(path)
+        except (OSError, ValueError):  # a missing file is reported when it is read
             continue
-        if (key := (about.st_dev, about.st_ino)) in seen and about.st_ino:
-            same = os.path.normpath(path) == os.path.normpath(seen[key])
-            how = "is listed twice" if same else f"is a link to {seen[key]}, or the other way round"
-            raise UserError(f"{path} {how}; one of the two has to go")
-        seen[key] = path
+        if (key := (status.st_dev, status.st_ino)) in first_paths and status.st_ino:
+            same = os.path.normpath(path) == os.path.normpath(first_paths[key])
+            problem = "is listed twice" if same else f"and {first_paths[key]} are the same file"
+            raise UserError(f"{path} {problem}; remove one of the two")
+        first_paths[key] = path
 
 
-def images_in(directory: str) -> list[str]:
-    """Paths of the images in `directory`, sorted by name, without hidden ones."""
+def list_images(directory: str) -> list[str]:
+    """List the paths of the images in `directory`, sorted by name, without hidden ones."""
     names = (entry.name for entry in os.scandir(directory))
-    kept = sorted(name for name in names if name.lower().endswith(IMAGES) and name[0] != ".")
-    return [os.path.join(directory, name) for name in kept]
+    image_names = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != ".")
+    return [os.path.join(directory, name) for name in image_names]
 
 
 class _Item(Inert):
-    """Stands for Dassl's Datum while a pickle is read."""
+    """Placeholder for Dassl's Datum while a pickle is read."""
 
 
-FEWSHOT = {**PLAIN, **{(f"dassl.data.datasets{place}", "Datum"): _Item for place in ("", ".base_dataset")}}
+FEWSHOT_TYPES = {
+    **PLAIN,
+    **{(f"dassl.data.datasets{module}", "Datum"): _Item for module in ("", ".base_dataset")},
+}
 
 
 def read_fewshot(path: str | os.PathLike[str]) -> tuple[list[tuple[str, int]], list[tuple[str, int]]]:
-    """(path, label) of the training and of the validation images that CoOp drew; no code in it is run."""
+    """Read a few-shot file of CoOp without running code in it.
+
+    Args:
+        path: the pickle.
+
+    Returns:
+        (path, label) of the training images, and of the validation images.
+
+    Raises:
+        UserError: the file is not a few-shot file.
+    """
     try:
-        content = Unpickler(io.BytesIO(Path(path).read_bytes()), FEWSHOT).load()
+        content = Unpickler(io.BytesIO(Path(path).read_bytes()), FEWSHOT_TYPES).load()
         train, val = (
             [(item._impath, item._label) for item in items]
             for items in (content["train"], content.get("val", []))
         )
         if any(type(image) is not str or type(label) is not int for image, label in train + val):
-            raise TypeError("an image or a label is none")
+            raise TypeError("a path is not text or a label is not a number")
     except Exception as error:  # a broken pickle raises nearly anything
-        raise UserError(f"{path}: not a few-shot file of CoOp's ({error}); delete it to draw anew") from None
+        raise UserError(f"{path}: not a few-shot file of CoOp ({error}); delete it to draw again") from None
     return train, val
 
 
 def relocate(drawn: Iterable[tuple[str, int]], rows: Sequence[Row], source: str) -> list[Row]:
-    """The rows that a few-shot file names. It was written with absolute paths, perhaps on another machine."""
+    """Find the rows of the images in a few-shot file, whose absolute paths may be of another machine.
+
+    Args:
+        drawn: (path, label) of each image in the file.
+        rows: rows of the split.
+        source: path of the file, for error messages.
+
+    Raises:
+        UserError: the split lacks one of the images.
+    """
     prefix = os.path.commonpath([os.path.dirname(row.path) for row in rows]) if rows else ""
-    known = {row.path[len(prefix) :].lstrip(os.sep): row for row in rows}
-    found = []
-    # Only as long an end as a row can have: a path of a million parts must not cost their square.
-    depth = max((len(Path(end).parts) for end in known), default=1)
+    row_by_suffix = {row.path[len(prefix) :].lstrip(os.sep): row for row in rows}
+    relocated = []
+    # Suffixes are limited to the depth of the rows: a path of a million parts would take quadratic time.
+    depth = max((len(Path(suffix).parts) for suffix in row_by_suffix), default=1)
     for path, label in drawn:
         parts = Path(path).parts[-depth:]
-        ends = (os.path.join(*parts[start:]) for start in range(len(parts)))
-        row = next((known[end] for end in ends if end in known), None)
+        suffixes = (os.path.join(*parts[start:]) for start in range(len(parts)))
+        row = next((row_by_suffix[suffix] for suffix in suffixes if suffix in row_by_suffix), None)
         if row is None or row.label != label:
             raise UserError(
-                f"{source}: names {path} (label {label}), which the split does not have; delete the file"
+                f"{source}: {path} (label {label}) is not in the split; delete the file to draw again"
             )
-        found.append(row)
-    return found
+        relocated.append(row)
+    return relocated

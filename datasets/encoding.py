@@ -1,4 +1,4 @@
-"""Images as features: made once by a frozen encoder and kept on disk."""
+"""Encode images with a frozen encoder and cache the features on disk."""
 
 from __future__ import annotations
 
@@ -27,13 +27,15 @@ from dfzsl.utils.torchvision_import import import_torchvision
 from .base import ClassDataset
 from .features import FeatureDatum
 
-# Pillow hands others to programs of the system, Ghostscript for one, whatever the file's name.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-PART = 512  # images a part file holds: what an interrupted encoding can lose, and what ranks share out
+# Pillow opens some other formats with system programs such as Ghostscript, whatever the file's name.
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+IMAGES_PER_PART = (
+    512  # images a part file holds: what an interrupted encoding can lose, and what ranks share out
+)
 
 
 class Encoder(Protocol):
-    """What encoding needs of a backbone."""
+    """Interface of a backbone that encodes images."""
 
     name: str
     weights_id: str
@@ -44,7 +46,7 @@ class Encoder(Protocol):
 
 
 def default_cache_dir() -> Path:
-    """$DFZSL_CACHE, or ~/.cache/dfzsl: never the data folder, which may be read-only."""
+    """Return $DFZSL_CACHE or ~/.cache/dfzsl, not the data folder, since that may be read-only."""
     return Path(os.environ.get("DFZSL_CACHE") or Path.home() / ".cache" / "dfzsl")
 
 
@@ -57,14 +59,26 @@ def encode_datums(
     num_workers: int = 4,
     device: str | torch.device = "cpu",
 ) -> torch.Tensor:
-    """The datums' features, (n, d) unit rows in their order.
+    """Encode images, or load their features from the cache.
 
-    A FeatureDatum brings its own. Images are encoded once: the result is kept under `cache_dir` in a
-    file named by backbone, weights, precision, transform and the images' paths, sizes and times, and is
-    memory-mapped, by this call too: float16, whatever the encoder's precision. The work is kept in parts, so
-    an interrupted run goes on where it stopped, and within torch.distributed the ranks share the parts.
+    The cache file is named by a hash of backbone, weights, precision, transform and the images' paths, sizes
+    and times. Features are stored as float16, whatever the encoder's precision, and memory-mapped. They are
+    written in parts, so an interrupted run resumes, and within torch.distributed the ranks share the parts.
 
-    Raises UserError for an image that cannot be read.
+    Args:
+        backbone: the image encoder.
+        datums: n images, or FeatureDatums, whose features are returned as they are.
+        transform: the preprocessing of an image.
+        cache_dir: by default `default_cache_dir`.
+        batch_size: images per batch.
+        num_workers: processes that decode images.
+        device: device of the encoder.
+
+    Returns:
+        L2-normalized features (n, d).
+
+    Raises:
+        UserError: an image cannot be read, or the cache cannot be written.
     """
     if datums and isinstance(datums[0], FeatureDatum):
         return torch.stack([datum.feature for datum in datums])
@@ -72,49 +86,51 @@ def encode_datums(
         return torch.empty(0, backbone.dim)
     directory = Path(cache_dir) if cache_dir is not None else default_cache_dir()
     paths = [datum.impath for datum in datums]
-    whole = directory / f"{_key(backbone, transform, paths)}.safetensors"
+    whole = directory / f"{_cache_key(backbone, transform, paths)}.safetensors"
     if not whole.exists():
         try:
             _encode(backbone, paths, transform, whole, batch_size, num_workers, torch.device(device))
         except OSError as error:
             raise UserError(
-                f"the feature cache {directory} cannot be written ({error}); set the environment variable "
-                "DFZSL_CACHE to a folder that can"
+                f"cannot write the feature cache {directory} ({error}); set the environment variable "
+                "DFZSL_CACHE to a writable folder"
             ) from None
-    # By the process that joins them, or by the next one if that was killed here.
-    with contextlib.suppress(OSError):  # a cache that is read-only by now
-        parts = list(_parts(whole, len(paths)).values())
-        if parts[-1].exists():  # the last one to go
+    # The process that joined the parts deletes them, or the next one if that was killed. The last part is
+    # deleted last. The cache may have become read-only.
+    with contextlib.suppress(OSError):
+        parts = list(_part_files(whole, len(paths)).values())
+        if parts[-1].exists():
             for part in parts:
                 part.unlink(missing_ok=True)
-    return _part(whole, "image features", (len(datums), backbone.dim))
+    return _load_part(whole, "image features", (len(datums), backbone.dim))
 
 
-def _part(path: Path, kind: str, shape: tuple[int, int]) -> torch.Tensor:
-    """The features (n, d) that a file of the cache must hold, float16; those of version 0.2 are float32.
+def _load_part(path: Path, kind: str, shape: tuple[int, int]) -> torch.Tensor:
+    """Load the features (n, d) of a cache file as float16. Version 0.2 stored float32.
 
-    Raises UserError if it holds anything else.
+    Raises UserError if the file has other contents.
     """
     features = load_tensors(path, kind)[0].get("features", torch.empty(0))
     if features.shape != shape or features.dtype not in (torch.float16, torch.float32):
-        raise UserError(f"{path}: it does not hold the features of its {shape[0]} images; delete it")
+        raise UserError(f"{path}: not the features of {shape[0]} images; delete the file")
     return features.half()
 
 
-def _parts(whole: Path, n: int) -> dict[int, Path]:
-    """First image -> file, of the parts that `whole` is joined from."""
-    return {start: whole.with_suffix(f".{start}") for start in range(0, n, PART)}
+def _part_files(whole: Path, n: int) -> dict[int, Path]:
+    """Return the files of the parts of `whole` by the index of their first image."""
+    return {start: whole.with_suffix(f".{start}") for start in range(0, n, IMAGES_PER_PART)}
 
 
-def _key(backbone: Encoder, transform: object, paths: Sequence[str]) -> str:
-    """A content key: what decides the features, hashed."""
-    what = re.sub(r" at 0x[0-9a-f]+", "", repr(transform))  # Dassl's own transforms print their address
-    return _state([backbone.name, backbone.weights_id, backbone.precision, what], paths)
+def _cache_key(backbone: Encoder, transform: object, paths: Sequence[str]) -> str:
+    """Hash everything that the features depend on."""
+    # The representation of Dassl's own transforms contains their address.
+    preprocessing = re.sub(r" at 0x[0-9a-f]+", "", repr(transform))
+    return _hash_file_states([backbone.name, backbone.weights_id, backbone.precision, preprocessing], paths)
 
 
-def _state(what: Sequence[str], paths: Sequence[str]) -> str:
-    """A hash of `what` and of the paths, sizes and times of files."""
-    state = hashlib.sha256(json.dumps(what).encode())
+def _hash_file_states(texts: Sequence[str], paths: Sequence[str]) -> str:
+    """Hash texts and the paths, sizes and modification times of files."""
+    state = hashlib.sha256(json.dumps(texts).encode())
     for path in paths:
         try:
             stat = os.stat(path)
@@ -125,10 +141,14 @@ def _state(what: Sequence[str], paths: Sequence[str]) -> str:
 
 
 def checksum(dataset: ClassDataset, datums: Sequence[Datum]) -> str:
-    """What decides a run on `datums`, hashed: the names and the prompt, and of each example its place in the
-    data set, its label and what its file holds. Where the data set lies is no part of it.
+    """Hash the data of a run: class names, template, and path, label and contents of each example.
 
-    Files are read once: what they hold is kept in the cache, by their paths, sizes and times.
+    Paths are relative to the data set, whose location does not matter. Files are read once: the cache stores
+    the hash of their contents by their paths, sizes and times.
+
+    Args:
+        dataset: the data set.
+        datums: its examples that the run uses.
     """
     names = [dataset.all_classnames, dataset.new_classnames, dataset.template]
     hashed = hashlib.sha256(json.dumps(names).encode())
@@ -145,37 +165,38 @@ def checksum(dataset: ClassDataset, datums: Sequence[Datum]) -> str:
             folder, name = os.path.split(datum.impath)
             hashed.update(os.fsencode(os.path.normpath(os.path.join(within(folder), name))))
     if images:
-        hashed.update(_contents(images).encode())
+        hashed.update(_hash_file_contents(images).encode())
     return hashed.hexdigest()
 
 
-def _contents(paths: Sequence[str]) -> str:
-    """A checksum of what files hold, in their order."""
-    kept = default_cache_dir() / f"{_state(['contents'], paths)}.sha256"
-    if kept.exists():
-        return read_text(kept)
+def _hash_file_contents(paths: Sequence[str]) -> str:
+    """Hash the contents of files, in their order."""
+    cached = default_cache_dir() / f"{_hash_file_states(['contents'], paths)}.sha256"
+    if cached.exists():
+        return read_text(cached)
     hashed = hashlib.sha256()
     with ThreadPoolExecutor() as pool, tqdm(total=len(paths), unit="img", desc="read", leave=False) as bar:
-        for start in range(0, len(paths), PART):
-            part = paths[start : start + PART]
+        for start in range(0, len(paths), IMAGES_PER_PART):
+            part = paths[start : start + IMAGES_PER_PART]
             hashed.update("".join(pool.map(digest, part)).encode())
             bar.update(len(part))
-    with contextlib.suppress(OSError), atomic(kept) as temporary:  # a cache that is read-only
+    # The cache may be read-only.
+    with contextlib.suppress(OSError), atomic(cached) as temporary:
         temporary.write_text(hashed.hexdigest(), encoding="utf-8")
     return hashed.hexdigest()
 
 
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """The picture as RGB. Raises UserError if it is broken, huge, or of a format that is not in `FORMATS`."""
+    """Read an image as RGB. Raises UserError if it is broken, huge, or not in a format of `IMAGE_FORMATS`."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             return image.convert("RGB")
     except Exception as error:  # PIL raises many kinds
         raise UserError(f"{path}: not a readable image ({error or type(error).__name__})") from None
 
 
 class _Images(torch.utils.data.Dataset):
-    """Item i is (i, transformed image, ""), or (i, None, what is wrong with file i)."""
+    """Data set whose item i is (i, transformed image, ""), or (i, None, error message)."""
 
     def __init__(self, paths: Sequence[str], transform: Callable[[Image.Image], torch.Tensor]) -> None:
         self.paths, self.transform = paths, transform
@@ -183,10 +204,10 @@ class _Images(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str]:
         try:
             return index, self.transform(read_image(self.paths[index])), ""
-        # A worker process would turn an exception into a page of traceback.
+        # An exception in a worker process would print a long traceback.
         except Exception as error:
-            said = str(error) or type(error).__name__
-            return index, None, said if isinstance(error, UserError) else f"{self.paths[index]}: {said}"
+            message = str(error) or type(error).__name__
+            return index, None, message if isinstance(error, UserError) else f"{self.paths[index]}: {message}"
 
 
 @torch.inference_mode()
@@ -197,53 +218,66 @@ def encode_files(
     num_workers: int = 4,
     device: str | torch.device = "cpu",
 ) -> Iterator[tuple[list[str], torch.Tensor, list[str]]]:
-    """Features of picture files as they come, batch after batch, and kept nowhere.
+    """Encode image files batch by batch, without the cache.
 
-    Yields the paths that could be read, their unit features (n, d), and what is wrong with the others.
+    Args:
+        backbone: the image encoder.
+        paths: the files.
+        batch_size: images per batch.
+        num_workers: processes that decode images.
+        device: device of the encoder.
+
+    Yields:
+        For each batch: paths of readable images, their L2-normalized features (n, d), and an error message
+        for each of the others.
     """
     batches = torch.arange(len(paths)).split(batch_size)
-    # Closed, also after an error: left to the garbage collector, the workers linger for seconds.
+    # Closed explicitly: the garbage collector would stop the workers only seconds later.
     with contextlib.closing(
-        _pictures(paths, backbone.transform, batches, num_workers, torch.device(device))
-    ) as pictures:
-        for good, images, wrong in pictures:
-            features = backbone.encode_image(images) if good else torch.empty(0, backbone.dim)
-            yield [paths[place] for place in good], features, wrong
+        _image_batches(paths, backbone.transform, batches, num_workers, torch.device(device))
+    ) as image_batches:
+        for indices, images, errors in image_batches:
+            features = backbone.encode_image(images) if indices else torch.empty(0, backbone.dim)
+            yield [paths[index] for index in indices], features, errors
 
 
-def _pictures(
+def _image_batches(
     paths: Sequence[str],
     transform: Callable[[Image.Image], torch.Tensor],
     batches: Sequence[torch.Tensor],
     num_workers: int,
     device: torch.device,
 ) -> Generator[tuple[list[int], torch.Tensor, list[str]]]:
-    """For each batch of places in `paths`: those that could be read, their pictures (n, 3, h, w) on `device`,
-    and what is wrong with the others. Processes decode what comes next meanwhile."""
-    first, rest = _halves(transform)
-    ahead = min(num_workers, len(batches)) if len(batches) > 1 else 0  # of one batch nothing is ahead
+    """Load batches of indices into `paths`, while worker processes decode the next ones.
+
+    Yields, for each batch, the indices of readable images, these images (n, 3, h, w) on `device`, and an
+    error message for each of the others.
+    """
+    decode, finish = _split_transform(transform)
+    # Worker processes cannot help with a single batch.
+    workers = min(num_workers, len(batches)) if len(batches) > 1 else 0
     loader = torch.utils.data.DataLoader(
-        _Images(paths, first),
+        _Images(paths, decode),
         batch_sampler=[batch.tolist() for batch in batches],
-        num_workers=ahead,
-        collate_fn=_sorted_out,
+        num_workers=workers,
+        collate_fn=_collate_readable,
         pin_memory=device.type == "cuda",
-        # Of its own: a run that finds the features in the cache goes on with the same random numbers.
+        # A separate generator: a run that finds the features in the cache must have the same random numbers.
         generator=torch.Generator(),
-        # Torch's default of 2 batches ahead lets one slow file stall the encoder.
-        prefetch_factor=4 if ahead else None,
+        # With torch's default of 2 batches, one slow file stalls the encoder.
+        prefetch_factor=4 if workers else None,
     )
-    for good, images, wrong in loader:
-        yield good, rest(images.to(device, non_blocking=True)) if good else images, wrong
+    for indices, images, errors in loader:
+        yield indices, finish(images.to(device, non_blocking=True)) if indices else images, errors
 
 
-def _halves(
+def _split_transform(
     transform: Callable[[Image.Image], torch.Tensor],
 ) -> tuple[Callable[[Image.Image], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
-    """`transform` as what turns a picture into a tensor, and what is left to do to a batch of tensors.
+    """Split a transform into one from an image to a tensor and one of a batch of tensors.
 
-    Where it ends in torchvision's ToTensor and Normalize, bytes come from the processes that decode, a
-    quarter of what floats are, and the encoder's device makes the same floats of them.
+    If `transform` ends in torchvision's ToTensor and Normalize, the first returns bytes, a quarter of the
+    memory of floats, and the second computes the same floats from them on the encoder's device.
     """
     steps: Sequence[Any] = getattr(transform, "transforms", [])
     if len(steps) < 2:
@@ -256,20 +290,21 @@ def _halves(
     if not isinstance(to_tensor, transforms.ToTensor) or not isinstance(last, transforms.Normalize):
         return transform, lambda batch: batch
 
-    def rest(batch: torch.Tensor) -> torch.Tensor:
+    def finish(batch: torch.Tensor) -> torch.Tensor:
         floats = batch.float().div_(255) if batch.dtype == torch.uint8 else batch
         return normalize(floats, last.mean, last.std, inplace=True)
 
-    return transforms.Compose([*first, transforms.PILToTensor()]), rest
+    return transforms.Compose([*first, transforms.PILToTensor()]), finish
 
 
-def _sorted_out(
+def _collate_readable(
     items: list[tuple[int, torch.Tensor | None, str]],
 ) -> tuple[list[int], torch.Tensor, list[str]]:
-    """Places and tensors of the pictures that could be read, and what is wrong with the others."""
-    good = [place for place, image, _ in items if image is not None]
+    """Collate indices and tensors of readable images, and the error messages of the others."""
+    indices = [index for index, image, _ in items if image is not None]
     images = [image for _, image, _ in items if image is not None]
-    return good, torch.stack(images) if images else torch.empty(0), [said for *_, said in items if said]
+    errors = [message for *_, message in items if message]
+    return indices, torch.stack(images) if images else torch.empty(0), errors
 
 
 @torch.inference_mode()
@@ -282,41 +317,49 @@ def _encode(
     num_workers: int,
     device: torch.device,
 ) -> None:
-    """Encode `paths` into parts beside `whole`, this rank's share of them, then join the parts into it."""
+    """Encode this rank's share of the parts of `whole`, then join all parts."""
     n = len(paths)
-    parts = _parts(whole, n)
-    mine = [
+    parts = _part_files(whole, n)
+    starts = [
         start
         for start in list(parts)[distributed.rank() :: distributed.world_size()]
         if not parts[start].exists()
     ]
-    batches = {start: torch.arange(start, min(start + PART, n)).split(batch_size) for start in mine}
-    todo = [batch for start in mine for batch in batches[start]]
-    left = sum(map(len, todo))
+    batches = {
+        start: torch.arange(start, min(start + IMAGES_PER_PART, n)).split(batch_size) for start in starts
+    }
+    pending = [batch for start in starts for batch in batches[start]]
+    num_pending = sum(map(len, pending))
     with (
-        contextlib.closing(_pictures(paths, transform, todo, num_workers, device)) as pictures,
-        tqdm(total=n, initial=n - left, unit="img", desc="encode", disable=distributed.rank() > 0) as bar,
+        contextlib.closing(_image_batches(paths, transform, pending, num_workers, device)) as image_batches,
+        tqdm(
+            total=n, initial=n - num_pending, unit="img", desc="encode", disable=distributed.rank() > 0
+        ) as bar,
     ):
-        for start in mine:
+        for start in starts:
             features = []
             for batch in batches[start]:
-                _, images, wrong = next(pictures)
-                if wrong:
-                    raise UserError(wrong[0])
+                _, images, errors = next(image_batches)
+                if errors:
+                    raise UserError(errors[0])
                 features.append(backbone.encode_image(images))
                 bar.update(len(batch))
-            # One transfer a part: waiting for every batch would leave the device idle between them.
+            # One transfer per part: waiting for each batch would leave the device idle.
             save_tensors(parts[start], {"features": torch.cat(features).half()}, {"kind": "part"})
     distributed.barrier()
     if distributed.rank() == 0 and not whole.exists():
         try:
             joined = torch.cat(
-                [_part(part, "part", (min(PART, n - start), backbone.dim)) for start, part in parts.items()]
+                [
+                    _load_part(part, "part", (min(IMAGES_PER_PART, n - start), backbone.dim))
+                    for start, part in parts.items()
+                ]
             )
         except UserError:
-            if not whole.exists():  # else another process has joined the parts and removed them
+            # Another process may have joined and deleted the parts.
+            if not whole.exists():
                 raise
         else:
-            about = {"kind": "image features", "backbone": backbone.name, "weights": backbone.weights_id}
-            save_tensors(whole, {"features": joined}, about)
+            metadata = {"kind": "image features", "backbone": backbone.name, "weights": backbone.weights_id}
+            save_tensors(whole, {"features": joined}, metadata)
     distributed.barrier()

@@ -1,4 +1,4 @@
-"""Encode a data set into a feature file, which then stands for it as `features:FILE` (`dfzsl extract`)."""
+"""Encode a data set into a feature file, to be used as the data set `features:FILE` (`dfzsl extract`)."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def extract(
     Within torch.distributed every rank calls this and rank 0 writes.
 
     Raises:
-        UserError: an image cannot be read, or the data set consists of features already.
+        UserError: an image cannot be read, or the data set is a feature file already.
     """
     if isinstance(dataset.test[0], FeatureDatum):
-        raise UserError(f"{dataset.dataset_dir} holds features already")
+        raise UserError(f"{dataset.dataset_dir} is a feature file already")
     tensors: dict[str, torch.Tensor] = {}
     parts = {"train": [] if dataset.test_only else dataset.train_x, "val": dataset.val, "test": dataset.test}
     for part, datums in parts.items():
@@ -62,7 +62,7 @@ def extract(
     tensors["text"] = backbone.class_features(dataset.all_classnames, [dataset.template])
     new = set(dataset.new_classnames)
     tensors["new"] = torch.tensor([c for c, name in enumerate(dataset.all_classnames) if name in new])
-    about = {
+    metadata = {
         "kind": "features",
         "classnames": dataset.all_classnames,
         "backbone": backbone.name,
@@ -70,4 +70,4 @@ def extract(
         "template": dataset.template,
     }
     if distributed.rank() == 0:
-        save_tensors(output, tensors, about)
+        save_tensors(output, tensors, metadata)

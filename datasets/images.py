@@ -1,6 +1,7 @@
-"""CoOp's eleven data sets and four variants of ImageNet, in the very layout of CoOp's data folder.
+"""Provide CoOp's eleven data sets and four variants of ImageNet, in the layout of CoOp's data folder.
 
-Names, folders, splits and class names are CoOp's (its DATASETS.md); docs/DATASETS.md says how to get each.
+Names, folders, splits and class names are those of CoOp's DATASETS.md. docs/DATASETS.md explains how to
+obtain each data set.
 """
 
 from __future__ import annotations
@@ -13,15 +14,23 @@ from dfzsl.io.files import read_text
 from dfzsl.utils.dassl_plugin import register
 from dfzsl.utils.errors import UserError
 
-from .base import ClassDataset, Row, Split, folders_in, images_in, leads_out, read_split, require
+from .base import (
+    ClassDataset,
+    Row,
+    Split,
+    escapes_folder,
+    list_folders,
+    list_images,
+    read_split,
+    require_path,
+)
 
 
 class SplitDataset(ClassDataset):
-    """Images under `folder/images` and a fixed split in `folder/split_zhou_NAME.json`.
+    """Images in `folder/images` with a fixed split in `folder/split_zhou_NAME.json`.
 
-    In a CoOp checkout, whose own data set of this name makes and keeps a split where there is none, that one
-    is left to do so: the split, the shots and what was drawn from `random` are CoOp's. A data-free run does
-    not, since it would look at training images.
+    In a CoOp checkout, CoOp's own data set of this name creates a missing split, so that the split, the shots
+    and the state of `random` are CoOp's. A data-free run does not, since that would read training images.
     """
 
     images = "images"
@@ -29,17 +38,17 @@ class SplitDataset(ClassDataset):
     def read(self) -> Split:
         split = os.path.join(self.dataset_dir, f"split_zhou_{type(self).__name__}.json")
         image_dir = os.path.join(self.dataset_dir, self.images)
-        require(image_dir, self.how_to_get())
+        require_path(image_dir, self.repair_hint())
         if self.replaced and not self.data_free and not os.path.exists(split):
             try:
                 self.replaced(self.cfg)
-            except Exception as error:  # it is anybody's code
-                said = f"{type(error).__name__}: {error}"
+            except Exception as error:  # the checkout's code may raise anything
+                message = f"{type(error).__name__}: {error}"
                 raise UserError(
-                    f"{split}: there is none, and {self.replaced.__module__} cannot make it ({said}); "
-                    f"{self.how_to_get()}"
+                    f"{split}: no such file, and {self.replaced.__module__} cannot create it ({message}); "
+                    f"{self.repair_hint()}"
                 ) from error
-        return read_split(split, image_dir, self.how_to_get())
+        return read_split(split, image_dir, self.repair_hint())
 
 
 @register(DATASET_REGISTRY, replace=True)
@@ -95,28 +104,28 @@ class UCF101(SplitDataset):
 
 @register(DATASET_REGISTRY, replace=True)
 class FGVCAircraft(ClassDataset):
-    """The split of the data set's own text files: lines of "image variant" in images_variant_PART.txt."""
+    """FGVC-Aircraft with its own split: lines of "image variant" in images_variant_SPLIT.txt."""
 
     folder = "fgvc_aircraft"
     template = "a photo of a {}, a type of aircraft."
 
     def read(self) -> Split:
-        names = read_lines(os.path.join(self.dataset_dir, "variants.txt"), self.how_to_get())
+        names = read_lines(os.path.join(self.dataset_dir, "variants.txt"), self.repair_hint())
         labels = {name: label for label, name in enumerate(names)}
 
         def rows(part: str) -> list[Row]:
             path = os.path.join(self.dataset_dir, f"images_variant_{part}.txt")
-            found = []
-            for line in read_lines(path, self.how_to_get()):
+            part_rows = []
+            for line in read_lines(path, self.repair_hint()):
                 image, _, name = line.partition(" ")
                 if name not in labels:
                     raise UserError(f"{path}: '{name}' is not in variants.txt")
-                if leads_out(image):
-                    raise UserError(f"{path}: '{image}' leads out of {self.dataset_dir}")
-                found.append(
+                if escapes_folder(image):
+                    raise UserError(f"{path}: '{image}' is outside of {self.dataset_dir}")
+                part_rows.append(
                     Row(os.path.join(self.dataset_dir, "images", f"{image}.jpg"), labels[name], name)
                 )
-            return found
+            return part_rows
 
         if self.data_free:
             return Split(names, [], [], rows("test"))
@@ -125,50 +134,50 @@ class FGVCAircraft(ClassDataset):
 
 @register(DATASET_REGISTRY, replace=True)
 class ImageNet(ClassDataset):
-    """images/train, images/val with a folder a class; classnames.txt has lines of "folder name".
+    """ImageNet: class folders in images/train and images/val, and classnames.txt with lines "folder name".
 
-    As in CoOp the test set is val. CoOp also calls it the validation set; here there is none, so that
-    nothing can be chosen on it. A few-shot draw is CoOp's own where split_fewshot/ holds CoOp's file; CoOp
-    drew from an unsorted listing of the folders, so no other draw can be made again.
+    As in CoOp, the test set is val. CoOp also uses it as validation set; here there is none, so that nothing
+    can be selected on test images. A few-shot draw equals CoOp's only if split_fewshot/ contains CoOp's file,
+    since CoOp drew from an unsorted listing of folders.
     """
 
     folder = "imagenet"
 
     def read(self) -> Split:
-        names = imagenet_names(self.dataset_dir, self.how_to_get())
+        names = read_imagenet_class_names(self.dataset_dir, self.repair_hint())
         test = os.path.join(self.dataset_dir, "images", "val")
-        folders = folders_in(test, self.how_to_get())
-        rows = by_folder(test, folders, names, self.how_to_get())
+        folders = list_folders(test, self.repair_hint())
+        rows = rows_by_folder(test, folders, names, self.repair_hint())
         if self.data_free:
             return Split([names[name] for name in folders], [], [], rows)
         train = os.path.join(self.dataset_dir, "images", "train")
-        if folders_in(train, self.how_to_get()) != folders:
-            raise UserError(f"{train}: its folders are not those of {test}; {self.how_to_get()}")
-        train_rows = by_folder(train, folders, names, self.how_to_get())
+        if list_folders(train, self.repair_hint()) != folders:
+            raise UserError(f"{train}: the class folders differ from those of {test}; {self.repair_hint()}")
+        train_rows = rows_by_folder(train, folders, names, self.repair_hint())
         return Split([names[name] for name in folders], train_rows, [], rows)
 
 
 class ImageNetVariant(ClassDataset):
-    """A test set for ImageNet's classes, or some of them: a folder a class, and ImageNet's classnames.txt."""
+    """A test set for (some of) ImageNet's classes: class folders and ImageNet's classnames.txt."""
 
     images = "images"
 
     def folders(self, image_dir: str, names: dict[str, str]) -> dict[str, str]:
-        """Folder to ImageNet's folder name (WordNet id), in label order."""
-        return {name: name for name in folders_in(image_dir, self.how_to_get())}
+        """Return the WordNet id, ImageNet's folder name, of each folder, in label order."""
+        return {name: name for name in list_folders(image_dir, self.repair_hint())}
 
     def read(self) -> Split:
-        names = imagenet_names(self.dataset_dir, self.how_to_get())
-        image_dir = require(os.path.join(self.dataset_dir, self.images), self.how_to_get())
+        names = read_imagenet_class_names(self.dataset_dir, self.repair_hint())
+        image_dir = require_path(os.path.join(self.dataset_dir, self.images), self.repair_hint())
         folders = self.folders(image_dir, names)
-        called = {folder: names.get(wordnet_id, "") for folder, wordnet_id in folders.items()}
-        rows = by_folder(image_dir, list(folders), called, self.how_to_get())
-        return Split(list(called.values()), [], [], rows)
+        classnames = {folder: names.get(wordnet_id, "") for folder, wordnet_id in folders.items()}
+        rows = rows_by_folder(image_dir, list(folders), classnames, self.repair_hint())
+        return Split(list(classnames.values()), [], [], rows)
 
 
 @register(DATASET_REGISTRY, replace=True)
 class ImageNetV2(ImageNetVariant):
-    """Its folders are the labels 0 to 999, in the order of classnames.txt."""
+    """ImageNetV2, whose folders are the labels 0 to 999 in the order of classnames.txt."""
 
     folder, images = "imagenetv2", "imagenetv2-matched-frequency-format-val"
 
@@ -191,31 +200,33 @@ class ImageNetR(ImageNetVariant):
     folder, images = "imagenet-rendition", "imagenet-r"
 
 
-def read_lines(path: str, how: str) -> list[str]:
-    """The non-empty lines of a text file, stripped."""
-    lines = read_text(require(path, how)).splitlines()
+def read_lines(path: str, hint: str) -> list[str]:
+    """Read the non-empty lines of a text file, stripped."""
+    lines = read_text(require_path(path, hint)).splitlines()
     return [line.strip() for line in lines if line.strip()]
 
 
-def read_names(path: str, how: str) -> dict[str, str]:
-    """Folder to class name, in the file's order, from lines of "folder name"."""
-    pairs = [line.partition(" ") for line in read_lines(path, how)]
-    if wrong := [folder for folder, _, _ in pairs if leads_out(folder)]:
-        raise UserError(f"{path}: '{wrong[0]}' leads out of the data set")
+def read_class_names(path: str, hint: str) -> dict[str, str]:
+    """Read class names by folder, in the file's order, from lines "folder name"."""
+    pairs = [line.partition(" ") for line in read_lines(path, hint)]
+    if outside := [folder for folder, _, _ in pairs if escapes_folder(folder)]:
+        raise UserError(f"{path}: '{outside[0]}' is outside of the data set")
     names: dict[str, str] = {}
     for folder, _, name in pairs:
         if names.setdefault(folder, name) != name:
-            raise UserError(f"{path}: the folder '{folder}' is called both '{names[folder]}' and '{name}'")
+            raise UserError(
+                f"{path}: the folder '{folder}' has two class names, '{names[folder]}' and '{name}'"
+            )
     return names
 
 
-def imagenet_names(folder: str, how: str) -> dict[str, str]:
-    """WordNet id to class name from classnames.txt, two classes called alike being told apart.
+def read_imagenet_class_names(folder: str, hint: str) -> dict[str, str]:
+    """Read class names by WordNet id from classnames.txt and make them unique.
 
-    CoOp's file follows a list of CLIP's that had two missiles and two sunglasses; CLIP's authors have since
-    renamed one of each, and so do we where the file has not.
+    CoOp's file follows an early list of CLIP that had two classes missile and two classes sunglasses. CLIP's
+    authors have since renamed one of each; here the same names are used.
     """
-    names = read_names(os.path.join(folder, "classnames.txt"), how)
+    names = read_class_names(os.path.join(folder, "classnames.txt"), hint)
     for renamed, twin, name in (
         ("n04008634", "n03773504", "projectile"),
         ("n04355933", "n04356056", "sunglass"),
@@ -225,12 +236,12 @@ def imagenet_names(folder: str, how: str) -> dict[str, str]:
     return names
 
 
-def by_folder(directory: str, folders: list[str], names: dict[str, str], how: str) -> list[Row]:
-    """Rows of all images, labels counted in the order of `folders`."""
+def rows_by_folder(directory: str, folders: list[str], names: dict[str, str], hint: str) -> list[Row]:
+    """Return the rows of all images, with labels in the order of `folders`."""
     rows = []
     for label, folder in enumerate(folders):
         if not names.get(folder):
             raise UserError(f"{directory}: the folder '{folder}' has no line in classnames.txt")
-        images = images_in(require(os.path.join(directory, folder), how))
+        images = list_images(require_path(os.path.join(directory, folder), hint))
         rows += [Row(path, label, names[folder]) for path in images]
     return rows

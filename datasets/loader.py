@@ -1,4 +1,4 @@
-"""Batches of features in the place of batches of images."""
+"""Provide a loader of features that replaces Dassl's loader of images."""
 
 from __future__ import annotations
 
@@ -9,11 +9,18 @@ import torch
 
 
 class FeatureLoader:
-    """Batches of features in the form of Dassl's: {"img": (B, d), "label", "domain", "impath", "index"}.
+    """Load batches of features in Dassl's form: {"img": (B, d), "label", "domain", "impath", "index"}.
 
-    features (n, d) and labels (n,) stay where they are, in memory or mapped from a file of the cache; what
-    leaves is float32. If `shuffle`, `generator` orders each pass anew.
-    Raises ValueError if there is nothing to serve.
+    Args:
+        features: (n, d), in memory or mapped from a cache file; batches are float32.
+        labels: (n,).
+        batch_size: features per batch.
+        shuffle: use a new random order in each pass.
+        generator: generator of the order.
+        drop_last: drop an incomplete last batch.
+
+    Raises:
+        ValueError: there are no features, or not as many labels.
     """
 
     def __init__(
@@ -26,7 +33,9 @@ class FeatureLoader:
         drop_last: bool = False,
     ) -> None:
         if not 0 < len(features) == len(labels):
-            raise ValueError(f"{len(features)} features with {len(labels)} labels: nothing to serve")
+            raise ValueError(
+                f"{len(features)} features and {len(labels)} labels: the numbers must be equal and positive"
+            )
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         self.dataset = torch.utils.data.TensorDataset(features, labels)
@@ -34,17 +43,17 @@ class FeatureLoader:
         self.shuffle, self.generator, self.drop_last = shuffle, generator, drop_last
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.features), self.batch_size)
-        return whole + (rest > 0 and not self.drop_last)
+        batches, rest = divmod(len(self.features), self.batch_size)
+        return batches + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         n = len(self.features)
         order = torch.randperm(n, generator=self.generator) if self.shuffle else torch.arange(n)
         for index in order.split(self.batch_size)[: len(self)]:
-            place = index.to(self.features.device)
+            rows = index.to(self.features.device)
             yield {
-                "img": self.features[place].float(),
-                "label": self.labels[place],
+                "img": self.features[rows].float(),
+                "label": self.labels[rows],
                 "domain": torch.zeros_like(index),
                 "impath": [""] * len(index),
                 "index": index,

@@ -10,17 +10,17 @@ from .base import ClassDataset
 
 
 class ClassNames(DatasetBase):
-    """Names of base and new classes; no image for training, validation or test.
+    """Data set of base and new class names without images.
 
-    A client who has a teacher and class names, but no data set, trains on virtual features with this one.
+    A client with a teacher and class names, but no data set, trains on virtual features with it.
 
     Args:
         base_classnames: the teacher's classes, in label order.
         new_classnames: classes to add.
 
     Attributes:
-        template: prompt of a class.
-        text_features: None; a text encoder makes them.
+        template: prompt template.
+        text_features: None, since a text encoder computes them.
         test_only: False.
     """
 

@@ -1,6 +1,6 @@
-"""The prompt templates that CLIP's authors published for ImageNet (github.com/openai/CLIP, notebooks)."""
+"""Provide prompt templates published by CLIP's authors for ImageNet (github.com/openai/CLIP, notebooks)."""
 
-SELECTED = (
+SELECTED_TEMPLATES = (
     "itap of a {}.",
     "a bad photo of the {}.",
     "a origami {}.",
@@ -9,4 +9,4 @@ SELECTED = (
     "art of the {}.",
     "a photo of the small {}.",
 )
-"""Seven of the eighty, chosen by CLIP's authors; their mean does better than all eighty."""
+"""Seven of the eighty templates, selected by CLIP's authors; they outperform the ensemble of all eighty."""

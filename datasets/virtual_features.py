@@ -16,7 +16,7 @@ from .loader import FeatureLoader
 
 
 class Virtual(Protocol):
-    """What the loader draws from: `VirtualClasses` of trainers/recovery/virtual_classes.py."""
+    """Interface of `VirtualClasses` (trainers/recovery/virtual_classes.py)."""
 
     classnames: list[str]
 
@@ -26,25 +26,27 @@ class Virtual(Protocol):
 
 
 class VirtualLoader:
-    """Stands for `train_loader_x`: batches as Dassl's, "img" holding unit features (B, d).
+    """Load batches of virtual features in Dassl's form, with L2-normalized features (B, d) as "img".
+
+    Nothing is sampled before the first pass.
 
     Args:
         virtual: the recovered classes.
-        batch_size: the last incomplete batch of a pass is dropped, as Dassl does in training, unless it is
-            the only one.
-        num_per_class: features of each class in a pass.
-        filter: keep only draws that the recovered teacher assigns to their own class (each is replaced). A
-            class that it disowns keeps the draws it has, and is named in `unfiltered`.
-        fresh: draw anew for every pass, else once.
-        generator: decides the draws and their order.
+        batch_size: features per batch. An incomplete last batch is dropped, as Dassl does in training, unless
+            it is the only one.
+        num_per_class: features per class and pass.
+        filter: replace samples that the recovered teacher does not assign to their own class. A class of
+            which it accepts hardly any sample stays unfiltered.
+        fresh: draw new samples in each pass, else only once.
+        generator: generator of the samples and their order.
 
-    Nothing is drawn before the first pass. `kept_share` is the share of draws the filter has let through.
+    Attributes:
+        acceptance_rate: share of samples that the filter has accepted.
+        unfiltered_classes: names of classes that stay unfiltered.
     """
 
-    TRIES = 50  # draws of a class for each one that is needed, before it is left unfiltered
-    HOPELESS = (
-        0.02  # share that the filter lets through at first, below which a class is left unfiltered at once
-    )
+    MAX_DRAWS_PER_SAMPLE = 50  # of a class, before it stays unfiltered
+    MIN_ACCEPTANCE_RATE = 0.02  # of a class in the first draw, below which it stays unfiltered
 
     def __init__(
         self,
@@ -59,48 +61,57 @@ class VirtualLoader:
             raise UserError("batch size and RECOVERY.NUM_PER_CLASS must be at least 1")
         self.virtual, self.batch_size, self.num_per_class = virtual, batch_size, num_per_class
         self.filter, self.fresh, self.generator = filter, fresh, generator
-        self._drawn = self._kept = 0
-        self.unfiltered: list[str] = []
+        self._num_drawn = self._num_kept = 0
+        self.unfiltered_classes: list[str] = []
         self._pass: tuple[Tensor, Tensor] | None = None
 
     @property
-    def kept_share(self) -> float:
-        return self._kept / max(self._drawn, 1)
+    def acceptance_rate(self) -> float:
+        return self._num_kept / max(self._num_drawn, 1)
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """One pass: (features (C * num_per_class, d), labels), class after class."""
-        need, classes = self.num_per_class, len(self.virtual.classnames)
-        features, labels = self.virtual.sample(need, self.generator)
+        """Sample one pass.
+
+        Returns:
+            Features (C * num_per_class, d), class by class, and their labels.
+        """
+        num, classes = self.num_per_class, len(self.virtual.classnames)
+        features, labels = self.virtual.sample(num, self.generator)
         if not self.filter:
             return features, labels
-        owned = self._owned(features, labels)
-        found, owner = [features[owned]], [labels[owned]]
-        counts = torch.bincount(labels[owned], minlength=classes)
-        wanted = counts >= self.HOPELESS * need
-        drawn = need
+        accepted = self._accept(features, labels)
+        feature_parts, label_parts = [features[accepted]], [labels[accepted]]
+        counts = torch.bincount(labels[accepted], minlength=classes)
+        filterable = counts >= self.MIN_ACCEPTANCE_RATE * num
+        drawn = num
         while (
-            wanted.any() and (missing := need - int(counts[wanted].min())) > 0 and drawn < self.TRIES * need
+            filterable.any()
+            and (missing := num - int(counts[filterable].min())) > 0
+            and drawn < self.MAX_DRAWS_PER_SAMPLE * num
         ):
-            more, of = self.virtual.sample(missing, self.generator)
+            more_features, more_labels = self.virtual.sample(missing, self.generator)
             drawn += missing
-            owned = self._owned(more, of)
-            found.append(more[owned])
-            owner.append(of[owned])
-            counts += torch.bincount(of[owned], minlength=classes)
-        if (disowned := counts < need).any():
-            found, owner = [torch.cat(found)], [torch.cat(owner)]
-            own, first = ~disowned[owner[0]], disowned[labels]
-            found, owner = [found[0][own], features[first]], [owner[0][own], labels[first]]
-            counts = torch.where(disowned, need, counts)
-        self.unfiltered = [self.virtual.classnames[c] for c in disowned.nonzero()[:, 0]]
-        # The first ones of each class, in the order in which they were drawn.
-        of, order = torch.cat(owner).sort(stable=True)
-        place = torch.arange(len(of)) - (counts.cumsum(0) - counts)[of]
-        return torch.cat(found)[order[place < need]], torch.arange(classes).repeat_interleave(need)
+            accepted = self._accept(more_features, more_labels)
+            feature_parts.append(more_features[accepted])
+            label_parts.append(more_labels[accepted])
+            counts += torch.bincount(more_labels[accepted], minlength=classes)
+        # Classes with too few accepted samples get those of the first draw.
+        if (unfiltered := counts < num).any():
+            feature_parts, label_parts = [torch.cat(feature_parts)], [torch.cat(label_parts)]
+            in_filtered, first = ~unfiltered[label_parts[0]], unfiltered[labels]
+            feature_parts = [feature_parts[0][in_filtered], features[first]]
+            label_parts = [label_parts[0][in_filtered], labels[first]]
+            counts = torch.where(unfiltered, num, counts)
+        self.unfiltered_classes = [self.virtual.classnames[c] for c in unfiltered.nonzero()[:, 0]]
+        # The first samples of each class, in the order in which they were drawn.
+        sorted_labels, order = torch.cat(label_parts).sort(stable=True)
+        rank = torch.arange(len(sorted_labels)) - (counts.cumsum(0) - counts)[sorted_labels]
+        return torch.cat(feature_parts)[order[rank < num]], torch.arange(classes).repeat_interleave(num)
 
-    def _owned(self, features: Tensor, labels: Tensor) -> Tensor:
+    def _accept(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Return the mask of samples that the filter accepts, and count them."""
         kept = self.virtual.assigned_to_own_class(features, labels)
-        self._drawn, self._kept = self._drawn + len(labels), self._kept + int(kept.sum())
+        self._num_drawn, self._num_kept = self._num_drawn + len(labels), self._num_kept + int(kept.sum())
         return kept
 
     def __len__(self) -> int:
@@ -122,36 +133,38 @@ class VirtualLoader:
         )
 
     def _log_pass(self) -> None:
-        filtered = f"the teacher keeps {self.kept_share:.1%}" if self.filter else "not filtered"
+        filtered = f"the teacher keeps {self.acceptance_rate:.1%}" if self.filter else "not filtered"
         classes = len(self.virtual.classnames)
         logger.info(f"Virtual features: {classes} classes x {self.num_per_class}, {filtered}")
-        if self.unfiltered:
-            names = ", ".join(self.unfiltered[:5]) + (", ..." if len(self.unfiltered) > 5 else "")
-            count = len(self.unfiltered)
+        if self.unfiltered_classes:
+            names = ", ".join(self.unfiltered_classes[:5]) + (
+                ", ..." if len(self.unfiltered_classes) > 5 else ""
+            )
+            count = len(self.unfiltered_classes)
             logger.warning(
-                f"The teacher assigns hardly any virtual feature of {count} classes to them; these stay "
-                f"unfiltered: {names}"
+                f"The teacher assigns hardly any virtual feature of {count} classes to their class; "
+                f"these classes stay unfiltered: {names}"
             )
 
 
 class DataFreeManager:
-    """Dassl's DataManager for a run that has a teacher in the place of training images.
+    """Dassl's DataManager for a run that has a teacher in place of training images.
 
-    It has the same attributes; the loaders are None, as the trainer makes its own.
+    It has the same attributes; the loaders are None, since the trainer builds its own.
 
     Args:
         cfg: the run's config.
         dataset: a data set without training images; by default the one that DATASET.NAME names.
 
     Raises:
-        UserError: the data set has read training or validation images in spite of TEACHER.FILE.
+        UserError: the data set has read training or validation images although TEACHER.FILE is set.
     """
 
     def __init__(self, cfg: Any, dataset: DatasetBase | None = None) -> None:
         self.dataset: Any = build_dataset(cfg) if dataset is None else dataset
         if self.dataset.train_x or self.dataset.train_u or self.dataset.val:
             raise UserError(
-                f"DATASET.NAME {cfg.DATASET.NAME} reads training images although TEACHER.FILE is set; take a "
+                f"DATASET.NAME {cfg.DATASET.NAME} reads training images although TEACHER.FILE is set; use a "
                 "data set of dfzsl.datasets, or leave TEACHER.FILE empty"
             )
         self.train_loader_x = None

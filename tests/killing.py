@@ -31,7 +31,7 @@ from dfzsl.datasets import encoding, extract
 from dfzsl.launch import workers
 from dfzsl.trainers import base, teacher_zeroshot
 from dfzsl.trainers.clip.loading import load_backbone
-from dfzsl.trainers.dfzsl import CLASSIFIER, DFZSL
+from dfzsl.trainers.dfzsl import CLASSIFIER_FILE, DFZSL
 
 SERVER = multiprocessing.get_context("forkserver")
 STARTING = threading.Lock()  # tests start attempts from several threads
@@ -167,16 +167,16 @@ def run(words: list[str], output: str, log: Path) -> None:
 
     base.recover = noted(log, "recover", there("virtual.safetensors"), base.recover)
     teacher_zeroshot.fit_teacher = noted(
-        log, "teacher", there(teacher_zeroshot.TEACHER), teacher_zeroshot.fit_teacher
+        log, "teacher", there(teacher_zeroshot.TEACHER_FILE), teacher_zeroshot.fit_teacher
     )
-    DFZSL.generate = noted(log, "generate", there(CLASSIFIER), DFZSL.generate)
+    DFZSL.generate = noted(log, "generate", there(CLASSIFIER_FILE), DFZSL.generate)
     base.CLIPTrainer.run_epoch = noted(log, "epoch", epoch_done, base.CLIPTrainer.run_epoch)
     train.main(["--output-dir", output, *words])
 
 
 def encode(root: Path, output: Path, cache: Path, log: Path) -> None:
     """Extraction of the fake pets, four pictures a part."""
-    encoding.PART = 4
+    encoding.IMAGES_PER_PART = 4
     backbone = fake_data.Backbone()
     backbone.encode_image = noted(log, "encode", lambda *_: False, backbone.encode_image)  # type: ignore[method-assign]
     data = extract.open_dataset("oxford_pets", str(root))

@@ -89,7 +89,7 @@ def classifier(folder: Path) -> tuple[Path, Callable]:
 def cached_features(folder: Path) -> tuple[Path, Callable]:
     path = folder / "f.safetensors"
     save_tensors(path, {"features": torch.randn(4, 8)}, {"kind": "image features"})
-    return path, lambda path: encoding._part(path, "image features", (4, 8))
+    return path, lambda path: encoding._load_part(path, "image features", (4, 8))
 
 
 def checkpoint(folder: Path) -> tuple[Path, Callable]:

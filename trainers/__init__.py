@@ -4,12 +4,11 @@ In a CoOp checkout, one line in `train.py` makes the trainers available:
 
     import dfzsl.trainers
 
-A second line is optional. It prints a user's mistake as one line, without a traceback, and ends with exit
-code 2:
+A second line is optional. It prints user errors as one line, without a traceback, and exits with code 2:
 
     from dfzsl.utils.errors import install_excepthook; install_excepthook()
 
-A new trainer is a new file in this folder. The packages beside the files hold what trainers are built of.
+A new trainer is a new file in this folder. The sub-packages hold the components of trainers.
 """
 
 import importlib

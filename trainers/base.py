@@ -1,7 +1,7 @@
-"""Provide the base of all trainers: a frozen CLIP, test features encoded once, virtual or real training data.
+"""Provide the base class of all trainers: a frozen CLIP, cached test features, virtual or real training data.
 
-A trainer on top of `CLIPTrainer` defines `build_model`, `forward_backward` and `model_inference`, in the
-toolbox's own style; see docs/new_trainer.md.
+A subclass of `CLIPTrainer` defines `build_model`, `forward_backward` and `model_inference`, as any trainer of
+Dassl does; see docs/new_trainer.md.
 """
 
 from __future__ import annotations
@@ -52,37 +52,37 @@ add_keys("TEACHER", FILE="", ACCESS="logits", BUDGET=0)
 add_keys("GEOMETRY", FILE="")
 add_keys("RECOVERY", **keys_of(RecoverySettings))
 
-LOSSES = "losses.json"  # of the epochs so far, beside the checkpoints
-# The transforms of Dassl that give the same picture every time: without others, an image is encoded once.
-DETERMINISTIC = {"normalize", "center_crop", "instance_norm"}
+LOSSES_FILE = "losses.json"  # mean loss of each finished epoch, in the output directory
+# Dassl's transforms that are not random. If there are no others, each image is encoded only once.
+DETERMINISTIC_TRANSFORMS = {"normalize", "center_crop", "instance_norm"}
 
 
 class CLIPTrainer(TrainerX):
-    """A Dassl trainer around a frozen CLIP.
+    """Train on features of a frozen CLIP, in Dassl's training loop.
 
-    Set for subclasses before `build_model` runs:
-        backbone: the frozen model (trainers/clip/backbone.py).
-        classnames: names of this run's classes, in label order.
-        template: the data set's prompt, such as "a photo of a {}."
-        texts: what is said of a class, TEXT.PROMPTS or else that prompt (trainers/clip/class_prompts.py).
-
-    A run is data-free when `TEACHER.FILE` is set or `virtual` is given: the data set then knows names and
-    test images only, and training batches are drawn from the vMF distributions recovered from the teacher
-    (stage 1). A data-free run needs no data set (DATASET.NAME ""): its classes are then the teacher's.
+    A run is data-free if `TEACHER.FILE` is set or `virtual` is given. The data set then provides class names
+    and test images only, and training batches are sampled from the vMF distributions recovered from the
+    teacher (stage 1). A data-free run needs no data set: with DATASET.NAME "", its classes are the teacher's.
 
     Args:
         cfg: the frozen config.
-        virtual: the result of stage 1 if it is at hand; by default `recover` asks the teacher.
+        virtual: the result of stage 1, if available; by default `recover` queries the teacher.
+
+    Attributes (set before `build_model` is called):
+        backbone: the frozen model (trainers/clip/backbone.py).
+        classnames: names of this run's classes, in label order.
+        template: the data set's prompt template, for example "a photo of a {}."
+        texts: the prompts of a class, from TEXT.PROMPTS or `template` (trainers/clip/class_prompts.py).
     """
 
     cfg: Any
-    backbone: Any  # a Backbone, or the FeatureBackbone where only features are at hand
+    backbone: Any  # a Backbone, or a FeatureBackbone if only features are available
     dm: Any
-    recipe = ""  # the config in configs/trainers/NAME/ that a protocol takes unless told otherwise
-    trains = True  # False: nothing is learned, there is nothing to load for a test
+    recipe = ""  # default config in configs/trainers/NAME/
+    trains = True  # False: the trainer learns nothing, so a test loads no model
     needs_teacher = False  # True: always data-free
     epoch_callback: Callable[[int], None] | None = None  # called with the index of each finished epoch
-    image_prompts = False  # True: learns inside the image encoder, from pictures, at its backward pass's cost
+    image_prompts = False  # True: learns inside the image encoder and so needs images, not features
 
     def __init__(self, cfg: Any, virtual: VirtualClasses | None = None) -> None:
         self.virtual = virtual
@@ -90,24 +90,26 @@ class CLIPTrainer(TrainerX):
 
     @property
     def data_free(self) -> bool:
+        """Whether the run has a teacher in place of training images."""
         return bool(self.cfg.TEACHER.FILE) or self.virtual is not None
 
     def build_data_loader(self) -> None:
-        if not logger.hasHandlers():  # in another program, for example CoOp's train.py
+        # Another program, for example CoOp's train.py, has not configured our logger.
+        if not logger.hasHandlers():
             log_to_stdout()
         self.started = time.perf_counter()
         self.stage_seconds: dict[str, float] = {}
         self.losses: dict[int, float] = {}
         self.queries = 0
         self.folder = RunDirectory(self.cfg)
-        cfg = self.cfg = _for_this_machine(self.cfg)
+        cfg = self.cfg = _limit_workers(self.cfg)
         backbone_cfg = cfg.MODEL.BACKBONE
         backbone: Any = None
         if backbone_cfg.NAME:
             backbone = load_backbone(backbone_cfg.NAME, backbone_cfg.WEIGHTS, self.device)
-            cfg = self.cfg = _with_input_of(cfg, backbone)
+            cfg = self.cfg = _match_preprocessing(cfg, backbone)
         self.transform = build_transform(cfg, is_train=False)
-        self.dm = self.data_manager()
+        self.dm = self.build_data_manager()
         dataset = self.dm.dataset
         if backbone is None:
             backbone = _feature_backbone(dataset)
@@ -127,29 +129,39 @@ class CLIPTrainer(TrainerX):
         self.test_loader: Any = self._feature_loader(dataset.test) if dataset.test else None
         self.train_loader_x = None
 
-    def data_manager(self) -> Any:
-        """Return what the run knows of its data, with the attributes of Dassl's DataManager."""
+    def build_data_manager(self) -> Any:
+        """Build Dassl's DataManager, or an equivalent without training images if the run is data-free."""
         if not self.data_free:
             return DataManager(self.cfg, custom_tfm_test=self.transform)
         if self.cfg.DATASET.NAME:
             return DataFreeManager(self.cfg)
         base = self.virtual.classnames if self.virtual else self.oracle.classnames
-        return DataFreeManager(self.cfg, ClassNames(base, self.named_new_classes))
+        return DataFreeManager(self.cfg, ClassNames(base, self.configured_new_classnames))
 
     @property
-    def named_new_classes(self) -> list[str]:
-        """New classes that the config names, in place of those of the data set."""
+    def configured_new_classnames(self) -> list[str]:
+        """New classes named in the config; they replace those of the data set."""
         return []
 
     @functools.cached_property
     def oracle(self) -> Oracle:
-        """The teacher at TEACHER.ACCESS; OUTPUT_DIR/answers keeps a server's responses, which cost budget."""
+        """The teacher at access level TEACHER.ACCESS.
+
+        Responses of a server cost query budget, so they are stored in OUTPUT_DIR/answers.
+        """
         teacher = self.cfg.TEACHER
         journal = Path(self.cfg.OUTPUT_DIR) / "answers" if is_address(teacher.FILE) else None
         return open_oracle(teacher.FILE, teacher.ACCESS, journal, teacher.BUDGET)
 
     def encode(self, datums: list) -> tuple[torch.Tensor, torch.Tensor]:
-        """Unit features (n, d) of a list of Datum, as `encode_datums` gives them, and labels (n,)."""
+        """Encode images with `encode_datums`.
+
+        Args:
+            datums: list of n Datum.
+
+        Returns:
+            L2-normalized features (n, d) and labels (n,).
+        """
         features = encode_datums(
             self.backbone,
             datums,
@@ -164,9 +176,11 @@ class CLIPTrainer(TrainerX):
         return FeatureLoader(*self.encode(datums), batch_size=self.cfg.DATALOADER.TEST.BATCH_SIZE)
 
     def _train_loader(self):
-        """Batches of the training images: as pictures where the recipe augments them, else as features."""
+        """Build the loader of training data: images if the config augments them, else features."""
         datums = self.dm.dataset.train_x
-        augmented = not self.cfg.INPUT.NO_TRANSFORM and not set(self.cfg.INPUT.TRANSFORMS) <= DETERMINISTIC
+        augmented = (
+            not self.cfg.INPUT.NO_TRANSFORM and not set(self.cfg.INPUT.TRANSFORMS) <= DETERMINISTIC_TRANSFORMS
+        )
         if augmented and not isinstance(datums[0], FeatureDatum):
             return self.dm.train_loader_x
         batch_size = self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE
@@ -178,12 +192,16 @@ class CLIPTrainer(TrainerX):
         return batch["img"].to(self.device), batch["label"].to(self.device)
 
     def require_training_images(self) -> None:
-        """Note what they are. Raises UserError where the data set has test images only (ImageNet's variants),
-        and where the run in OUTPUT_DIR had other training images."""
+        """Record the checksum of the training images in the run manifest.
+
+        Raises:
+            UserError: the data set has test images only (ImageNet's variants), or the run in OUTPUT_DIR had
+                other training images.
+        """
         if self.dm.dataset.test_only:
             raise UserError(
                 f"{self.cfg.DATASET.NAME} ({self.cfg.DATASET.SUBSAMPLE_CLASSES}) has test images only; "
-                "test a trained model on it with --eval-only --model-dir"
+                "evaluate a trained model on it with --eval-only --model-dir"
             )
         with distributed.rank_zero_first():
             training = checksum(self.dm.dataset, [*self.dm.dataset.train_x, *self.dm.dataset.val])
@@ -200,19 +218,19 @@ class CLIPTrainer(TrainerX):
     def before_epoch(self) -> None:
         super().before_epoch()
         if self.data_free:
-            # Of the epoch's own: a resumed run draws what the uninterrupted one would have drawn.
-            self.draws.manual_seed(max(self.cfg.SEED, 0) * 1_000_003 + self.epoch + 1)
+            # A seed per epoch makes a resumed run draw the same features as an uninterrupted one.
+            self.draw_generator.manual_seed(max(self.cfg.SEED, 0) * 1_000_003 + self.epoch + 1)
 
     def write_scalar(self, tag: str, scalar_value: float, global_step: int | None = None) -> None:
         with with_filename(Path(self.output_dir) / "tensorboard"):
             super().write_scalar(tag, scalar_value, global_step)
         if tag == "train/loss":
-            self.losses[self.epoch] = float(scalar_value)  # the epoch's mean so far
+            self.losses[self.epoch] = float(scalar_value)  # running mean of the epoch
 
     def save_model(self, epoch: int, directory: str, *args: Any, **kwargs: Any) -> None:
-        # Before the checkpoint: an epoch that is redone finds its loss here and replaces it.
+        # The losses are written before the checkpoint: an epoch that is repeated overwrites its loss.
         if distributed.rank() == 0:
-            write_json(Path(directory) / LOSSES, list(self.losses.values()))
+            write_json(Path(directory) / LOSSES_FILE, list(self.losses.values()))
             super().save_model(epoch, directory, *args, **kwargs)
         distributed.barrier()
 
@@ -228,51 +246,62 @@ class CLIPTrainer(TrainerX):
             self.epoch_callback(self.epoch)
 
     def recover_virtual_features(self) -> VirtualLoader:
-        """Run stage 1 unless OUTPUT_DIR/virtual.safetensors has its result; return the loader of draws."""
+        """Run stage 1, or load its result from OUTPUT_DIR/virtual.safetensors.
+
+        Returns:
+            The loader of virtual features.
+        """
         started = time.perf_counter()
         settings = {key.lower(): value for key, value in self.cfg.RECOVERY.items()}
         if self.virtual is not None:
             self.folder.add({"virtual classes": self.virtual.digest()})
         else:
-            path, geometry = Path(self.cfg.OUTPUT_DIR) / "virtual.safetensors", self.geometry()
+            path = Path(self.cfg.OUTPUT_DIR) / "virtual.safetensors"
+            statistics = self.load_feature_statistics()
             with distributed.rank_zero_first():
                 if path.exists():
-                    self.virtual = replace(VirtualClasses.load(path), geometry=geometry)
+                    self.virtual = replace(VirtualClasses.load(path), geometry=statistics)
                 else:
-                    self.virtual = self.ask_teacher(geometry, settings)
+                    self.virtual = self.query_teacher(statistics, settings)
                     self.folder.write_config()
                     self.virtual.save(path)
         self.virtual = self.virtual.ordered_as(self.classnames)
         self.queries = self.virtual.queries
-        self.draws = self.stage_generator()
+        self.draw_generator = self.stage_generator()
         loader = VirtualLoader(
             self.virtual,
             self.cfg.DATALOADER.TRAIN_X.BATCH_SIZE,
             **{key: settings[key] for key in ("num_per_class", "filter", "fresh")},
-            generator=self.draws,
+            generator=self.draw_generator,
         )
         self.stage_seconds["recovery"] = time.perf_counter() - started
         return loader
 
-    def ask_teacher(self, geometry: FeatureStatistics | None, settings: dict[str, Any]) -> VirtualClasses:
-        """Recover the base classes from the teacher, by the settings of `RecoverySettings`."""
+    def query_teacher(self, statistics: FeatureStatistics | None, settings: dict[str, Any]) -> VirtualClasses:
+        """Recover the base classes from the teacher.
+
+        Args:
+            statistics: feature statistics of the encoder, if available.
+            settings: the fields of `RecoverySettings`.
+        """
         oracle = self.oracle
         if oracle.backbone and oracle.backbone != self.backbone.identity:
             raise UserError(
-                f"{self.cfg.TEACHER.FILE}: a teacher of {oracle.backbone} cannot read features of "
-                f"{self.backbone.identity}"
+                f"{self.cfg.TEACHER.FILE}: the teacher reads features of {oracle.backbone}, not those of "
+                f"{self.backbone.identity}; set MODEL.BACKBONE to the teacher's"
             )
         if note := self.text_note:
             logger.warning(f"Text: {note}")
-        if oracle.journal:  # it is this run's
+        # Stored responses belong to this run.
+        if oracle.journal:
             self.folder.write_config()
         virtual = recover(
             oracle,
             self.text_of(self.classnames).cpu(),
             self.classnames,
-            new_text=self.text_of(self.named_new_classes or self.dm.dataset.new_classnames).cpu(),
+            new_text=self.text_of(self.configured_new_classnames or self.dm.dataset.new_classnames).cpu(),
             generator=self.stage_generator(),
-            geometry=geometry,
+            geometry=statistics,
             **settings,
         )
         logger.info(f"Teacher: {virtual.summary}")
@@ -280,46 +309,49 @@ class CLIPTrainer(TrainerX):
 
     @property
     def text_note(self) -> str:
-        """A sentence if the owner measured the mixing weight with other prompts than this run's, else ""."""
+        """A warning if the owner measured the mixing weight with other prompts than this run's, else ""."""
         if not self.cfg.TEACHER.FILE or is_address(self.cfg.TEACHER.FILE):
             return ""  # only a file has a card
         card = self.oracle.card
         return card.prompt_mismatch(self.texts.about) if card else ""
 
-    def geometry(self) -> FeatureStatistics | None:
-        """The encoder's geometry that GEOMETRY.FILE names (a file, or the built-in "shapes"), if any."""
+    def load_feature_statistics(self) -> FeatureStatistics | None:
+        """Load the feature statistics in GEOMETRY.FILE (a file, or the built-in "shapes"), if any."""
         name = self.cfg.GEOMETRY.FILE
         if not name:
             return None
         path = BUILT_IN_FOLDER / "geometry.safetensors" if name == BUILT_IN else Path(name)
-        geometry = FeatureStatistics.load(path)
+        statistics = FeatureStatistics.load(path)
         self.folder.add({"geometry": digest(path)})
-        if geometry.backbone and geometry.backbone != self.backbone.identity:
+        if statistics.backbone and statistics.backbone != self.backbone.identity:
             raise UserError(
-                f"{name}: the geometry of {geometry.backbone} is not that of {self.backbone.identity}; "
-                "measure this encoder's, or set GEOMETRY.FILE ''"
+                f"{name}: these feature statistics are those of {statistics.backbone}, not of "
+                f"{self.backbone.identity}; measure this encoder's, or set GEOMETRY.FILE ''"
             )
-        return geometry
+        return statistics
 
     def stage_generator(self) -> torch.Generator:
-        """A random stream of a stage's own, from the seed of the run."""
+        """Return a new random generator for a stage, seeded with the seed of the run."""
         return torch.Generator().manual_seed(max(self.cfg.SEED, 0))
 
     def text_of(self, classnames: list[str]) -> torch.Tensor:
-        """Unit text features (n, d) of classes: TEXT.PROMPTS, else the data set's prompt."""
+        """Return L2-normalized text embeddings (n, d) of n class names, with the prompts `texts`."""
         return self.texts.features(self.backbone, classnames)
 
     def resume_model_if_exist(self, directory: str) -> int:
-        """The epoch to go on from; 0 for a trainer whose training has no epochs to resume."""
-        done = super().resume_model_if_exist(directory) if self.get_model_names() else 0
-        if done and (path := Path(directory) / LOSSES).exists():
-            self.losses = dict(enumerate(cast(list[float], read_json(path))[:done]))
-        return done
+        """Load the last checkpoint and return the epoch to resume from (0 if there is no checkpoint)."""
+        epoch = super().resume_model_if_exist(directory) if self.get_model_names() else 0
+        if epoch and (path := Path(directory) / LOSSES_FILE).exists():
+            self.losses = dict(enumerate(cast(list[float], read_json(path))[:epoch]))
+        return epoch
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
-        """Load what was trained: the given epoch, else the best on validation, else the last saved.
+        """Load trained weights: of the given epoch, else the best on validation, else the last saved.
 
-        The name-dependent buffers are dropped, so that a model trained on base classes runs on any others.
+        Buffers that depend on class names are ignored, so a model trained on base classes runs on any others.
+
+        Raises:
+            UserError: there is no such checkpoint in `directory`.
         """
         if not directory:
             return
@@ -333,7 +365,9 @@ class CLIPTrainer(TrainerX):
             else:
                 path = folder / (folder / "checkpoint").read_text(encoding="utf-8").strip()
             if not path.exists():
-                raise UserError(f"{path}: no such checkpoint; give --model-dir the folder of a finished run")
+                raise UserError(
+                    f"{path}: no such checkpoint; set --model-dir to the directory of a finished run"
+                )
             checkpoint = load_checkpoint(str(path))
             state = {
                 key: value
@@ -345,18 +379,26 @@ class CLIPTrainer(TrainerX):
 
     @property
     def trained_parameters(self) -> int:
+        """Number of trained parameters."""
         models = self._models.values()
         return sum(p.numel() for model in models for p in model.parameters() if p.requires_grad)
 
     @property
     def images_used(self) -> int:
-        """Training images this run could see."""
-        unseen = self.data_free or not self.trains or self.dm.dataset.test_only
-        return 0 if unseen else len(self.dm.dataset.train_x)
+        """Number of training images that this run has access to."""
+        no_images = self.data_free or not self.trains or self.dm.dataset.test_only
+        return 0 if no_images else len(self.dm.dataset.train_x)
 
     @torch.no_grad()
     def test(self, split: str | None = None) -> float:
-        """Evaluate, print the toolbox's log lines, and write OUTPUT_DIR/results.json for the test split."""
+        """Evaluate, print Dassl's log lines, and write OUTPUT_DIR/results.json for the test split.
+
+        Args:
+            split: "val" or "test"; by default TEST.SPLIT.
+
+        Returns:
+            Accuracy in percent.
+        """
         self.set_model_mode("eval")
         self.evaluator.reset()
         split = split or self.cfg.TEST.SPLIT
@@ -400,25 +442,25 @@ class CLIPTrainer(TrainerX):
         logger.info(f"Results written to {path}")
 
     def _concentrations(self) -> list[dict]:
-        """Recovered and true concentration of each class, the truth measured on the test features."""
+        """Return the recovered concentration of each class and the one measured on its test features."""
         if self.virtual is None:
             return []
         labels = self.test_loader.labels
         if torch.bincount(labels, minlength=self.num_classes).min() < 2:
             return []
-        _, true = fit_classes(self.test_loader.features.float(), labels, self.num_classes)
+        _, measured = fit_classes(self.test_loader.features.float(), labels, self.num_classes)
         return [
-            {"class": name, "recovered": float(recovered), "true": float(measured)}
-            for name, recovered, measured in zip(self.classnames, self.virtual.kappa, true, strict=True)
+            {"class": name, "recovered": float(recovered), "true": float(true)}
+            for name, recovered, true in zip(self.classnames, self.virtual.kappa, measured, strict=True)
         ]
 
     def notes(self) -> list[str]:
-        """Sentences that belong beside this run's numbers in every table."""
+        """Return remarks that every table prints with this run's results."""
         return []
 
 
-def _for_this_machine(cfg):
-    """The config with no more loader processes than there are processors."""
+def _limit_workers(cfg):
+    """Return a config with at most as many loader processes as there are processors."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.DATALOADER.NUM_WORKERS = min(cfg.DATALOADER.NUM_WORKERS, os.cpu_count() or 1)
@@ -426,8 +468,8 @@ def _for_this_machine(cfg):
     return cfg
 
 
-def _with_input_of(cfg, backbone):
-    """The config with the picture format of the backbone: size and normalisation belong to the model."""
+def _match_preprocessing(cfg, backbone):
+    """Return a config with the image size and normalization of the backbone."""
     cfg = cfg.clone()
     cfg.defrost()
     preprocess = backbone.preprocess_cfg
@@ -442,9 +484,10 @@ def _with_input_of(cfg, backbone):
 
 
 def _feature_backbone(dataset) -> FeatureBackbone:
+    """Return a backbone that passes features through, with the text embeddings of a feature file."""
     text = getattr(dataset, "text_features", None)
     if text is None:
         raise UserError(
-            "no backbone: set MODEL.BACKBONE.NAME, or use a feature file that holds text features"
+            "no backbone: set MODEL.BACKBONE.NAME, or use a feature file with text features (array text)"
         )
     return FeatureBackbone(len(next(iter(text.values()))), text)

@@ -1,4 +1,4 @@
-"""CoCoOp: a small network shifts the context by what the image shows.
+"""Provide CoCoOp: prompts whose context depends on the image.
 
 Zhou, Yang, Loy, Liu, Conditional Prompt Learning for Vision-Language Models, CVPR 2022.
 """
@@ -20,7 +20,7 @@ add_keys("TRAINER.COCOOP", N_CTX=16, CTX_INIT="", PREC="fp16")
 
 
 class ConditionalPromptLearner(PromptLearner):
-    """Context v_m + MLP(x), the same shift for every token; its hidden layer has d / 16 units."""
+    """Context vectors v_m + MLP(x): the same shift for every token, from an MLP with d / 16 hidden units."""
 
     def __init__(self, backbone, classnames, n_ctx: int = 16, ctx_init: str = "") -> None:
         super().__init__(backbone, classnames, n_ctx, ctx_init)
@@ -33,12 +33,12 @@ class ConditionalPromptLearner(PromptLearner):
         self.meta_net = nn.Sequential(OrderedDict(layers))
 
     def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
-        """Unit text features (n, C, d) for unit image features (n, d): one set of prompts an image."""
+        """Return text embeddings (n, C, d) for image features (n, d): one set of prompts per image."""
         return self.prompts.encode(self.ctx + self.meta_net(features)[:, None])
 
 
 class ConditionalCLIP(PromptedCLIP):
-    """Logits of each image against its own text features."""
+    """CLIP that compares each image with the text embeddings of its own prompts."""
 
     def forward(self, features: Tensor) -> Tensor:
         return self.logit_scale * torch.einsum("nd,ncd->nc", features, self.prompt_learner(features))
@@ -46,7 +46,7 @@ class ConditionalCLIP(PromptedCLIP):
 
 @register(TRAINER_REGISTRY)
 class CoCoOp(CoOp):
-    """CoOp with image-conditional prompts; any batch size."""
+    """CoOp with image-conditional prompts, for any batch size."""
 
     recipe = "vit_b16_c4_ep10_batch1_ctxv1"
     node = "COCOOP"

@@ -1,4 +1,4 @@
-"""CoOp: the words around the class name become vectors that are learned.
+"""Provide CoOp: prompts whose context vectors are learned.
 
 Zhou, Yang, Loy, Liu, Learning to Prompt for Vision-Language Models, IJCV 2022.
 """
@@ -20,13 +20,13 @@ from .base import CLIPTrainer
 from .clip.backbone import ROWS_AT_ONCE
 from .clip.learner import PromptLearner, require_text_encoder
 
-# torch.compile takes a minute before the first step: worth it on a GPU, for thousands of steps.
+# torch.compile delays the first step by a minute, which pays on a GPU over thousands of steps.
 add_keys("MODEL.BACKBONE", COMPILE=False, ROWS_AT_ONCE=ROWS_AT_ONCE)
 add_keys("TRAINER.COOP", N_CTX=16, CSC=False, CTX_INIT="", PREC="fp16", CLASS_TOKEN_POSITION="end")
 
 
 class PromptedCLIP(nn.Module):
-    """Logits exp(logit scale) * cosine of image features and learned text features."""
+    """CLIP with learned prompts: logits are exp(logit scale) * cos(image feature, text embedding)."""
 
     def __init__(self, prompt_learner: PromptLearner, logit_scale: float) -> None:
         super().__init__()
@@ -34,15 +34,15 @@ class PromptedCLIP(nn.Module):
         self.logit_scale = logit_scale
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits (n, C) of unit image features (n, d)."""
+        """Return logits (n, C) of L2-normalized image features (n, d)."""
         return self.logit_scale * features @ self.prompt_learner().T
 
 
 @register(TRAINER_REGISTRY)
 class CoOp(CLIPTrainer):
-    """Cross-entropy over the classes of the run, on images or on unit features (real or virtual).
+    """Prompt learning with cross-entropy over the classes of the run, on images or features.
 
-    Its relatives say what they change: the prompt learner (`build_prompted`) or the step (`step`).
+    Subclasses override the prompt learner (`build_prompted`) or the loss (`step`).
     """
 
     recipe = "vit_b16_ep50_ctxv1"
@@ -51,9 +51,11 @@ class CoOp(CLIPTrainer):
 
     @property
     def settings(self):
+        """The config node of this trainer."""
         return self.cfg.TRAINER[self.node]
 
     def build_prompted(self) -> PromptedCLIP:
+        """Build the prompt learner and the CLIP around it."""
         settings = self.settings
         learner = PromptLearner(
             self.backbone,
@@ -77,7 +79,7 @@ class CoOp(CLIPTrainer):
         self.optim = build_optimizer(learner, self.cfg.OPTIM)
         self.sched = build_lr_scheduler(self.optim, self.cfg.OPTIM)
         self.register_model("prompt_learner", learner, self.optim, self.sched)
-        # Small gradients vanish in float16; they are scaled up before the backward pass.
+        # Small gradients underflow in float16, so the loss is scaled up before the backward pass.
         half = self.backbone.precision in ("fp16", "amp")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
 
@@ -89,23 +91,33 @@ class CoOp(CLIPTrainer):
         return summary
 
     def image_features(self, input: Tensor) -> Tensor:
-        """Unit features (n, d) of a batch of pictures (n, 3, h, w); features stay as they are."""
+        """Return L2-normalized features (n, d) of images (n, 3, h, w); features pass through."""
         return distributed.encode_sharded(self.backbone.encode_image, input)
 
     def step(self, features: Tensor, label: Tensor) -> dict[str, float]:
-        """One optimiser step on unit features (n, d) and labels (n,); returns what the log shows."""
+        """Make one optimizer step.
+
+        Args:
+            features: (n, d), L2-normalized.
+            label: (n,).
+
+        Returns:
+            Values for the log.
+        """
         logits = self.model(features)
         loss = F.cross_entropy(logits, label)
         self.update(loss)
         return self.summary(loss, logits, label)
 
     def update(self, loss: Tensor) -> None:
+        """Backpropagate `loss` and update the prompts."""
         self.model_zero_grad()
         self.model_backward(self.scaler.scale(loss))
         self.scaler.step(self.optim)
         self.scaler.update()
 
     def summary(self, loss: Tensor, logits: Tensor, label: Tensor) -> dict[str, float]:
+        """Return loss and accuracy (percent) of a batch for the log."""
         return {"loss": loss.item(), "acc": compute_accuracy(logits, label)[0].item()}
 
     def model_inference(self, input: Tensor) -> Tensor:

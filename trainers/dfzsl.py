@@ -1,4 +1,4 @@
-"""Provide the method: recover virtual base classes, align text by FLPT, generate one classifier.
+"""Provide DFZSL: recover virtual base classes, tune prompts by FLPT, generate one classifier for all classes.
 
 Tang et al., Data-Free Generalized Zero-Shot Learning, AAAI 2024.
 """
@@ -27,7 +27,7 @@ from .generation.training import GenerationSettings
 add_keys("TRAINER.DFZSL", FLPT=True, NEW_CLASSES=())
 add_keys("GENERATOR", **keys_of(GenerationSettings))
 
-CLASSIFIER = "classifier.safetensors"
+CLASSIFIER_FILE = "classifier.safetensors"
 
 
 @register(TRAINER_REGISTRY)
@@ -39,8 +39,8 @@ class DFZSL(FLPT):
     result in OUTPUT_DIR, from which an interrupted run resumes: virtual.safetensors, prompt_learner/,
     classifier.safetensors.
 
-    The run reads TEACHER.FILE and class names, and nothing of a training set. Without a text encoder, or with
-    TRAINER.DFZSL.FLPT False, stage 2 is skipped: text embeddings stay CLIP's.
+    The run reads TEACHER.FILE and class names, and no training data. Without a text encoder, or with
+    TRAINER.DFZSL.FLPT False, stage 2 is skipped and text embeddings are those of CLIP.
     """
 
     recipe = "dfzsl"
@@ -49,13 +49,13 @@ class DFZSL(FLPT):
     def check_cfg(self, cfg) -> None:
         if not cfg.TEACHER.FILE:
             raise UserError(
-                "DFZSL needs the owner's teacher: set TEACHER.FILE (train.py --trainer TeacherZeroshot)"
+                "DFZSL needs a teacher: set TEACHER.FILE (train.py --trainer TeacherZeroshot fits one)"
             )
 
     def build_model(self) -> None:
         self.classifier: Classifier | None = None
-        self.tuned = self.cfg.TRAINER.DFZSL.FLPT and self.backbone.has_text_encoder
-        if self.tuned:
+        self.tunes_prompts = self.cfg.TRAINER.DFZSL.FLPT and self.backbone.has_text_encoder
+        if self.tunes_prompts:
             super().build_model()
         else:
             logger.info(self.notes()[0])
@@ -63,25 +63,25 @@ class DFZSL(FLPT):
 
     @property
     def trained_parameters(self) -> int:
-        """Number of parameters of the prompts and of the classifier; the generator is not kept."""
-        rows = self.classifier.weight.numel() if self.classifier else 0
-        return super().trained_parameters + rows
+        """Number of parameters of the prompts and of the classifier, without the generator's."""
+        weights = self.classifier.weight.numel() if self.classifier else 0
+        return super().trained_parameters + weights
 
     def notes(self) -> list[str]:
-        if self.tuned:
+        if self.tunes_prompts:
             return []
         if self.backbone.has_text_encoder:
             return ["FLPT left out (TRAINER.DFZSL.FLPT False)"]
         return ["FLPT left out (features without a text encoder)"]
 
     @property
-    def named_new_classes(self) -> list[str]:
+    def configured_new_classnames(self) -> list[str]:
         return list(self.cfg.TRAINER.DFZSL.NEW_CLASSES)
 
     @property
     def new_classnames(self) -> list[str]:
-        """The classes to add: TRAINER.DFZSL.NEW_CLASSES, else the new classes of the data set, if any."""
-        return self.named_new_classes or [
+        """Classes to add: TRAINER.DFZSL.NEW_CLASSES, else the new classes of the data set, if any."""
+        return self.configured_new_classnames or [
             name for name in self.dm.dataset.new_classnames if name not in self.classnames
         ]
 
@@ -92,7 +92,7 @@ class DFZSL(FLPT):
     @torch.no_grad()
     def after_train(self) -> None:
         started = time.perf_counter()
-        path = Path(self.output_dir) / CLASSIFIER
+        path = Path(self.output_dir) / CLASSIFIER_FILE
         if path.exists():
             self.classifier = Classifier.load(path)
         else:
@@ -104,13 +104,13 @@ class DFZSL(FLPT):
 
     @property
     def checkpoints(self) -> Path:
-        """Folder where stage 3 keeps trained generators until the classifier is written."""
+        """Directory of trained generators; stage 3 deletes it when the classifier is written."""
         return Path(self.output_dir) / "generator"
 
     @torch.enable_grad()
     def generate(self) -> Classifier:
         """Run stage 3 on the results of stages 1 and 2."""
-        assert self.virtual is not None, "stage 1 comes first"
+        assert self.virtual is not None, "run stage 1 first"
         classifier = generate(
             self.virtual,
             self.aligned_text(self.new_classnames),
@@ -123,7 +123,7 @@ class DFZSL(FLPT):
         return classifier
 
     def aligned_text(self, new_classnames: Sequence[str]) -> AlignedText:
-        if self.tuned:
+        if self.tunes_prompts:
             return super().aligned_text(new_classnames)
         base = self.text_of(self.classnames)
         return AlignedText(
@@ -137,13 +137,20 @@ class DFZSL(FLPT):
         )
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
-        """Load the classifier; `epoch` has no effect. Classes that it does not know (another data set's) get
-        their text embeddings, in the tuned context where there is one."""
-        classifier = Classifier.load(Path(directory) / CLASSIFIER)
+        """Load the classifier and add the classes of this run that it lacks (as in another data set).
+
+        The weights of added classes are their text embeddings, in the tuned context if there is one.
+
+        Args:
+            directory: the output directory of the run.
+            epoch: ignored.
+        """
+        classifier = Classifier.load(Path(directory) / CLASSIFIER_FILE)
         if unknown := [name for name in self.classnames if name not in classifier.classnames]:
             classifier = classifier.add(unknown, self.backbone, self.texts)
         self.classifier = classifier
 
     def model_inference(self, input: torch.Tensor) -> torch.Tensor:
+        """Return logits (n, C) of images or features."""
         assert self.classifier is not None, "train or load first"
         return self.classifier.logits(self.backbone.encode_image(input), self.classnames)

@@ -1,4 +1,4 @@
-"""Tune prompts on virtual features (FLPT, stage 2): one context moves text embeddings and image features.
+"""Provide FLPT (stage 2): tune prompts on virtual features; one context moves text and image features.
 
 Tang et al., Data-Free Generalized Zero-Shot Learning, AAAI 2024.
 """
@@ -26,16 +26,16 @@ add_keys("TRAINER.FLPT", N_CTX=4, CTX_INIT="a photo of a", PREC="fp16", RESIDUAL
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), CLIP's own."""
+    """The activation function of CLIP, x * sigmoid(1.702 x)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x * torch.sigmoid(1.702 * x)
 
 
 class FeatureLanguagePromptLearner(PromptLearner):
-    """CoOp's shared context v_1 .. v_M, and the shift r * mean_m MLP(v_m) that it makes of image features.
+    """CoOp's shared context v_1 .. v_M, and the shift r * mean_m MLP(v_m) of image features.
 
-    The MLP has layers w -> 4w -> d; the last is zero at the start, so that training sets out from CLIP.
+    The MLP has layers w -> 4w -> d. The last layer is initialized with zeros, so training starts from CLIP.
     """
 
     def __init__(self, backbone, classnames, n_ctx: int, ctx_init: str, residual_weight: float) -> None:
@@ -49,29 +49,30 @@ class FeatureLanguagePromptLearner(PromptLearner):
         self.residual_weight = residual_weight
 
     def shift(self) -> Tensor:
-        """The shift (d,), the same for every image."""
+        """Return the shift (d,), the same for every image."""
         return self.residual_weight * self.mlp(self.ctx).mean(0)
 
 
 class ShiftedCLIP(PromptedCLIP):
-    """Logits of shifted image features, normalised again.
+    """CLIP that shifts image features and normalizes them again.
 
-    `beside` (C, d) is added to the text features before they are compared (`ClassPrompts.beside`), or None.
+    Attributes:
+        text_offset: (C, d), added to the text embeddings (see `ClassPrompts.beside`), or None.
     """
 
     prompt_learner: FeatureLanguagePromptLearner
-    beside: Tensor | None = None
+    text_offset: Tensor | None = None
 
     def forward(self, features: Tensor) -> Tensor:
         features = F.normalize(features + self.prompt_learner.shift(), dim=-1)
-        if self.beside is None:
+        if self.text_offset is None:
             return super().forward(features)
-        return self.logit_scale * features @ F.normalize(self.prompt_learner() + self.beside, dim=-1).T
+        return self.logit_scale * features @ F.normalize(self.prompt_learner() + self.text_offset, dim=-1).T
 
 
 @register(TRAINER_REGISTRY)
 class FLPT(CoOp):
-    """Cross-entropy over the base classes of exp(logit scale) * cos(x + shift, t_c)."""
+    """Prompt tuning with cross-entropy over base classes of exp(logit scale) * cos(x + shift, t_c)."""
 
     recipe = "vit_b16"
     node = "FLPT"
@@ -83,21 +84,21 @@ class FLPT(CoOp):
             self.backbone, self.classnames, settings.N_CTX, settings.CTX_INIT, settings.RESIDUAL_WEIGHT
         )
         model = ShiftedCLIP(learner, self.backbone.logit_scale)
-        model.beside = self.tuned_texts(learner).beside(self.backbone, self.classnames)
+        model.text_offset = self.tuned_prompts(learner).beside(self.backbone, self.classnames)
         return model
 
-    def tuned_texts(self, learner: FeatureLanguagePromptLearner) -> ClassPrompts:
-        """What is said of any classes, new ones too, in the tuned context."""
+    def tuned_prompts(self, learner: FeatureLanguagePromptLearner) -> ClassPrompts:
+        """Return the class prompts with the tuned context, for base and new classes."""
         return replace(self.texts, context=learner.ctx.detach(), words=self.cfg.TRAINER.FLPT.CTX_INIT)
 
     @torch.no_grad()
     def text_features(self, classnames: Sequence[str]) -> Tensor:
-        """Unit text features (n, d) of any classes, new ones too, in the tuned context."""
-        return self.tuned_texts(self.model.prompt_learner).features(self.backbone, classnames)
+        """Return L2-normalized text embeddings (n, d) of base or new classes in the tuned context."""
+        return self.tuned_prompts(self.model.prompt_learner).features(self.backbone, classnames)
 
     @torch.no_grad()
     def shift(self) -> Tensor:
-        """The tuned shift (d,) of image features."""
+        """Return the tuned shift (d,) of image features."""
         return self.model.prompt_learner.shift()
 
     def aligned_text(self, new_classnames: Sequence[str]) -> AlignedText:
@@ -114,7 +115,7 @@ class FLPT(CoOp):
             new,
             list(new_classnames),
             shift=self.shift().detach(),
-            texts=self.tuned_texts(self.model.prompt_learner),
+            texts=self.tuned_prompts(self.model.prompt_learner),
             backbone=self.backbone.name,
             weights=self.backbone.weights_id,
             epochs=self.max_epoch,

@@ -1,4 +1,4 @@
-"""KgCoOp: learned text features are held near the hand-written prompt's.
+"""Provide KgCoOp: CoOp with a penalty on the distance from CLIP's text embeddings.
 
 Yao, Zhang, Xu, Visual-Language Prompt Tuning with Knowledge-guided Context Optimization, CVPR 2023.
 """
@@ -18,9 +18,10 @@ add_keys("TRAINER.KGCOOP", W=8.0)
 
 @register(TRAINER_REGISTRY)
 class KgCoOp(CoOp):
-    """Cross-entropy + W * mean_c (1 - cos(t_c, t_c of CLIP)); the context is set as CoOp's.
+    """CoOp with the loss cross-entropy + W * mean_c (1 - cos(t_c, t_c of CLIP)).
 
-    For unit rows that is half the squared distance which the paper writes; its figures come from this form.
+    TRAINER.COOP sets the context. For L2-normalized embeddings the penalty is half the squared distance of
+    the paper's equation; the paper's results were computed with this form.
     """
 
     recipe = "vit_b16_ep100_ctxv1"

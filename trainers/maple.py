@@ -1,4 +1,4 @@
-"""MaPLe: prompts in the first layers of both encoders, the image's made of the text's.
+"""Provide MaPLe: prompts in the first layers of both encoders, image prompts mapped from text prompts.
 
 Khattak, Rasheed, Maaz, Khan, Khan, MaPLe: Multi-modal Prompt Learning, CVPR 2023.
 """
@@ -23,7 +23,7 @@ add_keys("TRAINER.MAPLE", N_CTX=2, CTX_INIT="a photo of a", PREC="fp16", PROMPT_
 
 
 class CoupledPromptLearner(DeepPromptLearner):
-    """Image prompts F_i(P_i): a linear map of the text prompts of the same layer, one for each layer."""
+    """Image prompts F_i(P_i), where F_i is a linear map of the text prompts P_i of layer i."""
 
     def __init__(
         self, backbone: Backbone, classnames: Sequence[str], n_ctx: int, ctx_init: str, depth: int
@@ -34,14 +34,15 @@ class CoupledPromptLearner(DeepPromptLearner):
         self.couplings = nn.ModuleList(nn.Linear(p.shape[-1], width) for p in (self.ctx, *self.deep))
 
     def image_prompts(self) -> list[Tensor]:
+        """Return the image prompts of each layer."""
         return [f(p) for f, p in zip(self.couplings, (self.ctx, *self.deep), strict=True)]
 
 
 @register(TRAINER_REGISTRY)
 class MaPLe(CoOp):
-    """Cross-entropy of prompted images and prompted classes, on pictures: nothing is encoded once and kept.
+    """Prompt learning in both encoders with cross-entropy, on images. Features change, so none are cached.
 
-    Its relatives say what they change: the prompt learner (`build_learner`) or the step.
+    Subclasses override the prompt learner (`build_learner`) or the loss (`step`).
     """
 
     recipe = "vit_b16_c2_ep5_batch4_2ctx"
@@ -52,16 +53,17 @@ class MaPLe(CoOp):
     def check_cfg(self, cfg) -> None:
         if cfg.TEACHER.FILE:
             name = type(self).__name__
-            raise UserError(f"{name} learns inside the image encoder, from pictures: set TEACHER.FILE ''")
+            raise UserError(f"{name} learns inside the image encoder, from images: set TEACHER.FILE ''")
 
     def _feature_loader(self, datums: list):
-        """Pictures, not features: these change with the prompts."""
+        """Return Dassl's loader of images, since features change with the prompts."""
         return self.dm.val_loader if datums is self.dm.dataset.val else self.dm.test_loader
 
     def _train_loader(self):
         return self.dm.train_loader_x
 
     def build_learner(self) -> DeepPromptLearner:
+        """Build the prompt learner."""
         settings = self.settings
         return CoupledPromptLearner(
             self.backbone, self.classnames, settings.N_CTX, settings.CTX_INIT, settings.PROMPT_DEPTH
@@ -76,7 +78,7 @@ class MaPLe(CoOp):
         require_vision_transformer(self.backbone)
         if isinstance(self.dm.dataset.test[0], FeatureDatum):
             raise UserError(
-                f"{type(self).__name__} learns inside the image encoder: it needs pictures, not features"
+                f"{type(self).__name__} learns inside the image encoder: it needs images, not features"
             )
         super().build_model()
 

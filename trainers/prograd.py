@@ -1,4 +1,4 @@
-"""ProGrad: no step against zero-shot CLIP.
+"""Provide ProGrad: CoOp whose gradient never opposes that of distillation from zero-shot CLIP.
 
 Zhu, Niu, Han, Wu, Zhang, Prompt-aligned Gradient for Prompt Tuning, ICCV 2023.
 """
@@ -19,8 +19,11 @@ add_keys("LOSS", LAMBDA=1.0, T=1.0)
 
 @register(TRAINER_REGISTRY)
 class ProGrad(CoOp):
-    """The gradient of the cross-entropy, less LAMBDA times its part along the gradient of the distillation
-    loss (temperature T, zero-shot CLIP the teacher) where the two point against each other."""
+    """CoOp with projected gradients.
+
+    LAMBDA times the projection on the gradient of the distillation loss (temperature T, zero-shot CLIP as
+    teacher) is subtracted from the gradient of the cross-entropy if their scalar product is negative.
+    """
 
     recipe = "vit_b16_ep100_ctxv1"
 
@@ -47,6 +50,6 @@ class ProGrad(CoOp):
 
 
 def project(gradient: Tensor, general: Tensor, strength: float) -> Tensor:
-    """g, less `strength` times its projection on `general` if their scalar product is negative."""
+    """Subtract `strength` times the projection on `general` if the scalar product is negative."""
     along = F.normalize(general.flatten(), dim=0).view_as(general)
     return gradient - strength * (gradient * along).sum().clamp(max=0) * along

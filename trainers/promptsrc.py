@@ -1,4 +1,4 @@
-"""PromptSRC: independent prompts in both encoders, held near the frozen CLIP and averaged over training.
+"""Provide PromptSRC: prompts in both encoders, regularized towards CLIP and averaged over training.
 
 Khattak, Wasim, Naseer, Khan, Yang, Khan, Self-regulating Prompts: Foundational Model Adaptation without
 Forgetting, ICCV 2023.
@@ -38,9 +38,9 @@ add_keys(
 
 
 class IndependentPromptLearner(DeepPromptLearner):
-    """Image prompts of their own, and the weighted sum of all prompts over the epochs so far.
+    """Independent text and image prompts, and their weighted sum over epochs.
 
-    The sum is part of the state, so that an interrupted run goes on with it.
+    The sum is a buffer of the module, so a resumed run continues it.
     """
 
     aggregate: Tensor
@@ -62,25 +62,28 @@ class IndependentPromptLearner(DeepPromptLearner):
         self.register_buffer("aggregate", torch.zeros(sum(p.numel() for p in self.parameters())))
 
     def image_prompts(self) -> list[Tensor]:
+        """Return the image prompts of each layer."""
         return list(self.image_ctx)
 
     @torch.no_grad()
-    def add(self, weight: float) -> None:
-        """Add the prompts as they are now to the sum."""
+    def accumulate(self, weight: float) -> None:
+        """Add `weight` times the current prompts to the sum."""
         self.aggregate += weight * parameters_to_vector(self.parameters())
 
     @torch.no_grad()
-    def adopt(self) -> None:
-        """Take the sum for the prompts."""
+    def load_average(self) -> None:
+        """Replace the prompts by the sum."""
         vector_to_parameters(self.aggregate, self.parameters())
 
 
 @register(TRAINER_REGISTRY)
 class PromptSRC(MaPLe):
-    """Cross-entropy + TEXT_LOSS_WEIGHT |g - g_CLIP| + IMAGE_LOSS_WEIGHT |f - f_CLIP| + KL(p_CLIP || p).
+    """Prompt learning with self-regularization.
 
-    Each is a mean over all entries. CLIP's text features g_CLIP are those of TEXT.PROMPTS, unless given an
-    ensemble of templates. After the last epoch the prompts are their mean over epochs, in Gaussian weights.
+    The loss is cross-entropy + TEXT_LOSS_WEIGHT |g - g_CLIP| + IMAGE_LOSS_WEIGHT |f - f_CLIP| +
+    KL(p_CLIP || p), each term a mean over all entries. CLIP's text embeddings g_CLIP use TEXT.PROMPTS, by
+    default an ensemble of templates. After the last epoch the prompts are replaced by their Gaussian-weighted
+    mean over epochs.
     """
 
     recipe = "vit_b16_c4_ep20_batch4"
@@ -108,8 +111,8 @@ class PromptSRC(MaPLe):
         self.weights = (-0.5 * deviations.square()).softmax(0).tolist()
 
     def forward_backward(self, batch: dict) -> dict[str, float]:
-        pictures, _ = self.parse_batch_train(batch)
-        self.fixed_image = distributed.encode_sharded(self.backbone.encode_image, pictures)
+        images, _ = self.parse_batch_train(batch)
+        self.fixed_image = distributed.encode_sharded(self.backbone.encode_image, images)
         return super().forward_backward(batch)
 
     def step(self, features: Tensor, label: Tensor) -> dict[str, float]:
@@ -127,7 +130,7 @@ class PromptSRC(MaPLe):
         return self.summary(loss, logits, label)
 
     def after_epoch(self) -> None:
-        self.learner.add(self.weights[self.epoch])
+        self.learner.accumulate(self.weights[self.epoch])
         if self.epoch + 1 == self.max_epoch:
-            self.learner.adopt()
+            self.learner.load_average()
         super().after_epoch()

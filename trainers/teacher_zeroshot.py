@@ -1,7 +1,7 @@
-"""Fit the owner's classifier of base classes on training images, and write teacher.safetensors.
+"""Fit the teacher, the owner's classifier of base classes, on training images; write teacher.safetensors.
 
-Tested on classes the teacher knows it is the teacher, on others zero-shot CLIP. Tables call it
-"Linear probe + CLIP", the free baseline that any data-free method has to beat.
+In a test, base classes are scored by the teacher and all others by zero-shot CLIP. Tables call this baseline
+"Linear probe + CLIP".
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ from dfzsl.utils.log import logger
 from .base import CLIPTrainer
 from .recovery.teacher import Teacher, fit_teacher
 
-# The regression's C; 0: by cross-validation, like the teacher's weight beside text, and noted on its card.
+# C of the logistic regression. If 0, cross-validation selects C and the mixing weight, and the model card of
+# the teacher records both.
 add_keys("TEACHER", STRENGTH=0.0)
 
-TEACHER = "teacher.safetensors"
+TEACHER_FILE = "teacher.safetensors"
 
 
 @register(TRAINER_REGISTRY)
 class TeacherZeroshot(CLIPTrainer):
-    """Multinomial logistic regression on the image features of the base classes; text for all others."""
+    """Multinomial logistic regression on image features for base classes, zero-shot CLIP for all others."""
 
     recipe = "vit_b16"
 
     def check_cfg(self, cfg) -> None:
         if cfg.TEACHER.FILE:
-            raise UserError("TeacherZeroshot makes a teacher from images: leave TEACHER.FILE empty")
+            raise UserError("TeacherZeroshot fits a teacher on images: leave TEACHER.FILE empty")
 
     def build_model(self) -> None:
         self.text = self.text_of(self.classnames)
         self.teacher: Teacher | None = None
 
     def train(self) -> None:
-        """Fit on all training images (or NUM_SHOTS a class) unless that is done, save, test."""
+        """Fit on all training images (or NUM_SHOTS per class), save and test; reuse a saved teacher."""
         self.require_training_images()
         started = time.perf_counter()
-        path = Path(self.cfg.OUTPUT_DIR) / TEACHER
+        path = Path(self.cfg.OUTPUT_DIR) / TEACHER_FILE
         if path.exists():
             self.teacher = Teacher.load(path)
         else:
@@ -58,7 +59,7 @@ class TeacherZeroshot(CLIPTrainer):
                 **({"C": strength} if strength else {"text": self.text.cpu(), "prompts": self.texts.about}),
             )
             if card := self.teacher.card:
-                logger.info(f"The teacher's card: {card}")
+                logger.info(f"Model card of the teacher: {card}")
             self.folder.write_config()
             self.teacher.save(path)
         self.stage_seconds["teacher"] = time.perf_counter() - started
@@ -69,32 +70,36 @@ class TeacherZeroshot(CLIPTrainer):
         return self.teacher.weight.numel() if self.teacher else 0
 
     def load_model(self, directory: str, epoch: int | None = None) -> None:
-        self.teacher = Teacher.load(Path(directory) / TEACHER)
+        self.teacher = Teacher.load(Path(directory) / TEACHER_FILE)
 
     def model_inference(self, features: torch.Tensor) -> torch.Tensor:
-        """Logits (n, C): the teacher's where it knows the class, cosines to the text elsewhere."""
+        """Return logits (n, C): the teacher's for its classes, those of zero-shot CLIP for all others."""
         assert self.teacher is not None, "train or load first"
-        known, weight, bias = teacher_weights(self.teacher, self.classnames, self.text)
-        cosine = self.backbone.encode_image(features) @ torch.where(known[:, None], weight, self.text).T
+        in_teacher, weight, bias = teacher_weights(self.teacher, self.classnames, self.text)
+        cosine = self.backbone.encode_image(features) @ torch.where(in_teacher[:, None], weight, self.text).T
         return self.backbone.logit_scale * (cosine + bias)
 
 
 def teacher_weights(
     teacher: Teacher, classnames: Sequence[str], text: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Look up the teacher's class weights beside text embeddings.
+    """Look up the teacher's class weights, scaled as text embeddings are.
 
     Args:
-        teacher: of some of the classes.
-        classnames: C names.
-        text: (C, d) text embeddings, whose type and device the results have.
+        teacher: a teacher of some of the classes.
+        classnames: C class names.
+        text: (C, d) text embeddings; the results have their type and device.
 
     Returns:
-        Whether the teacher knows each class (C,), its class weights (C, d) and biases (C,) in units of the
-        cosine; both are 0 for other classes.
+        A mask (C,) of the teacher's classes, class weights (C, d) and biases (C,) in units of the cosine.
+        Weights and biases of other classes are 0.
     """
     weight, bias = (part.to(text) for part in teacher.cosine_scale_weights())
     row = {name: row for row, name in enumerate(teacher.classnames)}
     index = torch.tensor([row.get(name, -1) for name in classnames], device=text.device)
-    known = index >= 0
-    return known, torch.where(known[:, None], weight[index], 0.0), torch.where(known, bias[index], 0.0)
+    in_teacher = index >= 0
+    return (
+        in_teacher,
+        torch.where(in_teacher[:, None], weight[index], 0.0),
+        torch.where(in_teacher, bias[index], 0.0),
+    )

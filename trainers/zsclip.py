@@ -1,4 +1,4 @@
-"""Zero-shot CLIP: the class's prompt is its classifier row, nothing is trained.
+"""Provide zero-shot CLIP, whose class weights are text embeddings, with one prompt or a prompt ensemble.
 
 Radford et al., Learning Transferable Visual Models From Natural Language Supervision, ICML 2021.
 """
@@ -15,7 +15,7 @@ from .base import CLIPTrainer
 
 @register(TRAINER_REGISTRY)
 class ZeroshotCLIP(CLIPTrainer):
-    """Cosine to the text feature of TEXT.PROMPTS or the data set's "a photo of a {}, a type of pet."."""
+    """Zero-shot classification with TEXT.PROMPTS, or the data set's template."""
 
     recipe = "vit_b16"
     trains = False
@@ -24,14 +24,14 @@ class ZeroshotCLIP(CLIPTrainer):
         self.text_features = self.text_of(self.classnames)
 
     def model_inference(self, input: torch.Tensor) -> torch.Tensor:
-        """Logits (n, C) of images or unit features: exp(logit scale) * cosine."""
+        """Return logits (n, C) of images or L2-normalized features, exp(logit scale) * cosine."""
         features = self.backbone.encode_image(input)
         return self.backbone.logit_scale * features @ self.text_features.to(features).T
 
 
 @register(TRAINER_REGISTRY)
 class ZeroshotCLIP2(ZeroshotCLIP):
-    """Prompt ensembling: the normalised mean text feature over a set of templates."""
+    """Prompt ensembling: the L2-normalized mean text embedding over a set of templates."""
 
     def text_of(self, classnames: list[str]) -> torch.Tensor:
         return self.backbone.class_features(classnames, self.dm.dataset.templates)

@@ -1,7 +1,7 @@
-"""Captioned pictures of the built-in world: what its CLIP is trained on.
+"""Provide captioned images, the training data of the CLIP of Shapes.
 
-A caption, as on the web, names some of what the picture shows, in varying words and order, and now and
-then says how the picture was made. The compositions of the data set `shapes` never occur here.
+As on the web, a caption mentions some of the attributes of the image, in varying words and order, and
+sometimes its style. The objects of the classes of Shapes never occur here.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import functools
 
 import numpy as np
 
-from .world import COLOURS, PATTERNS, SHAPES, STYLES, Composition, classes, compositions, looks, render
+from .world import COLORS, PATTERNS, SHAPES, STYLES, Composition, classes, compositions, foreground, render
 
-# Other words for a value, beside the word in the class names.
+# Synonyms of the words in class names.
 SYNONYMS = {
     "circle": ("disc", "round", "dot"),
     "square": ("box", "block"),
@@ -78,7 +78,7 @@ PHOTO = (
     "this is a photo of a {}.", "a snapshot of a {}.", "a photo of a {}, a type of shape.",
     "a photo of many things: {}",
 )  # fmt: skip
-# What a caption may say of each style; photographs, whatever befell them, are mostly just called photos.
+# Caption templates of each style. Captions of most photographs use a template of PHOTO instead.
 TEMPLATES = {
     "photo": (
         "a good photo of a {}.", "a good photo of the {}.", "a clean photo of a {}.",
@@ -123,13 +123,19 @@ PHOTOGRAPHS = ("photo", "dark", "bright", "blurry", "noisy", "small", "close")
 
 @functools.cache
 def training_compositions() -> tuple[Composition, ...]:
-    """The compositions that captioned pictures show: none has the object of a class of the data set."""
-    held_out = {looks(c) for c in classes()}
-    return tuple(c for c in compositions() if looks(c) not in held_out)
+    """Return the compositions of captioned images, without the objects of the classes of Shapes."""
+    held_out = {foreground(c) for c in classes()}
+    return tuple(c for c in compositions() if foreground(c) not in held_out)
 
 
 def caption(composition: Composition, style: str, rng: np.random.Generator) -> str:
-    """A caption of a picture of `composition` in the style `style` (a key of `STYLES`)."""
+    """Draw a caption of an image.
+
+    Args:
+        composition: the contents of the image.
+        style: key of `STYLES`.
+        rng: random generator.
+    """
 
     def one_of(options: tuple[str, ...]) -> str:
         return options[int(rng.integers(len(options)))]
@@ -146,7 +152,7 @@ def caption(composition: Composition, style: str, rng: np.random.Generator) -> s
         else:
             after.append(WITH[composition.pattern])
     if rng.random() < 0.92:
-        before.insert(int(rng.random() < 0.8) * len(before), word(composition.colour))
+        before.insert(int(rng.random() < 0.8) * len(before), word(composition.color))
     if rng.random() < (0.2 if composition.background == "plain" else 0.75):
         places = PLACES[composition.background]
         after.append(places[0] if rng.random() < 0.6 else one_of(places))
@@ -162,8 +168,8 @@ def caption(composition: Composition, style: str, rng: np.random.Generator) -> s
     return template.format(phrase)
 
 
-def captioned_picture(seed: int, index: int) -> tuple[np.ndarray, str]:
-    """Training example number `index`: a (64, 64, 3) uint8 picture and its caption."""
+def captioned_image(seed: int, index: int) -> tuple[np.ndarray, str]:
+    """Return training example `index`: an image (64, 64, 3), uint8, and its caption."""
     rng = np.random.default_rng((seed, index))
     pool = training_compositions()
     composition = pool[int(rng.integers(len(pool)))]
@@ -172,8 +178,8 @@ def captioned_picture(seed: int, index: int) -> tuple[np.ndarray, str]:
 
 
 def vocabulary() -> list[str]:
-    """Texts that between them hold every word a caption can use."""
-    words = [*SHAPES, *COLOURS, *PATTERNS.values(), *WITH.values(), "plain", "solid"]
+    """Return texts that together contain every word of the captions."""
+    words = [*SHAPES, *COLORS, *PATTERNS.values(), *WITH.values(), "plain", "solid"]
     words += [w for options in (*SYNONYMS.values(), *PLACES.values()) for w in options]
     templates = [*ANY, *PHOTO, *(t for options in TEMPLATES.values() for t in options)]
     return [*words, *(t.format("") for t in templates), "a, b. c! d: e"]

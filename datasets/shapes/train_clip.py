@@ -1,7 +1,7 @@
 """Train the CLIP of Shapes on captioned images drawn as needed (scripts/shapes/train_clip.py).
 
-The text transformer is trained cut off at the longest caption, which is exact because it is causal, and with
-only the token rows that captions use; `save` says how those are stored.
+Training truncates the text at the longest caption, which is exact since the text transformer is causal, and
+uses only the token embeddings that captions need; see `save` for their format.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from dfzsl.utils.torchvision_import import import_torchvision
 import_torchvision()
 import open_clip  # noqa: E402
 
-from dfzsl.datasets.shapes.captions import captioned_picture, vocabulary  # noqa: E402
+from dfzsl.datasets.shapes.captions import captioned_image, vocabulary  # noqa: E402
 
 FOLDER = Path(__file__).parent
 MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
 STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
-LOGGED = ["step", "loss", "held_out_loss", "held_out_recall_at_1_of_500", "logit_scale"]
+LOG_COLUMNS = ["step", "loss", "held_out_loss", "held_out_recall_at_1_of_500", "logit_scale"]
 
 
-class CaptionedPictures(Dataset):
-    """`count` training examples from number `start` on: ((3, 64, 64) uint8 picture, (77,) tokens)."""
+class CaptionedImages(Dataset):
+    """Training examples from `start` to `start + count`: image (3, 64, 64), uint8, and tokens (77,)."""
 
     def __init__(self, seed: int, start: int, count: int) -> None:
         self.seed, self.start, self.count = seed, start, count
@@ -43,12 +43,12 @@ class CaptionedPictures(Dataset):
         return self.count
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        picture, caption = captioned_picture(self.seed, self.start + index)
-        return torch.from_numpy(picture).permute(2, 0, 1), self.tokenizer(caption)[0]
+        image, caption = captioned_image(self.seed, self.start + index)
+        return torch.from_numpy(image).permute(2, 0, 1), self.tokenizer(caption)[0]
 
 
-class Trainee(nn.Module):
-    """open_clip's CLIP, whose token table holds the rows of `ids` alone while it is trained."""
+class TrainableCLIP(nn.Module):
+    """open_clip's CLIP with a token table that contains only the rows `ids`."""
 
     def __init__(self, config: dict, ids: Tensor) -> None:
         super().__init__()
@@ -58,13 +58,13 @@ class Trainee(nn.Module):
         self.rows = nn.Parameter(self.clip.token_embedding.weight[ids].clone())
         del self.clip.token_embedding
 
-    def encode_image(self, pictures: Tensor) -> Tensor:
-        """(n, 3, 64, 64) uint8 -> (n, d) unit rows."""
-        pictures = ((pictures / 255 - MEAN) / STD).contiguous(memory_format=torch.channels_last)
-        return F.normalize(self.clip.visual(pictures).float(), dim=-1)
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Encode images (n, 3, 64, 64), uint8, to L2-normalized features (n, d)."""
+        images = ((images / 255 - MEAN) / STD).contiguous(memory_format=torch.channels_last)
+        return F.normalize(self.clip.visual(images).float(), dim=-1)
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """(n, 77) tokens -> (n, d) unit rows. Captions of like length run together, cut at their longest."""
+        """Encode tokens (n, 77) to L2-normalized features (n, d), in groups of similar length."""
         order = tokens.argmax(dim=-1).argsort(stable=True)
         rows = torch.cat([self._encode_text(tokens[part]) for part in order.chunk(4)])
         return F.normalize(rows.float(), dim=-1)[order.argsort()]
@@ -72,29 +72,29 @@ class Trainee(nn.Module):
     def _encode_text(self, tokens: Tensor) -> Tensor:
         clip, end = self.clip, tokens.argmax(dim=-1)
         length = int(end.max()) + 1
-        places = torch.searchsorted(self.ids, tokens[:, :length].contiguous())
-        x = self.rows[places] + clip.positional_embedding[:length]
+        indices = torch.searchsorted(self.ids, tokens[:, :length].contiguous())
+        x = self.rows[indices] + clip.positional_embedding[:length]
         x = clip.transformer(x, attn_mask=clip.attn_mask[:length, :length])
         x = clip.ln_final(x[torch.arange(len(x)), end])
         return x @ clip.text_projection
 
-    def loss(self, pictures: Tensor, tokens: Tensor) -> Tensor:
-        """The symmetric contrastive loss of Radford et al. (2021)."""
-        logits = self.clip.logit_scale.exp() * self.encode_image(pictures) @ self.encode_text(tokens).t()
+    def loss(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Compute the symmetric contrastive loss of Radford et al. (2021)."""
+        logits = self.clip.logit_scale.exp() * self.encode_image(images) @ self.encode_text(tokens).t()
         target = torch.arange(len(logits))
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.t(), target)) / 2
 
 
-def known_tokens() -> Tensor:
-    """(k,) int64: the ids, ascending, of all tokens a caption can hold, and the 0 that fills up rows."""
+def caption_token_ids() -> Tensor:
+    """Return the sorted ids (k,), int64, of all tokens of captions, including the padding token 0."""
     return torch.cat([open_clip.tokenize(text)[0] for text in vocabulary()]).unique()
 
 
-def save(model: Trainee, path: Path, about: dict) -> None:
-    """Write the weights as float16 safetensors under open_clip's names, but for the token table.
+def save(model: TrainableCLIP, path: Path, about: dict) -> None:
+    """Write the weights as float16 safetensors under open_clip's names, except the token table.
 
-    `token_embedding.weight` (49408, w) is stored as `token_embedding.ids` (k,) int32 and
-    `token_embedding.rows` (k, w): the rows of the tokens that captions use. All other rows are zero.
+    `token_embedding.weight` (49408, w) is stored as `token_embedding.ids` (k,), int32, and
+    `token_embedding.rows` (k, w), the rows of the tokens that captions use. All other rows are zero.
     """
     tensors = {
         name: value.half() if value.is_floating_point() else value
@@ -109,10 +109,10 @@ def save(model: Trainee, path: Path, about: dict) -> None:
 
 
 @torch.no_grad()
-def retrieval(model: Trainee, pictures: Tensor, tokens: Tensor) -> tuple[float, float]:
-    """(loss, share of pictures whose own caption is the nearest of all) on held-out examples."""
+def evaluate_retrieval(model: TrainableCLIP, images: Tensor, tokens: Tensor) -> tuple[float, float]:
+    """Compute the loss and the recall at 1 of captions on held-out examples."""
     model.eval()
-    image, text = model.encode_image(pictures), model.encode_text(tokens)
+    image, text = model.encode_image(images), model.encode_text(tokens)
     logits = model.clip.logit_scale.exp() * image @ text.t()
     target = torch.arange(len(logits))
     model.train()
@@ -120,7 +120,7 @@ def retrieval(model: Trainee, pictures: Tensor, tokens: Tensor) -> tuple[float, 
 
 
 def write_log(path: Path, columns: list[str], log: list[list[float]]) -> None:
-    """The training log as CSV; the first of its columns is the step."""
+    """Write the training log as CSV. The first column is the step."""
     with atomic(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
@@ -135,7 +135,7 @@ def train(
     seed: int = 1,
     output: Path = FOLDER,
 ) -> None:
-    """Train, and write clip.safetensors and clip_training.csv into `output` at every 100 steps.
+    """Train, and write clip.safetensors and clip_training.csv into `output` every 100 steps.
 
     The same seed, number of threads and machine give the same weights.
 
@@ -149,10 +149,10 @@ def train(
     """
     torch.manual_seed(seed)
     config: Any = read_json(FOLDER / "clip.json")
-    model = Trainee(config, known_tokens())
-    held_out = CaptionedPictures(seed + 1, 0, 500)
+    model = TrainableCLIP(config, caption_token_ids())
+    held_out = CaptionedImages(seed + 1, 0, 500)
     check = [torch.stack(part) for part in zip(*(held_out[i] for i in range(len(held_out))), strict=True)]
-    examples = CaptionedPictures(seed, 0, steps * batch_size)
+    examples = CaptionedImages(seed, 0, steps * batch_size)
     batches = DataLoader(examples, batch_size, num_workers=1, prefetch_factor=8)
     decay = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
@@ -164,9 +164,9 @@ def train(
     losses: list[float] = []
     model.train()
     bar = tqdm(batches, desc="training the CLIP of shapes", unit="step")
-    for step, (pictures, tokens) in enumerate(bar, 1):
+    for step, (images, tokens) in enumerate(bar, 1):
         with torch.autocast("cpu", torch.bfloat16):
-            loss = model.loss(pictures, tokens)
+            loss = model.loss(images, tokens)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -176,9 +176,9 @@ def train(
         losses.append(loss.item())
         if step % 100 == 0 or step == steps:
             mean_loss = float(np.mean(losses))
-            held_out_loss, recall = retrieval(model, *check)
+            held_out_loss, recall = evaluate_retrieval(model, *check)
             log.append([step, mean_loss, held_out_loss, recall, model.clip.logit_scale.exp().item()])
             bar.set_postfix(loss=f"{mean_loss:.3f}", recall=f"{recall:.3f}")
             losses = []
             save(model, output / "clip.safetensors", {"step": step, "batch": batch_size, "seed": seed})
-            write_log(output / "clip_training.csv", LOGGED, log)
+            write_log(output / "clip_training.csv", LOG_COLUMNS, log)

@@ -1,7 +1,7 @@
 """Distill the image tower of the built-in CLIP into a vision transformer (scripts/shapes/train_vit.py).
 
-Image prompts need a transformer. It learns the features that the first tower has on the images that tower was
-trained on (feature mimicry: Yang et al., CLIP-KD, CVPR 2024). The text tower stays as it is.
+Image prompts need a transformer. The student learns the features of the first tower on its training images
+(feature mimicry: Yang et al., CLIP-KD, CVPR 2024). The text tower is unchanged.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ from tqdm import tqdm
 from dfzsl.io.files import read_json
 from dfzsl.io.tensors import save_tensors
 
-from .train_clip import FOLDER, MEAN, STD, CaptionedPictures, open_clip, write_log
+from .train_clip import FOLDER, MEAN, STD, CaptionedImages, open_clip, write_log
 
-LOGGED = ["step", "squared_distance", "held_out_squared_distance"]
+LOG_COLUMNS = ["step", "squared_distance", "held_out_squared_distance"]
 
 
 def student(seed: int) -> nn.Module:
-    """The image tower of vit.json with random weights."""
+    """Build the image tower of vit.json with random weights."""
     config: Any = read_json(FOLDER / "vit.json")
     torch.manual_seed(seed)
     return open_clip.CLIP(**config).visual
 
 
-def distance(visual: nn.Module, pictures: Tensor, target: Tensor) -> Tensor:
-    """Mean squared distance of unit features of pictures (n, 3, 64, 64) from unit targets (n, d)."""
-    return (F.normalize(visual(pictures).float(), dim=1) - target).square().sum(1).mean()
+def distance(visual: nn.Module, images: Tensor, target: Tensor) -> Tensor:
+    """Compute the mean squared distance of normalized features of images (n, 3, 64, 64) to (n, d)."""
+    return (F.normalize(visual(images).float(), dim=1) - target).square().sum(1).mean()
 
 
 def save(visual: nn.Module, path: Path, about: dict) -> None:
-    """Write the tower beside the built-in CLIP's text tower, as `train_clip.save` writes that."""
+    """Write the image tower and the text tower of the built-in CLIP, in the format of `train_clip.save`."""
     tensors = {k: v for k, v in load_file(FOLDER / "clip.safetensors").items() if not k.startswith("visual.")}
     tensors |= {f"visual.{name}": value.half().contiguous() for name, value in visual.state_dict().items()}
     save_tensors(path, tensors, {"kind": "clip", **about})
@@ -54,7 +54,7 @@ def train(
     seed: int = 1,
     output: Path = FOLDER,
 ) -> None:
-    """Train, and write vit.safetensors and vit_training.csv into `output` at every 100 steps.
+    """Train, and write vit.safetensors and vit_training.csv into `output` every 100 steps.
 
     The same seed, number of threads and machine give the same weights.
 
@@ -68,18 +68,18 @@ def train(
         output: folder to write into.
     """
     visual = student(seed)
-    held_out = CaptionedPictures(seed + 1, 0, 500)
+    held_out = CaptionedImages(seed + 1, 0, 500)
     check = (torch.stack([held_out[i][0] for i in range(len(held_out))]) / 255 - MEAN) / STD
     target = encode_image(check)
-    examples = CaptionedPictures(seed, 0, steps * batch_size)
+    examples = CaptionedImages(seed, 0, steps * batch_size)
     optimizer = torch.optim.AdamW(visual.parameters(), lr, betas=(0.9, 0.98), weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
     log: list[list[float]] = []
     losses: list[float] = []
     bar = tqdm(DataLoader(examples, batch_size), desc="training the ViT of shapes", unit="step")
     for step, (raw, _) in enumerate(bar, 1):
-        pictures = (raw / 255 - MEAN) / STD
-        loss = distance(visual, pictures, encode_image(pictures))
+        images = (raw / 255 - MEAN) / STD
+        loss = distance(visual, images, encode_image(images))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -91,4 +91,4 @@ def train(
             bar.set_postfix(loss=f"{log[-1][1]:.3f}", held_out=f"{log[-1][2]:.3f}")
             losses = []
             save(visual, output / "vit.safetensors", {"step": step, "batch": batch_size, "seed": seed})
-            write_log(output / "vit_training.csv", LOGGED, log)
+            write_log(output / "vit_training.csv", LOG_COLUMNS, log)

@@ -1,9 +1,8 @@
-"""The built-in world: pictures of one object, drawn by code.
+"""Draw the images of Shapes, the built-in toy data set.
 
-A picture shows a shape x colour x pattern x background, its `Composition`, under the nuisance that real
-pictures have: position, size, rotation, light, colour cast, clutter, blur and noise. `render` needs
-neither files nor fonts, takes well under a millisecond, and the same generator state draws the same
-bytes.
+An image shows a `Composition` of shape, color, pattern and background. Position, size, rotation, light, color
+cast, clutter, blur and noise vary as in real images. `render` needs neither files nor fonts and takes well
+under a millisecond. The same generator state draws the same bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-VERSION = 2  # raised with every change that draws other pictures: it names the folder they are written to
+VERSION = 2  # increased with every change of the images; part of the folder name
 SIZE = 64  # pixels, both sides
 
 SHAPES = (
@@ -25,7 +24,7 @@ SHAPES = (
     "diamond", "ring", "arrow", "flower", "teardrop", "leaf", "lightning bolt", "gear",
 )  # fmt: skip
 
-COLOURS = {
+COLORS = {
     "red": (205, 30, 35),
     "orange": (240, 130, 25),
     "yellow": (240, 215, 45),
@@ -40,7 +39,7 @@ COLOURS = {
     "gray": (135, 135, 138),
 }
 
-# The word in a class name; plain patterns and plain backgrounds go without one.
+# Words in class names. Plain patterns and backgrounds have none.
 PATTERNS = {
     "plain": "",
     "striped": "striped",
@@ -65,38 +64,38 @@ BACKGROUNDS = {
 
 @dataclass(frozen=True)
 class Composition:
-    """What a picture shows: one value of each attribute."""
+    """The contents of an image: one value of each attribute."""
 
     shape: str
-    colour: str
+    color: str
     pattern: str
     background: str
 
     @property
     def name(self) -> str:
-        """The English name, such as "striped red star on sand"."""
-        words = (PATTERNS[self.pattern], self.colour, self.shape, BACKGROUNDS[self.background])
+        """The class name, for example "striped red star on sand"."""
+        words = (PATTERNS[self.pattern], self.color, self.shape, BACKGROUNDS[self.background])
         return " ".join(word for word in words if word)
 
 
 def compositions() -> list[Composition]:
-    """All compositions of the world (16 shapes x 12 colours x 7 patterns x 8 backgrounds)."""
-    return [Composition(*values) for values in itertools.product(SHAPES, COLOURS, PATTERNS, BACKGROUNDS)]
+    """Return all compositions (16 shapes x 12 colors x 7 patterns x 8 backgrounds)."""
+    return [Composition(*values) for values in itertools.product(SHAPES, COLORS, PATTERNS, BACKGROUNDS)]
 
 
 @functools.cache
 def classes() -> tuple[Composition, ...]:
-    """The 120 classes of the data set `shapes`, in label order: base is the first half, new the second.
+    """Return the 120 classes of Shapes in label order; the first half are base classes, the second new ones.
 
-    They come in families of three: a first class and two that differ from it in one attribute each, so
-    that telling them apart takes that attribute. Each half uses every value of every attribute, and no
-    (shape, colour, pattern) of one half occurs in the other.
+    Classes form families of three: the second and third differ from the first in one attribute each, which is
+    needed to distinguish them. Each half uses every value of every attribute, and no (shape, color, pattern)
+    of one half occurs in the other.
     """
     draw = random.Random(1)
-    values = (SHAPES, tuple(COLOURS), tuple(PATTERNS), tuple(BACKGROUNDS))
+    values = (SHAPES, tuple(COLORS), tuple(PATTERNS), tuple(BACKGROUNDS))
     chosen: list[Composition] = []
     for half in range(2):
-        taken = set() if half == 0 else {looks(c) for c in chosen}
+        taken = set() if half == 0 else {foreground(c) for c in chosen}
         decks = [draw.sample(v + v + v, 3 * len(v)) for v in values]
         decks = [sorted(set(deck), key=deck.index) + deck for deck in decks]
         decks = [draw.sample(deck[:20], 20) for deck in decks]
@@ -108,17 +107,17 @@ def classes() -> tuple[Composition, ...]:
                     axis = draw.randrange(4)
                     attributes[axis] = draw.choice(values[axis])
                 member = Composition(*attributes)
-                if looks(member) in taken and not family:
+                if foreground(member) in taken and not family:
                     first = (draw.choice(SHAPES), *first[1:])
-                elif looks(member) not in taken and member not in chosen + family:
+                elif foreground(member) not in taken and member not in chosen + family:
                     family.append(member)
             chosen += family
     return tuple(chosen)
 
 
-def looks(composition: Composition) -> tuple[str, str, str]:
-    """The object without its background: what is held out of the training of the built-in CLIP."""
-    return composition.shape, composition.colour, composition.pattern
+def foreground(composition: Composition) -> tuple[str, str, str]:
+    """Return shape, color and pattern. The built-in CLIP is not trained on those of the classes."""
+    return composition.shape, composition.color, composition.pattern
 
 
 # ---------------------------------------------------------------------------------------------- drawing
@@ -127,7 +126,7 @@ Points = list[tuple[float, float]]
 
 
 def _polygon(corners: int, inner: float = 0.0, start: float = -90.0) -> Points:
-    """A regular polygon of radius 1, or a star when `inner` gives the radius of the notches."""
+    """Return a regular polygon of radius 1, or a star with notches of radius `inner`."""
     count = 2 * corners if inner else corners
     angles = np.deg2rad(start) + 2 * np.pi * np.arange(count) / count
     radii = np.where(np.arange(count) % 2, inner, 1.0) if inner else np.ones(count)
@@ -152,7 +151,7 @@ def _gear() -> Points:
     return list(zip(radii * np.cos(angles), radii * np.sin(angles), strict=True))
 
 
-# Outline of each shape in a box of about [-1, 1] x [-1, 1], y downwards.
+# Outline of each shape in a box of about [-1, 1] x [-1, 1], with y pointing down.
 OUTLINES: dict[str, Points] = {
     "circle": _polygon(36),
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
@@ -190,15 +189,15 @@ HOLES = {"ring": 0.55, "gear": 0.3}  # radius of the hole
 
 @dataclass(frozen=True)
 class Style:
-    """How a picture was made and what became of it since; ranges are drawn from uniformly."""
+    """Rendering parameters of an image. Values are drawn uniformly from ranges."""
 
     cast: tuple[tuple[float, float], ...] = ((0.92, 1.08),) * 3  # factor of red, green and blue
     light: tuple[float, float] = (0.8, 1.15)  # overall factor
-    gradient: float = 0.3  # largest fall of light across the picture
+    gradient: float = 0.3  # largest change of light across the image
     noise: tuple[float, float] = (2, 12)  # standard deviation, in levels
     blur: tuple[float, float] = (0, 0.7)  # Gaussian radius, in pixels
-    clutter: int = 2  # most small things beside the object
-    scale: tuple[float, float] = (0.42, 0.72)  # object radius; half the picture is 1
+    clutter: int = 2  # largest number of small objects
+    scale: tuple[float, float] = (0.42, 0.72)  # object radius, relative to half the image
     finish: str = ""  # "", "drawing", "pixel", "painting", "cloth"
 
 
@@ -216,7 +215,7 @@ STYLES = {
     "cloth": Style(noise=(2, 8), gradient=0.15, finish="cloth"),
 }
 
-# The pictures of the data set: taken by a warm lamp, woven, cluttered. No style above looks like it.
+# The style of Shapes: warm light, cloth texture, clutter. It differs from all styles above.
 LAMPLIGHT = Style(
     cast=((1.0, 1.12), (0.84, 0.96), (0.6, 0.8)),
     light=(0.6, 1.0),
@@ -230,55 +229,62 @@ LAMPLIGHT = Style(
 
 
 def render(composition: Composition, rng: np.random.Generator, style: Style = STYLES["photo"]) -> np.ndarray:
-    """Draw one picture: (SIZE, SIZE, 3) uint8. Everything random comes from `rng`."""
-    picture = _backdrop(composition.background, rng)
-    picture = _clutter(picture, int(rng.integers(style.clutter + 1)), rng)
-    picture = _place(picture, composition, rng, style)
-    picture = _light(picture, rng, style)
-    return _develop(picture, rng, style)
+    """Draw an image.
+
+    Args:
+        composition: its contents.
+        rng: generator of everything random.
+        style: its rendering parameters.
+
+    Returns:
+        (SIZE, SIZE, 3), uint8.
+    """
+    image = _backdrop(composition.background, rng)
+    image = _clutter(image, int(rng.integers(style.clutter + 1)), rng)
+    image = _place(image, composition, rng, style)
+    image = _light(image, rng, style)
+    return _develop(image, rng, style)
 
 
 def _backdrop(background: str, rng: np.random.Generator) -> np.ndarray:
-    """(SIZE, SIZE, 3) float32: a window on the background's texture, a little lighter or darker."""
+    """Draw a window of the background's texture with random brightness, (SIZE, SIZE, 3), float32."""
     left, top = rng.integers(0, 256 - SIZE, 2)
     window = _texture(background)[top : top + SIZE, left : left + SIZE]
-    if background == "plain":  # of any dull colour
+    if background == "plain":  # random dull color
         return window + (rng.uniform(-45, 45, 3) + rng.uniform(-60, 60)).astype(np.float32)
     return window + np.float32(rng.uniform(-14, 14))
 
 
-def _clutter(picture: np.ndarray, things: int, rng: np.random.Generator) -> np.ndarray:
-    """The picture with small shapes near its rim."""
-    canvas = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+def _clutter(image: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw small shapes near the border of the image."""
+    canvas = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
     brush = ImageDraw.Draw(canvas)
-    for _ in range(things):
+    for _ in range(count):
         outline = OUTLINES[SHAPES[rng.integers(len(SHAPES))]]
-        colour = list(COLOURS.values())[rng.integers(len(COLOURS))]
-        place, turn = rng.uniform(0, 2 * np.pi, 2)
-        centre = 0.9 * np.cos(place), 0.9 * np.sin(place)
-        _fill(brush, outline, centre, rng.uniform(0.1, 0.22), turn, colour)
+        color = list(COLORS.values())[rng.integers(len(COLORS))]
+        angle, turn = rng.uniform(0, 2 * np.pi, 2)
+        center = 0.9 * np.cos(angle), 0.9 * np.sin(angle)
+        _fill(brush, outline, center, rng.uniform(0.1, 0.22), turn, color)
     return np.asarray(canvas, np.float32)
 
 
-def _place(
-    picture: np.ndarray, composition: Composition, rng: np.random.Generator, style: Style
-) -> np.ndarray:
-    """The picture with the object on it: outline, pattern in two shades of the colour, shadow or contour."""
+def _place(image: np.ndarray, composition: Composition, rng: np.random.Generator, style: Style) -> np.ndarray:
+    """Draw the object: outline, pattern in two shades of the color, shadow or contour."""
     scale, turn = rng.uniform(*style.scale), np.deg2rad(rng.uniform(-25, 25))
-    centre = (rng.uniform(-1, 1, 2) * max(0.0, 0.95 - scale)).tolist()
+    center = (rng.uniform(-1, 1, 2) * max(0.0, 0.95 - scale)).tolist()
     canvas = Image.new("L", (2 * SIZE, 2 * SIZE))
     brush = ImageDraw.Draw(canvas)
-    _fill(brush, OUTLINES[composition.shape], centre, scale, turn, 255)
+    _fill(brush, OUTLINES[composition.shape], center, scale, turn, 255)
     if hole := HOLES.get(composition.shape):
-        _fill(brush, OUTLINES["circle"], centre, scale * hole, turn, 0)
+        _fill(brush, OUTLINES["circle"], center, scale * hole, turn, 0)
     mask = canvas.reduce(2)
     cover = np.asarray(mask, np.float32)[..., None] / 255
 
-    ink = np.asarray(COLOURS[composition.colour]) * rng.uniform(0.85, 1.12) + rng.uniform(-14, 14, 3)
+    ink = np.asarray(COLORS[composition.color]) * rng.uniform(0.85, 1.12) + rng.uniform(-14, 14, 3)
     ink = np.clip(ink, 0, 255).astype(np.float32)
     shade = ink + (255 * (ink.mean() < 128) - ink) * np.float32(rng.uniform(0.5, 0.75))
     x, y = _grid()
-    x, y = (x - np.float32(centre[0])) / np.float32(scale), (y - np.float32(centre[1])) / np.float32(scale)
+    x, y = (x - np.float32(center[0])) / np.float32(scale), (y - np.float32(center[1])) / np.float32(scale)
     cos, sin = np.float32(np.cos(turn)), np.float32(np.sin(turn))
     spots = _pattern(composition.pattern, x * cos + y * sin, y * cos - x * sin, rng.uniform(0.45, 0.75))
     fill = ink + (shade - ink) * spots[..., None]
@@ -287,23 +293,23 @@ def _place(
         fill *= 1 - np.asarray(mask.filter(ImageFilter.FIND_EDGES), np.float32)[..., None] / 255
     else:
         shadow = np.roll(cover, (rng.integers(1, 4), rng.integers(-3, 4)), (0, 1))
-        picture = picture * (1 - np.float32(rng.uniform(0, 0.5)) * shadow)
-    return picture + (fill - picture) * cover
+        image = image * (1 - np.float32(rng.uniform(0, 0.5)) * shadow)
+    return image + (fill - image) * cover
 
 
-def _light(picture: np.ndarray, rng: np.random.Generator, style: Style) -> np.ndarray:
-    """The picture under a light that is coloured and falls off to one side; the threads of a cloth."""
+def _light(image: np.ndarray, rng: np.random.Generator, style: Style) -> np.ndarray:
+    """Apply colored light with a gradient, and the threads of a cloth."""
     x, y = _grid()
     angle, fall = rng.uniform(0, 2 * np.pi), rng.uniform(0, style.gradient)
     ramp = 1 + x * np.float32(fall * np.cos(angle)) + y * np.float32(fall * np.sin(angle))
     cast = rng.uniform(*style.light) * rng.uniform(*np.transpose(style.cast))
-    picture = picture * ramp[..., None] * cast.astype(np.float32)
-    return picture * _weave(int(rng.integers(4))) if style.finish == "cloth" else picture
+    image = image * ramp[..., None] * cast.astype(np.float32)
+    return image * _weave(int(rng.integers(4))) if style.finish == "cloth" else image
 
 
-def _develop(picture: np.ndarray, rng: np.random.Generator, style: Style) -> np.ndarray:
-    """The picture as uint8, with what the making of it did: coarse pixels, few tones, blur, grain."""
-    canvas = Image.fromarray(np.clip(picture, 0, 255).astype(np.uint8))
+def _develop(image: np.ndarray, rng: np.random.Generator, style: Style) -> np.ndarray:
+    """Apply coarse pixels or few tones, blur and noise, and convert to uint8."""
+    canvas = Image.fromarray(np.clip(image, 0, 255).astype(np.uint8))
     if style.finish == "pixel":
         side = int(rng.integers(20, 31))
         coarse = canvas.resize((side, side), Image.Resampling.BOX)
@@ -313,27 +319,27 @@ def _develop(picture: np.ndarray, rng: np.random.Generator, style: Style) -> np.
     canvas = canvas.filter(ImageFilter.GaussianBlur(rng.uniform(*style.blur)))
     start = rng.integers(_grain().size - SIZE * SIZE * 3)
     grain = _grain()[start : start + SIZE * SIZE * 3].reshape(SIZE, SIZE, 3)
-    picture = np.asarray(canvas, np.float32) + np.float32(rng.uniform(*style.noise)) * grain
-    return np.clip(picture, 0, 255).astype(np.uint8)
+    image = np.asarray(canvas, np.float32) + np.float32(rng.uniform(*style.noise)) * grain
+    return np.clip(image, 0, 255).astype(np.uint8)
 
 
 def _fill(
     brush: ImageDraw.ImageDraw,
     outline: Points,
-    centre: Sequence[float],
+    center: Sequence[float],
     scale: float,
     turn: float,
-    colour: int | tuple[int, int, int],
+    color: int | tuple[int, int, int],
 ) -> None:
-    """Fill `outline`, scaled and turned (radians) and moved to `centre`; the canvas is [-1, 1] x [-1, 1]."""
+    """Fill `outline`, scaled, rotated by `turn` (radians) and moved to `center` in [-1, 1] x [-1, 1]."""
     half = brush.im.size[0] / 2
     cos, sin = half * scale * np.cos(turn), half * scale * np.sin(turn)
-    left, top = half * (1 + centre[0]), half * (1 + centre[1])
-    brush.polygon([(left + x * cos - y * sin, top + x * sin + y * cos) for x, y in outline], colour)
+    left, top = half * (1 + center[0]), half * (1 + center[1])
+    brush.polygon([(left + x * cos - y * sin, top + x * sin + y * cos) for x, y in outline], color)
 
 
 def _pattern(pattern: str, u: np.ndarray, v: np.ndarray, pitch: float) -> np.ndarray:
-    """Where the second shade shows, (SIZE, SIZE) in [0, 1], in the object's own coordinates u and v."""
+    """Return the share (SIZE, SIZE) of the second shade, in object coordinates u and v."""
     wave = np.float32(2 * np.pi / pitch)
     if pattern == "striped":
         return _step(np.sin(wave * u), 2)
@@ -352,26 +358,26 @@ def _pattern(pattern: str, u: np.ndarray, v: np.ndarray, pitch: float) -> np.nda
 
 
 def _step(value: np.ndarray, slope: float) -> np.ndarray:
-    """0 below zero, 1 above, and between them a ramp of this slope, so that edges are not jagged."""
+    """Return a step function with a ramp of the given slope, which smooths edges."""
     return np.clip(0.5 + slope * value, 0, 1)
 
 
 @functools.cache
 def _grid() -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centres in [-1, 1]: x (1, SIZE) and y (SIZE, 1)."""
+    """Return pixel centers in [-1, 1]: x (1, SIZE) and y (SIZE, 1)."""
     line = ((np.arange(SIZE) + 0.5) * 2 / SIZE - 1).astype(np.float32)
     return line[None, :], line[:, None]
 
 
 @functools.cache
 def _grain() -> np.ndarray:
-    """A long strip of standard normal values; a picture takes a stretch of it at a random place."""
+    """Return standard normal values (2^20,), of which each image uses a random section."""
     return np.random.default_rng(0).standard_normal(1 << 20, dtype=np.float32)
 
 
 @functools.cache
 def _weave(phase: int) -> np.ndarray:
-    """Threads over and under each other: a factor, (SIZE, SIZE, 1), about 1."""
+    """Return the brightness factor (SIZE, SIZE, 1) of woven threads."""
     row, column = np.mgrid[:SIZE, :SIZE] + phase
     across = (row // 2 + column // 2) % 2 == 0
     threads = np.sin(np.where(across, column, row) * np.pi / 2)
@@ -379,7 +385,7 @@ def _weave(phase: int) -> np.ndarray:
 
 
 def _smooth(rng: np.random.Generator, size: int, *blurs: float) -> np.ndarray:
-    """(size, size) noise of several blurs in [-1, 1], wrapped round the edges."""
+    """Return periodic noise (size, size) in [-1, 1], the mean of several blurs."""
     total = np.zeros((size, size), np.float32)
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None])
     for blur in blurs:
@@ -391,7 +397,7 @@ def _smooth(rng: np.random.Generator, size: int, *blurs: float) -> np.ndarray:
 
 @functools.cache
 def _texture(background: str) -> np.ndarray:
-    """A (256, 256, 3) float32 texture in [0, 255], from which a picture takes a window."""
+    """Return the texture (256, 256, 3), float32 in [0, 255], of a background."""
     n = 256
     rng = np.random.default_rng(100 + list(BACKGROUNDS).index(background))
     y, x = np.mgrid[:n, :n].astype(np.float32)

@@ -115,7 +115,7 @@ def evaluate(
     if (dim := data.features.shape[1]) != (expected_dim := classifier.weight.shape[1]):
         raise UserError(f"the features have {dim} dimensions, the classifier reads {expected_dim}")
     index = _classifier_labels(classifier, data)
-    return _accuracies(classifier, data.features, index[data.labels], data.wrong)
+    return _accuracies(classifier, data.features, index[data.labels], data.errors)
 
 
 def _accuracies(classifier: Classifier, x: Tensor, y: Tensor, wrong: list[str]) -> Evaluation:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dfzsl.datasets.base import IMAGES, folders_in, images_in
+from dfzsl.datasets.base import IMAGE_SUFFIXES, list_folders, list_images
 from dfzsl.datasets.encoding import encode_files
-from dfzsl.datasets.features import labels_of, open_features, unit_rows
+from dfzsl.datasets.features import check_labels, open_features, unit_rows
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.recovery.feature_statistics import FeatureStatistics, measure_feature_statistics
 from dfzsl.utils.errors import UserError
@@ -47,7 +47,7 @@ def measure_encoder(
             if "x" not in arrays:
                 raise UserError(f"{path}: a feature file to measure has an array x (n, d), and y if labeled")
             x = unit_rows(arrays["x"](), f"{path}: x")
-            y = labels_of(arrays["y"](), len(x), None, f"{path}: y") if "y" in arrays else None
+            y = check_labels(arrays["y"](), len(x), None, f"{path}: y") if "y" in arrays else None
         elif encoder is None:
             raise UserError(f"{path}: images need an encoder; give --backbone")
         else:
@@ -75,14 +75,14 @@ def _encode(encoder, folder: Path) -> tuple[Tensor, Tensor | None]:
     """Return unit features (n, d) of a folder's images, and labels (n,) if it has class folders."""
     if not folder.is_dir():
         raise UserError(f"{folder}: neither a folder of images nor a feature file (.npz, .safetensors)")
-    classes = folders_in(os.fspath(folder), "name a folder of images")
+    classes = list_folders(os.fspath(folder), "name a folder of images")
     label_of = {
         path: label
         for label, subfolder in enumerate(classes or [""])
-        for path in images_in(os.path.join(folder, subfolder))
+        for path in list_images(os.path.join(folder, subfolder))
     }
     if not label_of:
-        raise UserError(f"{folder}: no images found ({', '.join(IMAGES)})")
+        raise UserError(f"{folder}: no images found ({', '.join(IMAGE_SUFFIXES)})")
     features: list[Tensor] = []
     with tqdm(total=len(label_of), desc=f"measuring {folder.name}", unit="img", leave=False) as bar:
         for read, rows, wrong in encode_files(encoder, list(label_of), device=encoder.device):

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import torch
 from tabulate import tabulate
 
-from dfzsl.datasets.base import IMAGES
+from dfzsl.datasets.base import IMAGE_SUFFIXES
 from dfzsl.datasets.encoding import encode_files
 from dfzsl.trainers.generation.classifier import Classifier
 from dfzsl.utils.errors import UserError
@@ -38,7 +38,7 @@ def find_images(patterns: Iterable[str]) -> list[str]:
         matches = [pattern] if is_path else sorted(glob.glob(pattern, recursive=True))
         paths = [path for match in matches for path in (_walk(match) if os.path.isdir(match) else [match])]
         if not paths:
-            raise UserError(f"{pattern}: no images found ({', '.join(IMAGES)})")
+            raise UserError(f"{pattern}: no images found ({', '.join(IMAGE_SUFFIXES)})")
         images |= dict.fromkeys(paths)
     return list(images)
 
@@ -50,7 +50,7 @@ def _walk(folder: str) -> Iterator[str]:
         yield from (
             os.path.join(parent, name)
             for name in sorted(names)
-            if name.lower().endswith(IMAGES) and name[0] != "."
+            if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != "."
         )
 
 

@@ -65,10 +65,10 @@ def fit_teacher_on(
         device=device,
         quiet=quiet,
     )
-    if data_set.wrong:
-        raise UserError(data_set.wrong[0])
+    if data_set.errors:
+        raise UserError(data_set.errors[0])
     if classnames:
-        data_set = data_set.only(classnames)
+        data_set = data_set.select_classes(classnames)
     text_features, texts = data_set.text, ClassPrompts((data_set.template,) if data_set.template else ())
     is_folder = os.path.isdir(data)
     if text or is_folder:

@@ -14,7 +14,7 @@ from dfzsl.datasets.shapes.world import STYLES, render
 from dfzsl.trainers.clip.loading import BUILT_IN, BUILT_IN_FOLDER, load_backbone
 from dfzsl.trainers.recovery.feature_statistics import measure_feature_statistics
 
-COMPOSITIONS, SEED = 1_000, 1
+NUM_COMPOSITIONS, SEED = 1_000, 1
 
 
 @click.command()
@@ -32,7 +32,7 @@ def main() -> None:
     backbone = load_backbone(BUILT_IN)
     pool, styles = training_compositions(), list(STYLES.values())
     features, labels = [], []
-    for label in trange(COMPOSITIONS, desc="measuring", unit="class"):
+    for label in trange(NUM_COMPOSITIONS, desc="measuring", unit="class"):
         composition = pool[int(rng.integers(len(pool)))]
         for _ in range(2):
             pixels = render(composition, rng, styles[int(rng.integers(len(styles)))])

@@ -1,4 +1,4 @@
-"""Plugged into a checkout in CoOp's manner, whose data sets make their split where there is none."""
+"""Data sets in a CoOp checkout, whose own data sets create a missing split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dfzsl.utils.dassl_plugin import register
 from dfzsl.utils.errors import UserError
 
 
-class Theirs(DatasetBase):
+class CheckoutDataset(DatasetBase):
     """Makes its split of the folders, 50 : 20 : 30 of each, shuffled by `random`, and keeps the shots."""
 
     folder, images = "dtd", "images"
@@ -39,9 +39,11 @@ class Theirs(DatasetBase):
         if cfg.DATASET.NUM_SHOTS >= 1:
             train = self.generate_fewshot_dataset(train, num_shots=cfg.DATASET.NUM_SHOTS)
             val = self.generate_fewshot_dataset(val, num_shots=min(cfg.DATASET.NUM_SHOTS, 4))
-            kept = os.path.join(self.dataset_dir, "split_fewshot")
-            mkdir_if_missing(kept)
-            with open(os.path.join(kept, f"shot_{cfg.DATASET.NUM_SHOTS}-seed_{cfg.SEED}.pkl"), "wb") as file:
+            fewshot_dir = os.path.join(self.dataset_dir, "split_fewshot")
+            mkdir_if_missing(fewshot_dir)
+            with open(
+                os.path.join(fewshot_dir, f"shot_{cfg.DATASET.NUM_SHOTS}-seed_{cfg.SEED}.pkl"), "wb"
+            ) as file:
                 pickle.dump({"train": train, "val": val}, file, protocol=pickle.HIGHEST_PROTOCOL)
         super().__init__(train_x=train, val=val, test=test)
 
@@ -64,14 +66,14 @@ NAMES = ["DescribableTextures", "EuroSAT", "Food101"]  # a folder a class
 
 
 def pair(name):
-    """(the checkout's data set, ours in its place)."""
-    ours = DATASET_REGISTRY.get(name)
-    theirs = type(name, (Theirs,), {"folder": ours.folder, "images": ours.images})
+    """Return the checkout's data set and the one of dfzsl that replaces it."""
+    own_class = DATASET_REGISTRY.get(name)
+    checkout_class = type(name, (CheckoutDataset,), {"folder": own_class.folder, "images": own_class.images})
     registry = Registry("DATASET")
-    registry.register(theirs)
-    plugged = register(registry, replace=True)(type(name, (ours,), {}))
+    registry.register(checkout_class)
+    plugged = register(registry, replace=True)(type(name, (own_class,), {}))
     assert registry.get(name) is plugged
-    return theirs, plugged
+    return checkout_class, plugged
 
 
 def config(root, shots=-1, **keys):
@@ -103,9 +105,9 @@ def test_the_split_is_the_checkouts(name, shots, tmp_path):
     """The same items in the same order, the same files, and as much drawn from `random`."""
     folder = without_split(name, tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    theirs, plugged = pair(name)
+    checkout_class, plugged = pair(name)
     results = []
-    for kind, root in ((theirs, tmp_path / "a"), (plugged, tmp_path / "b")):
+    for kind, root in ((checkout_class, tmp_path / "a"), (plugged, tmp_path / "b")):
         set_random_seed(1)
         dataset = kind(config(root, shots))
         results.append((shown(dataset, root), random.random()))
@@ -120,8 +122,10 @@ def test_the_split_is_the_checkouts(name, shots, tmp_path):
 
 def test_a_data_free_run_makes_no_split(tmp_path, monkeypatch):
     folder = without_split("DescribableTextures", tmp_path)
-    theirs, plugged = pair("DescribableTextures")
-    monkeypatch.setattr(theirs, "make_split", lambda self: pytest.fail("it looked at training images"))
+    checkout_class, plugged = pair("DescribableTextures")
+    monkeypatch.setattr(
+        checkout_class, "make_split", lambda self: pytest.fail("it looked at training images")
+    )
     with pytest.raises(UserError, match=r"split_zhou_DescribableTextures\.json"):
         plugged(config(tmp_path, TEACHER__FILE="teacher.safetensors"))
     assert [path.name for path in folder.iterdir()] == ["images"]
@@ -129,12 +133,12 @@ def test_a_data_free_run_makes_no_split(tmp_path, monkeypatch):
 
 def test_a_checkout_that_cannot_make_it_says_why(tmp_path, monkeypatch):
     without_split("OxfordPets", tmp_path)
-    theirs, plugged = pair("OxfordPets")
+    checkout_class, plugged = pair("OxfordPets")
 
     def make_split(self):
         raise FileNotFoundError("annotations/trainval.txt")
 
-    monkeypatch.setattr(theirs, "make_split", make_split)
+    monkeypatch.setattr(checkout_class, "make_split", make_split)
     with pytest.raises(UserError, match=r"annotations/trainval\.txt"):
         plugged(config(tmp_path))
 

@@ -41,12 +41,12 @@ def test_config(path):
 
 def test_every_data_set_has_exactly_one_config():
     named = [yaml.safe_load(path.read_text())["DATASET"]["NAME"] for path in SHIPPED]
-    ours = [
+    own_names = [
         name
         for name in DATASET_REGISTRY.registered_names()
         if DATASET_REGISTRY.get(name).__module__.startswith("dfzsl.")
     ]
-    assert sorted(named) == sorted(ours)
+    assert sorted(named) == sorted(own_names)
 
 
 def test_files_are_called_as_coop_calls_them():

@@ -26,7 +26,7 @@ from dfzsl.datasets.features import FeatureDatum
 from dfzsl.io.class_names import normalize_class_name
 from dfzsl.utils.errors import UserError
 
-# They draw their own pictures: see test_shapes.py.
+# These data sets draw their own images: see test_shapes.py.
 RENDERED = {"Shapes", "ShapesDark", "ShapesDrawing", "ShapesPainting", "ShapesPixel"}
 OURS = [
     name
@@ -330,7 +330,7 @@ def drop_class(split: dict) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda s: [], "'train'"),
         (lambda s: {k: s[k] for k in ("train", "test")}, "'val'"),
@@ -344,10 +344,10 @@ def drop_class(split: dict) -> dict:
         (lambda s: {**s, "test": []}, "test image"),
     ],
 )
-def test_a_broken_split(tmp_path, change, said):
+def test_a_broken_split(tmp_path, change, message):
     root = fake_data.make("OxfordPets", tmp_path)
     break_split(root, change)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         build("OxfordPets", root)
     assert "\n" not in str(error.value)
 
@@ -436,7 +436,7 @@ def test_a_training_class_that_is_never_tested(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", "path.*label"),
         ("a,b\n1,2\n", "path.*label"),
@@ -448,9 +448,9 @@ def test_a_training_class_that_is_never_tested(tmp_path):
         ("path,label,split\na.jpg,cat,test\nb.jpg,dog,test\n", r"[ab]\.jpg"),
     ],
 )
-def test_a_broken_csv(tmp_path, text, said):
+def test_a_broken_csv(tmp_path, text, message):
     (tmp_path / "own.csv").write_text(text)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         build("Csv", tmp_path / "own.csv")
 
 

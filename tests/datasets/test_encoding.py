@@ -65,7 +65,7 @@ def datums(tmp_path) -> list[Datum]:
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(encoding, "PART", 5)
+    monkeypatch.setattr(encoding, "IMAGES_PER_PART", 5)
 
 
 def by_hand(datums) -> torch.Tensor:
@@ -140,21 +140,21 @@ TRANSFORMS = {
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_pictures_are_the_transforms_to_the_last_bit(datums, name, workers):
+def test_images_equal_the_transforms_to_the_last_bit(datums, name, workers):
     """Wherever its last steps are computed."""
 
     class Sees(Encoder):
         transform = TRANSFORMS[name]
-        pictures: ClassVar[list[torch.Tensor]] = []
+        batches: ClassVar[list[torch.Tensor]] = []
 
         def encode_image(self, images):
-            self.pictures.append(images.clone())
+            self.batches.append(images.clone())
             return images.flatten(1)
 
     paths = [datum.impath for datum in datums]
     list(encoding.encode_files(Sees(), paths, 5, workers))
     plain = torch.stack([Sees.transform(Image.open(path).convert("RGB")) for path in paths])
-    assert torch.equal(torch.cat(Sees.pictures), plain)
+    assert torch.equal(torch.cat(Sees.batches), plain)
 
 
 def test_the_default_cache_is_outside_the_data_folder(datums, tmp_path):
@@ -181,7 +181,7 @@ def test_whatever_decides_the_features_is_in_the_key(datums, tmp_path):
     assert run() == 23
 
 
-def test_an_interrupted_encoding_goes_on(datums, small_parts, tmp_path):
+def test_an_interrupted_encoding_resumes(datums, small_parts, tmp_path):
     class Stops(Encoder):
         def encode_image(self, images):
             if self.seen >= 12:

@@ -74,11 +74,11 @@ def test_a_second_extraction_encodes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [("oxford_pet", "'oxford_pet'.*oxford_pets"), ("folder:nowhere", "nowhere")],
 )
-def test_what_is_not_there(given, said, tmp_path):
-    with pytest.raises(UserError, match=said):
+def test_what_is_not_there(given, message, tmp_path):
+    with pytest.raises(UserError, match=message):
         extract.open_dataset(given, str(tmp_path))
 
 
@@ -107,7 +107,7 @@ import torch
 import fake_data
 from dfzsl.datasets import encoding, extract
 
-encoding.PART = 4
+encoding.IMAGES_PER_PART = 4
 torch.distributed.init_process_group("gloo")
 backbone = fake_data.Backbone()
 data = extract.open_dataset("oxford_pets", sys.argv[1])
@@ -132,9 +132,9 @@ def test_two_ranks_share_the_images(tmp_path):
         subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]
-    seen = [int(text.split("seen")[1]) for text in said]
+    seen = [int(text.split("seen")[1]) for text in outputs]
     assert sum(seen) == 45 and min(seen) > 10
 
     images = extract.open_dataset("oxford_pets", str(root))
@@ -190,5 +190,5 @@ def test_a_mistake_at_the_command_is_one_line(tmp_path, capfd):
     words = ["folder:nowhere", "--backbone", "shapes", "--output", str(tmp_path / "f.safetensors")]
     with pytest.raises(SystemExit) as left:
         run_program(lambda: invoke(extract_command, words))
-    said = capfd.readouterr().err
-    assert left.value.code == 2 and said.count("\n") == 1 and "nowhere" in said
+    message = capfd.readouterr().err
+    assert left.value.code == 2 and message.count("\n") == 1 and "nowhere" in message

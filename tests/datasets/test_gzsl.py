@@ -1,4 +1,4 @@
-"""The xlsa17 format: seen and unseen classes, features or pictures, and files that are wrong."""
+"""The xlsa17 format: seen and unseen classes, features or images, and broken files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
 from scipy.io import loadmat, savemat
 
-from dfzsl.datasets.gzsl import readable
+from dfzsl.datasets.gzsl import readable_name
 from dfzsl.utils.errors import UserError
 
 SETS = ["AWA2", "CUB", "SUN", "FLO", "APY"]
@@ -48,21 +48,21 @@ def test_seen_is_base_and_unseen_is_new(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_features_and_pictures_are_the_same_split(name, tmp_path):
+def test_features_and_images_are_the_same_split(name, tmp_path):
     root = fake_data.make(name, tmp_path)
     mat, splits = loadmat(root / name / "ViTB16.mat"), loadmat(root / name / "att_splits.mat")
     for part in ("base", "new", "all"):
-        pictures, rows = build(name, root, part), build(name, root, part, "ViTB16.mat")
+        images, rows = build(name, root, part), build(name, root, part, "ViTB16.mat")
         for which in ("train_x", "test"):
             assert [(d.label, d.classname) for d in getattr(rows, which)] == [
-                (d.label, d.classname) for d in getattr(pictures, which)
+                (d.label, d.classname) for d in getattr(images, which)
             ]
     x = torch.stack([d.feature for d in rows.train_x])
     expected = mat["features"].T[splits["trainval_loc"].ravel() - 1]
     expected /= np.linalg.norm(expected, axis=1, keepdims=True)
     assert np.allclose(x, expected, atol=1e-6)
     files = [str(mat["image_files"][i - 1, 0][0]) for i in splits["trainval_loc"].ravel()]
-    assert all(f.endswith(Path(d.impath).name) for f, d in zip(files, pictures.train_x, strict=True))
+    assert all(f.endswith(Path(d.impath).name) for f, d in zip(files, images.train_x, strict=True))
 
 
 def test_text_features_of_clip_splits(tmp_path):
@@ -86,7 +86,7 @@ def test_text_features_of_clip_splits(tmp_path):
     ],
 )
 def test_class_names_are_made_readable(written, read):
-    assert readable(written) == read
+    assert readable_name(written) == read
 
 
 def test_the_real_awa2_split(tmp_path):
@@ -132,18 +132,18 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize(("file", "arrays", "said"), BROKEN)
-def test_a_broken_file(tmp_path, file, arrays, said):
+@pytest.mark.parametrize(("file", "arrays", "message"), BROKEN)
+def test_a_broken_file(tmp_path, file, arrays, message):
     root = fake_data.make("AWA2", tmp_path)
     (root / "AWA2/clip_splits.mat").unlink()
     change(root, file, **arrays)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         build("AWA2", root)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("file", "arrays", "said"),
+    ("file", "arrays", "message"),
     [
         ("ViTB16.mat", {"features": np.ones((45, 16))}, r"features.*\(d, 45\)"),
         ("ViTB16.mat", {"features": np.zeros((16, 45))}, r"ViTB16\.mat"),
@@ -151,10 +151,10 @@ def test_a_broken_file(tmp_path, file, arrays, said):
         ("clip_splits.mat", {"cls_features": np.ones((5, 16))}, r"cls_features.*\(d, 5\)"),
     ],
 )
-def test_broken_features(tmp_path, file, arrays, said):
+def test_broken_features(tmp_path, file, arrays, message):
     root = fake_data.make("AWA2", tmp_path)
     change(root, file, **arrays)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         build("AWA2", root, features="ViTB16.mat")
 
 

@@ -1,4 +1,4 @@
-"""The built-in world: the same pictures from the same seed, honest splits, and a CLIP as good as claimed."""
+"""Shapes: reproducible images, disjoint splits, and a CLIP with the documented accuracy."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dfzsl.datasets import shapes
 from dfzsl.datasets.shapes import Shapes, captions
 from dfzsl.datasets.shapes.world import (
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     LAMPLIGHT,
     PATTERNS,
     SHAPES,
@@ -27,7 +27,7 @@ from dfzsl.datasets.shapes.world import (
     Composition,
     classes,
     compositions,
-    looks,
+    foreground,
     render,
 )
 from dfzsl.io.tensors import load_tensors
@@ -39,11 +39,11 @@ HALVES = classes()[:60], classes()[60:]
 USUAL = "a photo of a . itap of my . a bad photo of the . a drawing of one , a type of shape. X X X X"
 
 
-# ------------------------------------------------------------------------------------------ the pictures
+# ------------------------------------------------------------------------------------------ the images
 
 
 @pytest.mark.parametrize("style", [*STYLES.values(), LAMPLIGHT], ids=[*STYLES, "lamplight"])
-def test_the_seed_decides_the_picture(style):
+def test_the_seed_decides_the_image(style):
     first, again, other = (render(classes()[0], np.random.default_rng(seed), style) for seed in (3, 3, 4))
     assert first.shape == (64, 64, 3)
     assert first.dtype == np.uint8
@@ -53,11 +53,11 @@ def test_the_seed_decides_the_picture(style):
 
 @pytest.mark.parametrize(
     "attribute, values",
-    [("shape", SHAPES), ("colour", COLOURS), ("pattern", PATTERNS), ("background", BACKGROUNDS)],
+    [("shape", SHAPES), ("color", COLORS), ("pattern", PATTERNS), ("background", BACKGROUNDS)],
 )
 def test_each_value_of_an_attribute_shows(attribute, values):
-    """Everything else equal, another value draws another picture."""
-    base = {"shape": "square", "colour": "red", "pattern": "striped", "background": "plain"}
+    """Everything else equal, another value draws another image."""
+    base = {"shape": "square", "color": "red", "pattern": "striped", "background": "plain"}
     drawn = [
         render(Composition(**{**base, attribute: value}), np.random.default_rng(1)).astype(int)
         for value in values
@@ -75,7 +75,7 @@ def test_names_are_unique():
     assert len(classes()) == len(set(classes())) == 120
 
 
-@pytest.mark.parametrize("attribute", ["shape", "colour", "pattern", "background"])
+@pytest.mark.parametrize("attribute", ["shape", "color", "pattern", "background"])
 def test_both_halves_use_every_value(attribute):
     values = {getattr(c, attribute) for c in compositions()}
     for half in HALVES:
@@ -83,7 +83,7 @@ def test_both_halves_use_every_value(attribute):
 
 
 def test_new_objects_do_not_occur_in_base():
-    base, new = ({looks(c) for c in half} for half in HALVES)
+    base, new = ({foreground(c) for c in half} for half in HALVES)
     assert not base & new
 
 
@@ -91,30 +91,30 @@ def test_new_objects_do_not_occur_in_base():
 
 
 def test_training_never_shows_an_object_of_the_data_set(monkeypatch):
-    shown = []
-    monkeypatch.setattr(captions, "render", lambda composition, rng, style: shown.append(composition))
+    rendered = []
+    monkeypatch.setattr(captions, "render", lambda composition, rng, style: rendered.append(composition))
     for index in range(3000):
-        captions.captioned_picture(0, index)
-    held_out = {looks(c) for c in classes()}
-    assert len(set(shown)) > 2000
-    assert not held_out & {looks(c) for c in shown}
+        captions.captioned_image(0, index)
+    held_out = {foreground(c) for c in classes()}
+    assert len(set(rendered)) > 2000
+    assert not held_out & {foreground(c) for c in rendered}
     # ... yet it shows every value of every attribute
-    for attribute in ("shape", "colour", "pattern", "background"):
-        assert {getattr(c, attribute) for c in shown} == {getattr(c, attribute) for c in compositions()}
+    for attribute in ("shape", "color", "pattern", "background"):
+        assert {getattr(c, attribute) for c in rendered} == {getattr(c, attribute) for c in compositions()}
 
 
 def test_captions_say_what_is_shown_in_known_words(backbone):
     known = set(backbone.tokenize(captions.vocabulary()).flatten().tolist())
     rng = np.random.default_rng(0)
-    said = []
+    texts = []
     for index in range(600):
         composition = captions.training_compositions()[index]
         text = captions.caption(composition, "photo", rng)
         words = (composition.shape, *captions.SYNONYMS.get(composition.shape, ()))
         assert any(word in text for word in words)
-        said.append(text)
-    assert set(backbone.tokenize(said).flatten().tolist()) <= known
-    assert len(set(said)) > 500
+        texts.append(text)
+    assert set(backbone.tokenize(texts).flatten().tolist()) <= known
+    assert len(set(texts)) > 500
 
 
 # ------------------------------------------------------------------------------------------ the data set
@@ -122,7 +122,7 @@ def test_captions_say_what_is_shown_in_known_words(backbone):
 
 @pytest.fixture
 def few(monkeypatch):
-    monkeypatch.setattr(shapes, "PICTURES", {"train": 2, "val": 1, "test": 1})
+    monkeypatch.setattr(shapes, "IMAGES_PER_CLASS", {"train": 2, "val": 1, "test": 1})
 
 
 def config(root: Path, *changes: object):
@@ -131,7 +131,7 @@ def config(root: Path, *changes: object):
     return cfg
 
 
-def pictures(root: Path) -> list[Path]:
+def image_files(root: Path) -> list[Path]:
     return sorted(root.rglob("*.png"))
 
 
@@ -140,7 +140,7 @@ def test_files_are_written_once(tmp_path, few):
     assert (len(data.train_x), len(data.val), len(data.test)) == (240, 120, 120)
     assert data.classnames == data.all_classnames == [c.name for c in classes()]
     assert [data.base_classnames, data.new_classnames] == [[c.name for c in half] for half in HALVES]
-    files = pictures(tmp_path / "shapes")
+    files = image_files(tmp_path / "shapes")
     assert sorted(d.impath for d in [*data.train_x, *data.val, *data.test]) == [str(f) for f in files]
     with Image.open(data.test[17].impath) as image:
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
@@ -153,7 +153,7 @@ def test_files_are_written_once(tmp_path, few):
     assert [f.stat().st_mtime_ns for f in files] == written
 
 
-def test_a_data_free_run_makes_no_training_picture(tmp_path, few):
+def test_a_data_free_run_writes_no_training_image(tmp_path, few):
     data = Shapes(
         config(tmp_path, "TEACHER.FILE", "teacher.safetensors", "DATASET.SUBSAMPLE_CLASSES", "base")
     )
@@ -161,15 +161,15 @@ def test_a_data_free_run_makes_no_training_picture(tmp_path, few):
     assert not data.val
     assert len(data.test) == 60
     assert data.classnames == [c.name for c in HALVES[0]]
-    assert {f.parts[-3] for f in pictures(tmp_path)} == {"test"}
+    assert {f.parts[-3] for f in image_files(tmp_path)} == {"test"}
 
 
 @pytest.mark.parametrize("variant", shapes.ShapesVariant.__subclasses__(), ids=lambda cls: cls.style)
-def test_a_variant_is_test_pictures_of_the_same_classes_in_its_style(variant, tmp_path, few):
+def test_a_variant_has_test_images_of_the_same_classes_in_its_style(variant, tmp_path, few):
     data = variant(config(tmp_path))
     assert data.test_only
     assert data.classnames == [c.name for c in classes()]
-    assert {f.relative_to(tmp_path).parts[1:3] for f in pictures(tmp_path)} == {
+    assert {f.relative_to(tmp_path).parts[1:3] for f in image_files(tmp_path)} == {
         (f"v{VERSION}-{variant.style}", "test")
     }
     with Image.open(data.test[17].impath) as image:
@@ -190,14 +190,14 @@ def test_an_interrupted_writing_starts_over(tmp_path, few, monkeypatch):
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(shapes, "render", render)
     shapes.write_part(tmp_path, "test")
-    assert len(pictures(tmp_path)) == 120
+    assert len(image_files(tmp_path)) == 120
 
 
 def test_two_writers_at_once(tmp_path, few):
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: shapes.write_part(tmp_path, "val"), range(2)))
     assert [f.name for f in tmp_path.iterdir()] == ["val"]
-    assert len(pictures(tmp_path)) == 120
+    assert len(image_files(tmp_path)) == 120
 
 
 def test_a_place_that_cannot_be_written(tmp_path, few):
@@ -226,7 +226,7 @@ def test_usual_prompts_have_trained_tokens(backbone):
 
 @torch.no_grad()
 def test_zero_shot_accuracy_is_as_claimed(backbone):
-    """Far above chance (1.7 % of 60), far from perfect, on fresh pictures of objects it was never shown."""
+    """Far above chance (1.7 % of 60), far from perfect, on new images of objects it was not trained on."""
     rng = np.random.default_rng(99)
     for half in HALVES:
         images = [Image.fromarray(render(c, rng, LAMPLIGHT)) for c in half for _ in range(4)]
@@ -255,7 +255,7 @@ def test_the_training_script_writes_what_the_backbone_reads(train_clip, tmp_path
     loaded = load_backbone("shapes", str(tmp_path / "clip.safetensors"), "cpu")
     assert loaded.logit_scale == pytest.approx(model.clip.logit_scale.exp().item(), rel=1e-3)
 
-    images, texts = zip(*(captions.captioned_picture(5, index) for index in range(20)), strict=True)
+    images, texts = zip(*(captions.captioned_image(5, index) for index in range(20)), strict=True)
     own = model.encode_text(train_clip.open_clip.tokenize(texts))
     assert F.cosine_similarity(own, loaded.encode_text(list(texts))).min() > 0.9999
     own = model.encode_image(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))

@@ -73,7 +73,7 @@ def test_the_seed_decides_every_pass(fresh):
     assert not torch.equal(other["img"], a["img"])
 
 
-def test_the_filter_keeps_what_the_teacher_recognises(caplog):
+def test_the_filter_keeps_samples_that_the_teacher_recognizes(caplog):
     caplog.set_level("INFO", logger="dfzsl")
     loose = classes(kappa=4.0)
     loader = VirtualLoader(loose, 10, 200, filter=True, generator=rng())
@@ -81,12 +81,12 @@ def test_the_filter_keeps_what_the_teacher_recognises(caplog):
     assert ((features @ loose.weight.T).argmax(1) == labels).all()
     assert torch.bincount(labels).tolist() == [200] * 3
     unfiltered, truth = loose.sample(2000, rng(5))
-    assert loader.kept_share == pytest.approx(
+    assert loader.acceptance_rate == pytest.approx(
         float(loose.assigned_to_own_class(unfiltered, truth).float().mean()), abs=0.06
     )
-    assert loader.kept_share < 0.9
+    assert loader.acceptance_rate < 0.9
     next(iter(loader))
-    assert f"{loader.kept_share:.1%}" in caplog.text
+    assert f"{loader.acceptance_rate:.1%}" in caplog.text
     plain = VirtualLoader(loose, 10, 200, filter=False, generator=rng())
     features, labels = plain.draw()
     assert ((features @ loose.weight.T).argmax(1) != labels).any()
@@ -94,15 +94,15 @@ def test_the_filter_keeps_what_the_teacher_recognises(caplog):
     assert "not filtered" in caplog.text
 
 
-def test_a_class_that_the_teacher_disowns_is_kept_as_drawn_and_named(caplog):
+def test_a_class_that_the_teacher_rejects_stays_unfiltered(caplog):
     mu = classes().mu
-    disowned = classes(1000.0, weight=torch.stack([mu[0], -mu[1], mu[2]]))
-    loader = VirtualLoader(disowned, 10, 10, filter=True, generator=rng())
+    rejected = classes(1000.0, weight=torch.stack([mu[0], -mu[1], mu[2]]))
+    loader = VirtualLoader(rejected, 10, 10, filter=True, generator=rng())
     batch = whole_pass(loader)
     assert torch.bincount(batch["label"]).tolist() == [10] * 3
     assert (batch["img"][batch["label"] == 1] @ mu.T).argmax(1).eq(1).all()
-    assert loader.unfiltered == [disowned.classnames[1]]
-    assert loader.unfiltered[0] in caplog.text
+    assert loader.unfiltered_classes == [rejected.classnames[1]]
+    assert loader.unfiltered_classes[0] in caplog.text
     with pytest.raises(UserError):
         VirtualLoader(classes(), 10, 0)
 

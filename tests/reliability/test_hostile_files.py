@@ -415,9 +415,9 @@ def entrances(name: str, folder: Path) -> dict[str, Callable[[], object]]:
         found["folder"] = lambda: build("Folder", folder / "own")
     rows_of = [[f"{label}.jpg", label, each] for label, each in enumerate(names)]
     (folder / "s.json").write_text(json.dumps({"train": rows_of, "val": [], "test": rows_of}))
-    from dfzsl.datasets.base import check
+    from dfzsl.datasets.base import check_split
 
-    found["split_zhou"] = lambda: check(read_split(str(folder / "s.json"), str(folder), ""), "x")
+    found["split_zhou"] = lambda: check_split(read_split(str(folder / "s.json"), str(folder), ""), "x")
     return found
 
 
@@ -531,7 +531,7 @@ def path_cases(folder: Path) -> dict[str, tuple[Path, Callable]]:
 def test_no_file_leads_to_pictures_elsewhere(tmp_path, tried):
     cases = path_cases(tmp_path)
     for name, (path, load) in cases.items():
-        assert "leads out" in str(attempt(load, path)), name
+        assert "outside of" in str(attempt(load, path)), name
     tried("hostile files", "paths that lead out of the data set", len(cases), "refused, one line")
 
 

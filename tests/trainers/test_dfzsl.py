@@ -24,7 +24,7 @@ NAMES = [
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
+def data(tmp_path_factory) -> Path:
     """A feature file without text features: the backbone's text tower has to make them."""
     rng = np.random.default_rng(0)
     text = load_backbone("shapes").class_features(NAMES, ["a photo of a {}."]).numpy()
@@ -48,9 +48,9 @@ SMALL = {
 }
 
 
-def run(trainer: str, world: Path, output: Path, *flags: str, classes: str = "base", **keys: object) -> dict:
+def run(trainer: str, data: Path, output: Path, *flags: str, classes: str = "base", **keys: object) -> dict:
     config = ROOT / "configs/trainers" / trainer / "dfzsl.yaml"
-    words = ["--trainer", trainer, "--root", str(world), "--seed", "1", "--output-dir", str(output), *flags]
+    words = ["--trainer", trainer, "--root", str(data), "--seed", "1", "--output-dir", str(output), *flags]
     words += ["--dataset-config-file", str(ROOT / "configs/datasets" / "features.yaml")]
     words += ["--config-file", str(config)] if config.exists() else []
     given = {key.replace("__", "."): value for key, value in keys.items()}
@@ -60,16 +60,16 @@ def run(trainer: str, world: Path, output: Path, *flags: str, classes: str = "ba
 
 
 @pytest.fixture(scope="module")
-def teacher(world, tmp_path_factory) -> Path:
+def teacher(data, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("owner")
-    run("TeacherZeroshot", world, output)
+    run("TeacherZeroshot", data, output)
     return output / "teacher.safetensors"
 
 
 @pytest.fixture(scope="module")
-def client(world, teacher, tmp_path_factory) -> Path:
+def client(data, teacher, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("client")
-    run("DFZSL", world, output, TEACHER__FILE=teacher)
+    run("DFZSL", data, output, TEACHER__FILE=teacher)
     return output
 
 
@@ -88,22 +88,20 @@ def test_each_stage_leaves_its_result(client):
     assert classifier.backbone == "shapes"
 
 
-def test_dfzsl_learns_from_the_teacher_and_keeps_new_classes(world, teacher, client, tmp_path):
-    zero_base = run("ZeroshotCLIP", world, tmp_path / "zero_base", "--eval-only")["accuracy"]
-    zero_new = run("ZeroshotCLIP", world, tmp_path / "zero_new", "--eval-only", classes="new")["accuracy"]
+def test_dfzsl_learns_from_the_teacher_and_keeps_new_classes(data, teacher, client, tmp_path):
+    zero_base = run("ZeroshotCLIP", data, tmp_path / "zero_base", "--eval-only")["accuracy"]
+    zero_new = run("ZeroshotCLIP", data, tmp_path / "zero_new", "--eval-only", classes="new")["accuracy"]
     base = read_results(client / "results.json")["accuracy"]
     loaded = ("--eval-only", "--model-dir", str(client))
-    new = run("DFZSL", world, tmp_path / "new", *loaded, classes="new", TEACHER__FILE=teacher)["accuracy"]
+    new = run("DFZSL", data, tmp_path / "new", *loaded, classes="new", TEACHER__FILE=teacher)["accuracy"]
     assert base > zero_base
     assert new >= zero_new - 3
-    joint = run("DFZSL", world, tmp_path / "all", *loaded, classes="all", TEACHER__FILE=teacher)
+    joint = run("DFZSL", data, tmp_path / "all", *loaded, classes="all", TEACHER__FILE=teacher)
     assert [row["new"] for row in joint["per_class"]] == [False] * 4 + [True] * 4
 
 
 @pytest.mark.parametrize("moment", ["after an epoch", "before stage 3"])
-def test_an_interrupted_run_ends_in_the_same_classifier(
-    world, teacher, client, tmp_path, monkeypatch, moment
-):
+def test_an_interrupted_run_ends_in_the_same_classifier(data, teacher, client, tmp_path, monkeypatch, moment):
     class Killed(Exception):
         pass
 
@@ -117,18 +115,18 @@ def test_an_interrupted_run_ends_in_the_same_classifier(
             epochs = DFZSL.run_epoch
             patch.setattr(DFZSL, "run_epoch", lambda self: killed(self) if self.epoch == 2 else epochs(self))
         with pytest.raises(Killed):
-            run("DFZSL", world, tmp_path, TEACHER__FILE=teacher, TRAIN__CHECKPOINT_FREQ=1)
+            run("DFZSL", data, tmp_path, TEACHER__FILE=teacher, TRAIN__CHECKPOINT_FREQ=1)
     assert not (tmp_path / "classifier.safetensors").exists()
-    run("DFZSL", world, tmp_path, TEACHER__FILE=teacher, TRAIN__CHECKPOINT_FREQ=1)
+    run("DFZSL", data, tmp_path, TEACHER__FILE=teacher, TRAIN__CHECKPOINT_FREQ=1)
     for name in ("virtual.safetensors", "classifier.safetensors"):
         assert (tmp_path / name).read_bytes() == (client / name).read_bytes()
 
 
-def test_a_classifier_of_one_data_set_names_the_classes_of_another(world, tmp_path):
+def test_a_classifier_of_one_data_set_names_the_classes_of_another(data, tmp_path):
     """The cross-data-set protocol: trained on all classes, tested on strangers by their tuned text."""
-    run("TeacherZeroshot", world, tmp_path / "owner", classes="all")
+    run("TeacherZeroshot", data, tmp_path / "owner", classes="all")
     teacher = tmp_path / "owner" / "teacher.safetensors"
-    run("DFZSL", world, tmp_path / "source", classes="all", TEACHER__FILE=teacher)
+    run("DFZSL", data, tmp_path / "source", classes="all", TEACHER__FILE=teacher)
     names = ["plain green ring", "checkered purple heart", "zigzag yellow cross"]
     text = load_backbone("shapes").class_features(names, ["a photo of a {}."]).numpy()
     np.savez(tmp_path / "other.npz", x_test=text, y_test=np.arange(3), classnames=np.array(names))
@@ -139,17 +137,17 @@ def test_a_classifier_of_one_data_set_names_the_classes_of_another(world, tmp_pa
     assert other["accuracy"] == 100.0
 
 
-def test_another_seed_is_another_run(world, teacher, client, tmp_path):
-    run("DFZSL", world, tmp_path, TEACHER__FILE=teacher, SEED=2)
-    ours, other = (Classifier.load(folder / "classifier.safetensors") for folder in (client, tmp_path))
-    assert not torch.equal(ours.weight, other.weight)
+def test_another_seed_is_another_run(data, teacher, client, tmp_path):
+    run("DFZSL", data, tmp_path, TEACHER__FILE=teacher, SEED=2)
+    first, other = (Classifier.load(folder / "classifier.safetensors") for folder in (client, tmp_path))
+    assert not torch.equal(first.weight, other.weight)
 
 
 @pytest.mark.parametrize("trainer", ["CoOp", "FLPT"])
-def test_prompt_learners_train_on_virtual_features(world, teacher, tmp_path, trainer):
+def test_prompt_learners_train_on_virtual_features(data, teacher, tmp_path, trainer):
     # One pool of draws, so that the loss of an epoch is comparable with the last one's.
     keys = {"RECOVERY__FRESH": False, "OPTIM__NAME": "sgd", "OPTIM__LR": 0.02, "OPTIM__MAX_EPOCH": 8}
-    results = run(trainer, world, tmp_path, TEACHER__FILE=teacher, **keys)
+    results = run(trainer, data, tmp_path, TEACHER__FILE=teacher, **keys)
     assert results["images_used"] == 0
     assert results["queries"] > 0
     assert results["curves"]["loss"][-1] < results["curves"]["loss"][0]

@@ -1,4 +1,4 @@
-"""MaPLe and PromptSRC against their papers' formulas, written plainly here, and as runs on pictures."""
+"""MaPLe and PromptSRC against plain implementations of their papers' equations, and as runs on images."""
 
 from __future__ import annotations
 
@@ -76,10 +76,10 @@ def plain_text(model, tokenizer, sentences: list[str], prompts: list[Tensor]) ->
     return F.normalize(norm(model.ln_final, ends) @ model.text_projection, dim=1)
 
 
-def plain_image(visual, pictures: Tensor, prompts: list[Tensor]) -> Tensor:
+def plain_image(visual, images: Tensor, prompts: list[Tensor]) -> Tensor:
     """f~: [class, patches, P_0] through the tower, in layer i P_i in the place of what became of P_i-1."""
     size = visual.conv1.kernel_size[0]
-    patches = F.unfold(pictures, size, stride=size).transpose(1, 2) @ visual.conv1.weight.flatten(1).T
+    patches = F.unfold(images, size, stride=size).transpose(1, 2) @ visual.conv1.weight.flatten(1).T
     x = torch.cat([visual.class_embedding.expand(len(x := patches), 1, -1), x], dim=1)
     x = x + visual.positional_embedding
     own = x.shape[1]
@@ -97,7 +97,7 @@ def backbone():
     return tiny("tiny-deep")
 
 
-def pictures(n: int = 5) -> Tensor:
+def images(n: int = 5) -> Tensor:
     return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -118,17 +118,17 @@ def test_maple_is_the_papers_formula(depth, backbone):
     image_prompts = [p @ f.weight.T + f.bias for p, f in zip(text_prompts, learner.couplings, strict=True)]
     assert len(text_prompts) == min(depth, 3)  # the text tower has three layers
     text = plain_text(model, backbone.tokenizer, [f"a photo of a {name}." for name in NAMES], text_prompts)
-    image = plain_image(model.visual, pictures(), image_prompts)
+    image = plain_image(model.visual, images(), image_prompts)
     torch.testing.assert_close(learner(), text, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(learner.encode_image(pictures()), image, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(learner.encode_image(images()), image, rtol=1e-4, atol=1e-4)
     labels = torch.arange(5) % 4
     scale = model.logit_scale.exp()
-    ours = F.cross_entropy(scale * learner.encode_image(pictures()) @ learner().T, labels)
+    actual = F.cross_entropy(scale * learner.encode_image(images()) @ learner().T, labels)
     papers = F.cross_entropy(scale * image @ text.T, labels)
     parameters = list(learner.parameters())
     expected = torch.autograd.grad(papers, parameters)
     for name, one, other in zip(
-        dict(learner.named_parameters()), torch.autograd.grad(ours, parameters), expected, strict=True
+        dict(learner.named_parameters()), torch.autograd.grad(actual, parameters), expected, strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
         assert other.abs().max() > 0, name
@@ -153,8 +153,8 @@ def test_promptsrc_prompts_each_encoder_by_itself(depth, depth_vision, backbone)
     assert (len(text_prompts), len(learner.image_ctx)) == (min(depth, 3), min(depth_vision, 4))
     text = plain_text(model, backbone.tokenizer, [f"a photo of a {name}." for name in NAMES], text_prompts)
     torch.testing.assert_close(learner(), text, rtol=1e-4, atol=1e-4)
-    image = plain_image(model.visual, pictures(), list(learner.image_ctx))
-    torch.testing.assert_close(learner.encode_image(pictures()), image, rtol=1e-4, atol=1e-4)
+    image = plain_image(model.visual, images(), list(learner.image_ctx))
+    torch.testing.assert_close(learner.encode_image(images()), image, rtol=1e-4, atol=1e-4)
 
 
 def test_many_classes_in_chunks_have_the_same_gradients(backbone, monkeypatch):
@@ -173,7 +173,7 @@ def test_many_classes_in_chunks_have_the_same_gradients(backbone, monkeypatch):
 
 def test_without_prompts_it_is_the_frozen_encoder(backbone):
     learner = IndependentPromptLearner(backbone, NAMES, 4, "a photo of a", 1, 2, 0)
-    torch.testing.assert_close(learner.encode_image(pictures()), backbone.encode_image(pictures()))
+    torch.testing.assert_close(learner.encode_image(images()), backbone.encode_image(images()))
 
 
 # Runs
@@ -226,7 +226,7 @@ def test_both_methods_are_here():
 def test_a_step_of_promptsrc_is_the_papers_loss(folder, tmp_path):
     run = built([*words("PromptSRC", folder, tmp_path), "TEXT.PROMPTS", "a sketch of a {}."])
     learner, backbone = disturbed(run.learner), run.backbone
-    model, names, x, label = backbone.model, run.classnames, pictures(4), torch.tensor([0, 1, 1, 0])
+    model, names, x, label = backbone.model, run.classnames, images(4), torch.tensor([0, 1, 1, 0])
     text = plain_text(
         model, backbone.tokenizer, [f"a photo of a {name}." for name in names], [learner.ctx, *learner.deep]
     )
@@ -261,24 +261,24 @@ def test_promptsrc_without_a_text_of_its_own_is_held_near_the_ensemble(folder, t
 
 def test_promptsrc_ends_with_the_gaussian_mean_of_its_epochs(folder, tmp_path, monkeypatch):
     seen = []
-    add = IndependentPromptLearner.add
+    accumulate = IndependentPromptLearner.accumulate
 
     def noted(self, weight):
         seen.append([parameter.detach().clone() for parameter in self.parameters()])
-        add(self, weight)
+        accumulate(self, weight)
 
-    monkeypatch.setattr(IndependentPromptLearner, "add", noted)
+    monkeypatch.setattr(IndependentPromptLearner, "accumulate", noted)
     more = ("TRAINER.PROMPTSRC.GPA_MEAN", "2", "TRAINER.PROMPTSRC.GPA_STD", "1")
     train.main([*words("PromptSRC", folder, tmp_path), *more])
     assert len(seen) == 3
     density = [math.exp(-((epoch - 2) ** 2) / 2) for epoch in (1, 2, 3)]
     weights = [value / sum(density) for value in density]
-    kept = learned(tmp_path, 3)
-    names = [name for name in kept if name != "aggregate"]
+    state = learned(tmp_path, 3)
+    names = [name for name in state if name != "aggregate"]
     for place, name in enumerate(names):
         mean = sum(weight * parameters[place] for weight, parameters in zip(weights, seen, strict=True))
-        torch.testing.assert_close(kept[name], mean, rtol=1e-5, atol=1e-6)
-        assert not torch.equal(kept[name], seen[-1][place])
+        torch.testing.assert_close(state[name], mean, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(state[name], seen[-1][place])
 
 
 @pytest.mark.parametrize("trainer", LEARNERS)
@@ -290,8 +290,8 @@ def test_only_prompts_are_learned_and_they_carry_over_to_new_classes(trainer, fo
     results = read_results(tmp_path / "run/results.json")
     assert results["images_used"] == 12
     assert results["trained_parameters"] == sum(p.numel() for p in run.learner.parameters())
-    kept = learned(tmp_path / "run", 3)
-    assert all(not torch.equal(kept[name], start[name]) for name in kept)
+    state = learned(tmp_path / "run", 3)
+    assert all(not torch.equal(state[name], start[name]) for name in state)
     after = built(words(trainer, folder, tmp_path / "again"))
     after.load_model(str(tmp_path / "run"))
     assert all(torch.equal(value, before[name]) for name, value in after.backbone.model.state_dict().items())
@@ -326,7 +326,7 @@ def test_an_interrupted_run_ends_as_one_that_was_not(trainer, folder, tmp_path, 
 
 
 @pytest.mark.parametrize("trainer", LEARNERS)
-def test_what_has_no_pictures_or_no_vision_transformer_is_refused(trainer, folder, tmp_path):
+def test_data_without_images_or_a_vision_transformer_are_refused(trainer, folder, tmp_path):
     given = words(trainer, folder, tmp_path / "run")
     (tmp_path / "teacher.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=f"{trainer}.*TEACHER"):
@@ -342,15 +342,15 @@ def test_what_has_no_pictures_or_no_vision_transformer_is_refused(trainer, folde
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (("TRAINER.MAPLE.N_CTX", "5"), "5"),
         (("TRAINER.MAPLE.PROMPT_DEPTH", "0"), "PROMPT_DEPTH"),
         (("TRAINER.MAPLE.CTX_INIT", "photographicallyness of a"), "2"),
     ],
 )
-def test_a_bad_setting_is_one_clear_line(change, said, folder, tmp_path):
-    with pytest.raises(UserError, match=said):
+def test_a_bad_setting_is_one_clear_line(change, message, folder, tmp_path):
+    with pytest.raises(UserError, match=message):
         built([*words("MaPLe", folder, tmp_path / "run"), *change])
 
 
@@ -360,7 +360,7 @@ def test_a_text_tower_that_is_read_elsewhere_is_refused():
     require_vision_transformer(tiny("tiny-last"))
 
 
-# In comparisons, and on the built-in world
+# In comparisons, and on Shapes
 
 
 def test_a_comparison_has_them_where_it_is_asked_for_them():
@@ -390,9 +390,9 @@ def test_the_built_in_vision_transformer_has_the_built_in_text_tower():
 
 @pytest.mark.slow
 def test_the_built_in_vision_transformer_sees_what_the_first_tower_sees():
-    from dfzsl.datasets.shapes.train_clip import MEAN, STD, CaptionedPictures
+    from dfzsl.datasets.shapes.train_clip import MEAN, STD, CaptionedImages
 
-    examples = CaptionedPictures(2, 0, 200)  # none that it was trained on
+    examples = CaptionedImages(2, 0, 200)  # none that it was trained on
     x = (torch.stack([examples[i][0] for i in range(200)]) / 255 - MEAN) / STD
     one, other = (load_backbone(name).encode_image(x) for name in ("shapes", "shapes-vit"))
     assert (one * other).sum(1).mean() > 0.8

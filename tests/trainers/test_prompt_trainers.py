@@ -233,19 +233,19 @@ def test_the_free_baselines_hear_the_teachers_intercept(features, tmp_path, back
     torch.testing.assert_close(mix.model_inference(x), backbone.logit_scale * expected, rtol=1e-4, atol=1e-4)
 
 
-def test_pictures_and_their_features_make_the_same_step(features, tmp_path):
+def test_images_and_their_features_make_the_same_step(features, tmp_path):
     run = built(words("CoOp", features, tmp_path / "run"))
     images, labels = torch.randn(3, 3, 32, 32), torch.tensor([0, 1, 0])
     run.optim.param_groups[0]["lr"] = 0.0
     run.batch_idx, run.num_batches = 0, 10
-    pictures = run.forward_backward({"img": images, "label": labels})
+    from_images = run.forward_backward({"img": images, "label": labels})
     encoded = run.forward_backward({"img": run.backbone.encode_image(images), "label": labels})
-    assert pictures == pytest.approx(encoded)
+    assert from_images == pytest.approx(encoded)
 
 
 @pytest.mark.usefixtures("backbone")
 @pytest.mark.parametrize("transforms", ["['normalize']", "['random_flip', 'normalize']"])
-def test_a_folder_of_pictures_trains_augmented_or_not(transforms, tmp_path):
+def test_a_folder_of_images_trains_augmented_or_not(transforms, tmp_path):
     for part in ("train", "test"):
         for number, name in enumerate(ANIMALS[:4] * 2):
             picture(tmp_path / "pictures" / part / name / f"{number}.jpg", number % 4, number)
@@ -265,7 +265,7 @@ def test_features_without_a_text_encoder_are_refused(trainer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (("TRAINER.COOP.PREC", "fp8"), "'fp8'"),
         (("TRAINER.COOP.CLASS_TOKEN_POSITION", "back"), "'back'"),
@@ -273,8 +273,8 @@ def test_features_without_a_text_encoder_are_refused(trainer, tmp_path):
         (("MODEL.BACKBONE.NAME", "tiny-vlt"), "tiny-vit"),
     ],
 )
-def test_a_bad_setting_is_one_clear_line(change, said, features, tmp_path):
-    with pytest.raises(UserError, match=said):
+def test_a_bad_setting_is_one_clear_line(change, message, features, tmp_path):
+    with pytest.raises(UserError, match=message):
         built([*words("CoOp", features, tmp_path / "run"), *change])
 
 
