@@ -284,7 +284,7 @@ class CLIPTrainer(TrainerX):
         if not self.cfg.TEACHER.FILE or is_address(self.cfg.TEACHER.FILE):
             return ""  # only a file has a card
         card = self.oracle.card
-        return card.measured_elsewhere(self.texts.about) if card else ""
+        return card.measured_elsewhere(self.texts.description) if card else ""
 
     def geometry(self) -> FeatureStatistics | None:
         """The encoder's geometry that GEOMETRY.FILE names (a file, or the built-in "shapes"), if any."""

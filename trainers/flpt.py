@@ -56,7 +56,7 @@ class FeatureLanguagePromptLearner(PromptLearner):
 class ShiftedCLIP(PromptedCLIP):
     """Logits of shifted image features, normalised again.
 
-    `beside` (C, d) is added to the text features before they are compared (`ClassPrompts.beside`), or None.
+    `beside` (C, d) is added to the text features before they are compared (`ClassPrompts.text_offset`), or None.
     """
 
     prompt_learner: FeatureLanguagePromptLearner
@@ -83,12 +83,12 @@ class FLPT(CoOp):
             self.backbone, self.classnames, settings.N_CTX, settings.CTX_INIT, settings.RESIDUAL_WEIGHT
         )
         model = ShiftedCLIP(learner, self.backbone.logit_scale)
-        model.beside = self.tuned_texts(learner).beside(self.backbone, self.classnames)
+        model.beside = self.tuned_texts(learner).text_offset(self.backbone, self.classnames)
         return model
 
     def tuned_texts(self, learner: FeatureLanguagePromptLearner) -> ClassPrompts:
         """What is said of any classes, new ones too, in the tuned context."""
-        return replace(self.texts, context=learner.ctx.detach(), words=self.cfg.TRAINER.FLPT.CTX_INIT)
+        return replace(self.texts, context=learner.ctx.detach(), context_init=self.cfg.TRAINER.FLPT.CTX_INIT)
 
     @torch.no_grad()
     def text_features(self, classnames: Sequence[str]) -> Tensor:
@@ -114,7 +114,7 @@ class FLPT(CoOp):
             new,
             list(new_classnames),
             shift=self.shift().detach(),
-            texts=self.tuned_texts(self.model.prompt_learner),
+            prompts=self.tuned_texts(self.model.prompt_learner),
             backbone=self.backbone.name,
             weights=self.backbone.weights_id,
             epochs=self.max_epoch,

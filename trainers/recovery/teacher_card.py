@@ -39,7 +39,7 @@ class TeacherCard:
         accuracy: cross-validated accuracies in percent: "text", "teacher", "mixture".
         coherence: mean length of the classes' mean features; cone: mean cosine of these means to their own
             mean. None where every class has one image.
-        text: what was said of a class when the weight was measured, as `ClassPrompts.about` puts it.
+        text: what was said of a class when the weight was measured, as `ClassPrompts.description` puts it.
     """
 
     images: list[int]
