@@ -56,7 +56,7 @@ class FeatureLanguagePromptLearner(PromptLearner):
 class ShiftedCLIP(PromptedCLIP):
     """Logits of shifted image features, normalised again.
 
-    `beside` (C, d) is added to the text features before they are compared (`ClassPrompts.text_offset`), or None.
+    `beside` (C, d), or None, is added to the text features (`ClassPrompts.text_offset`).
     """
 
     prompt_learner: FeatureLanguagePromptLearner

@@ -55,7 +55,9 @@ class TeacherZeroshot(CLIPTrainer):
                 labels,
                 self.classnames,
                 self.backbone.identity,
-                **({"C": strength} if strength else {"text": self.text.cpu(), "said": self.texts.description}),
+                **(
+                    {"C": strength} if strength else {"text": self.text.cpu(), "said": self.texts.description}
+                ),
             )
             if card := self.teacher.card:
                 logger.info(f"The teacher's card: {card}")
