@@ -25,7 +25,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.nn import functional as F
 
-from dfzsl.trainers.clip.backbone import ROWS_AT_ONCE, Backbone
+from dfzsl.trainers.clip.backbone import MAX_CHUNK_TOKENS, Backbone
 from dfzsl.trainers.clip.loading import load_backbone
 from dfzsl.trainers.clip.prompts import Prompts
 
@@ -186,7 +186,7 @@ def compare(args: argparse.Namespace) -> None:
     print(tabulate(table, heads, floatfmt=".3g", tablefmt="github"))
     if args.small:
         return
-    print(f"\nCut into chunks of {ROWS_AT_ONCE} rows, recomputed in the backward pass:\n")
+    print(f"\nCut into chunks of {MAX_CHUNK_TOKENS} rows, recomputed in the backward pass:\n")
     print(tabulate(flat, ["classes", "seconds", "GB"], floatfmt=".3g", tablefmt="github"))
 
 

@@ -65,7 +65,7 @@ def main() -> None:
                 base.classnames,
                 backbone.identity,
                 text=rows[:60],
-                prompts=texts.about,
+                prompts=texts.description,
                 generator=torch.Generator().manual_seed(1),
             )
             is_new = torch.arange(120) >= 60

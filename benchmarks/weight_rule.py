@@ -79,7 +79,7 @@ def cell(
     )
     by_text, by_teacher = task.x_test @ base.T, task.x_test @ rows.T + bias
     made = closed_form(base, new, teacher.weight, teacher.bias, geometry=geometry)
-    ours = task.x_test @ made.new.T
+    ours = task.x_test @ made.new_weight.T
     h = [harmonic(*task.base_to_new(by_text + g * by_teacher, ours)) for g in np.exp(GRID)]
     by_new = task.x_test @ new.T
     free = [harmonic(*task.base_to_new(s, by_new)) for s in fixed_scores(task, teacher).values()]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dfzsl.io.class_names import check_class_names
 from dfzsl.utils.errors import UserError
-from dfzsl.utils.progress import progress_bar
+from dfzsl.utils.progress import hide_progress_bars, progress_bar
 
 from .base import ClassDataset, list_folders, list_images
 from .encoding import encode_files
@@ -98,7 +98,10 @@ def read_labeled_features(
     backbone = open_backbone()
     classname = dict(zip(files, names, strict=True))
     features, read_classnames, errors = [], [], []
-    with hide_progress_bars(quiet), progress_bar(total=len(files), unit="img", desc="encode", leave=True) as progress:
+    with (
+        hide_progress_bars(quiet),
+        progress_bar(total=len(files), unit="img", desc="encode", leave=True) as progress,
+    ):
         for batch_files, batch_features, batch_errors in encode_files(
             backbone, files, batch_size, num_workers, device
         ):

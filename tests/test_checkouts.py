@@ -25,7 +25,7 @@ from dfzsl.launch import host
 from dfzsl.launch.checkouts import RECIPES, Checkout, Code
 from dfzsl.launch.sweep import choose
 from dfzsl.launch.workers import work
-from dfzsl.trainers.clip.loading import offer_to_coop
+from dfzsl.trainers.clip.loading import copy_to_clip_cache
 from dfzsl.utils.errors import UserError
 
 STANDINS = Path(__file__).parent / "standins"
@@ -253,14 +253,14 @@ def test_a_run_that_fails_is_quoted(world):
 
 
 def test_weights_lie_where_clip_looks_for_them_and_others_are_refused(world):
-    offer_to_coop("shapes", "openai")
+    copy_to_clip_cache("shapes", "openai")
     offered = world / "home/.cache/clip/shapes.pt"
     assert digest(offered) == digest(ROOT / "datasets/shapes/clip.safetensors")
     (world / "mine.pt").write_bytes(b"not OpenAI's")
     with pytest.raises(UserError, match=r"OpenAI.*ViT-B-16"):
-        offer_to_coop("ViT-B/16", str(world / "mine.pt"))
+        copy_to_clip_cache("ViT-B/16", str(world / "mine.pt"))
     with pytest.raises(UserError, match=r"OpenAI.*ViT-B-16"):
-        offer_to_coop("ViT-B/16", "random")
+        copy_to_clip_cache("ViT-B/16", "random")
     assert [path.name for path in offered.parent.iterdir()] == ["shapes.pt"]
 
 

@@ -255,7 +255,7 @@ class TestAdd:
         assert torch.equal(new.weight[:7], old.weight) and torch.equal(new.bias[:7], old.bias)
         assert new.classnames == [*BASE, *NEW, "white arrow"]
         assert float(new.bias[7]) == pytest.approx(old.new_bias)
-        assert torch.equal(new.texts.context, old.texts.context)
+        assert torch.equal(new.prompts.context, old.prompts.context)
 
     def test_equals_a_name_that_was_there_from_the_start(self, teacher, backbone):
         """Without a generator and bias a new class's row is its text, whether it came first or last."""

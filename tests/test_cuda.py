@@ -49,7 +49,7 @@ def test_cuda_extraction(workers, tmp_path):
 def test_cuda_closed_form():
     tensors = drawn(12, 32), drawn(5, 32, seed=1), drawn(12, 32, seed=2)
     here, there = closed_form(*tensors), closed_form(*(tensor.cuda() for tensor in tensors))
-    for name in ("base", "new", "bias"):
+    for name in ("base_weight", "new_weight", "base_bias"):
         torch.testing.assert_close(getattr(there, name).cpu(), getattr(here, name), atol=1e-4, rtol=1e-3)
 
 
@@ -58,7 +58,7 @@ def test_cuda_generators_learn_and_go_on_from_a_checkpoint(name, tmp_path, monke
     labels = torch.arange(8).repeat_interleave(40).cuda()
     conditions = drawn(8, 16).cuda()
     features = F.normalize(conditions[labels] + 0.2 * drawn(320, 16, seed=1).cuda(), dim=1)
-    keep, path = NeuralGenerator._keep, tmp_path / "kept.safetensors"
+    keep, path = NeuralGenerator._save_checkpoint, tmp_path / "kept.safetensors"
 
     def killed(*args) -> None:
         keep(*args)
@@ -70,7 +70,7 @@ def test_cuda_generators_learn_and_go_on_from_a_checkpoint(name, tmp_path, monke
 
     whole = fit(None)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(NeuralGenerator, "_keep", killed)
+        patch.setattr(NeuralGenerator, "_save_checkpoint", killed)
         fit(path)
     # Sums over rows come in another order each time.
     assert fit(path).history == pytest.approx(whole.history, rel=0.05)

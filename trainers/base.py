@@ -313,7 +313,7 @@ class CLIPTrainer(TrainerX):
         if not self.cfg.TEACHER.FILE or is_address(self.cfg.TEACHER.FILE):
             return ""  # only a file has a card
         card = self.oracle.card
-        return card.prompt_mismatch(self.texts.about) if card else ""
+        return card.prompt_mismatch(self.texts.description) if card else ""
 
     def load_feature_statistics(self) -> FeatureStatistics | None:
         """Load the feature statistics in GEOMETRY.FILE (a file, or the built-in "shapes"), if any."""

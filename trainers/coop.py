@@ -17,11 +17,11 @@ from dfzsl.utils import distributed
 from dfzsl.utils.dassl_plugin import add_keys, register
 
 from .base import CLIPTrainer
-from .clip.backbone import ROWS_AT_ONCE
+from .clip.backbone import MAX_CHUNK_TOKENS
 from .clip.learner import PromptLearner, require_text_encoder
 
 # torch.compile delays the first step by a minute, which pays on a GPU over thousands of steps.
-add_keys("MODEL.BACKBONE", COMPILE=False, ROWS_AT_ONCE=ROWS_AT_ONCE)
+add_keys("MODEL.BACKBONE", COMPILE=False, ROWS_AT_ONCE=MAX_CHUNK_TOKENS)
 add_keys("TRAINER.COOP", N_CTX=16, CSC=False, CTX_INIT="", PREC="fp16", CLASS_TOKEN_POSITION="end")
 
 
@@ -71,7 +71,7 @@ class CoOp(CLIPTrainer):
         require_text_encoder(self.backbone)
         self.backbone.use_precision(self.settings.PREC)
         self.backbone.compiled = self.cfg.MODEL.BACKBONE.COMPILE
-        self.backbone.rows_at_once = self.cfg.MODEL.BACKBONE.ROWS_AT_ONCE
+        self.backbone.chunk_tokens = self.cfg.MODEL.BACKBONE.ROWS_AT_ONCE
         self.model = self.build_prompted().to(self.device)
         learner = self.model.prompt_learner
         if self.cfg.MODEL.INIT_WEIGHTS:

@@ -119,7 +119,7 @@ class DFZSL(FLPT):
             folder=self.checkpoints,
         )
         assert classifier.decision is not None
-        logger.info(f"Classifier: {classifier.decision.chosen}")
+        logger.info(f"Class weights: {classifier.decision.class_weights}")
         return classifier
 
     def aligned_text(self, new_classnames: Sequence[str]) -> AlignedText:
@@ -130,7 +130,7 @@ class DFZSL(FLPT):
             base,
             self.text_of(list(new_classnames)) if new_classnames else base[:0],
             list(new_classnames),
-            texts=self.texts,
+            prompts=self.texts,
             backbone=self.backbone.name,
             weights=self.backbone.weights_id,
             note="; ".join(filter(None, [*self.notes(), self.text_note])),

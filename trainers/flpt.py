@@ -57,7 +57,7 @@ class ShiftedCLIP(PromptedCLIP):
     """CLIP that shifts image features and normalizes them again.
 
     Attributes:
-        text_offset: (C, d), added to the text embeddings (see `ClassPrompts.beside`), or None.
+        text_offset: (C, d), added to the text embeddings (see `ClassPrompts.text_offset`), or None.
     """
 
     prompt_learner: FeatureLanguagePromptLearner
@@ -84,12 +84,12 @@ class FLPT(CoOp):
             self.backbone, self.classnames, settings.N_CTX, settings.CTX_INIT, settings.RESIDUAL_WEIGHT
         )
         model = ShiftedCLIP(learner, self.backbone.logit_scale)
-        model.text_offset = self.tuned_prompts(learner).beside(self.backbone, self.classnames)
+        model.text_offset = self.tuned_prompts(learner).text_offset(self.backbone, self.classnames)
         return model
 
     def tuned_prompts(self, learner: FeatureLanguagePromptLearner) -> ClassPrompts:
         """Return the class prompts with the tuned context, for base and new classes."""
-        return replace(self.texts, context=learner.ctx.detach(), words=self.cfg.TRAINER.FLPT.CTX_INIT)
+        return replace(self.texts, context=learner.ctx.detach(), context_init=self.cfg.TRAINER.FLPT.CTX_INIT)
 
     @torch.no_grad()
     def text_features(self, classnames: Sequence[str]) -> Tensor:
@@ -115,7 +115,7 @@ class FLPT(CoOp):
             new,
             list(new_classnames),
             shift=self.shift().detach(),
-            texts=self.tuned_prompts(self.model.prompt_learner),
+            prompts=self.tuned_prompts(self.model.prompt_learner),
             backbone=self.backbone.name,
             weights=self.backbone.weights_id,
             epochs=self.max_epoch,

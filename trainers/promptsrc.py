@@ -19,7 +19,7 @@ from dfzsl.utils.dassl_plugin import add_keys, register
 
 from .clip.backbone import Backbone
 from .clip.class_prompts import ENSEMBLE, ClassPrompts
-from .clip.deep import DeepPromptLearner, tokens
+from .clip.deep import DeepPromptLearner, init_tokens
 from .maple import MaPLe
 
 add_keys(
@@ -58,7 +58,7 @@ class IndependentPromptLearner(DeepPromptLearner):
         super().__init__(backbone, classnames, n_ctx, ctx_init, depth)
         tower = backbone.model.visual
         layers = min(depth_vision, len(tower.transformer.resblocks))
-        self.image_ctx = tokens(layers, n_ctx_vision, tower.class_embedding.shape[-1])
+        self.image_ctx = init_tokens(layers, n_ctx_vision, tower.class_embedding.shape[-1])
         self.register_buffer("aggregate", torch.zeros(sum(p.numel() for p in self.parameters())))
 
     def image_prompts(self) -> list[Tensor]:

@@ -51,12 +51,17 @@ class TeacherZeroshot(CLIPTrainer):
         else:
             features, labels = self.encode(self.dm.dataset.train_x)
             strength = self.cfg.TEACHER.STRENGTH
+            text = {"text": self.text.cpu(), "prompts": self.texts.description}
             self.teacher = fit_teacher(
                 features.float(),
                 labels,
                 self.classnames,
                 self.backbone.identity,
-                **({"C": strength} if strength else {"text": self.text.cpu(), "prompts": self.texts.about}),
+                **(
+                    {"C": strength}
+                    if strength
+                    else {"text": self.text.cpu(), "prompts": self.texts.description}
+                ),
             )
             if card := self.teacher.card:
                 logger.info(f"Model card of the teacher: {card}")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dfzsl.io.files import atomic
-from dfzsl.trainers.clip.loading import quiet
+from dfzsl.trainers.clip.loading import logging_disabled
 from dfzsl.trainers.generation.classifier import Classifier
 from dfzsl.utils.errors import UserError
 
@@ -76,7 +76,7 @@ def export_onnx(classifier: Classifier, path: str | os.PathLike[str], backbone: 
     batches = [torch.randn(n, *shape, generator=rng) for n in (3, 1)]
     with atomic(path) as temporary:
         # The exporter prints messages that only its authors can use.
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), quiet():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), logging_disabled():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
                 model,

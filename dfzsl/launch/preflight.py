@@ -15,7 +15,7 @@ from dfzsl import train
 from dfzsl.datasets.encoding import checksum
 from dfzsl.io.files import supports_locks
 from dfzsl.io.run_directory import CONFIG, check_inputs
-from dfzsl.trainers.clip.loading import identity, offer_to_coop
+from dfzsl.trainers.clip.loading import copy_to_clip_cache, identity
 from dfzsl.utils.errors import UserError
 
 from .checkouts import Checkout
@@ -26,7 +26,7 @@ def check(jobs: Sequence[Job]) -> None:
     """Raise UserError for the first thing that would end a run, and for runs in the output that are made of
     other data. Weights that a run needs and that are not there are fetched."""
     _writable(jobs[0].output)
-    encoder, offer = functools.cache(identity), functools.cache(offer_to_coop)
+    encoder, offer = functools.cache(identity), functools.cache(copy_to_clip_cache)
 
     @functools.cache
     def data(of: _Reading) -> dict[str, str]:

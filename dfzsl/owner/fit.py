@@ -81,7 +81,7 @@ def fit_teacher_on(
         data_set.classnames,
         data_set.backbone,
         text=text_features,
-        prompts=texts.about,
+        prompts=texts.description,
         normalized=normalized,
         shots=shots,
         generator=torch.Generator().manual_seed(seed),

@@ -171,7 +171,7 @@ def test_a_generator_that_was_cut_off_goes_on(at, world, teacher, tmp_path, monk
     keys |= {"GENERATOR.EPOCHS": 3, "GENERATOR.HIDDEN": 8, "GENERATOR.CLASSIFIER_STEPS": 5}
     given = words("DFZSL", world, **keys)
     train.main(["--output-dir", str(tmp_path / "whole"), *given])
-    keep, kept = NeuralGenerator._keep, []
+    keep, kept = NeuralGenerator._save_checkpoint, []
 
     def cut(*args) -> None:
         keep(*args)
@@ -179,7 +179,7 @@ def test_a_generator_that_was_cut_off_goes_on(at, world, teacher, tmp_path, monk
         if len(kept) == at:
             sys.exit("in the middle")
 
-    monkeypatch.setattr(NeuralGenerator, "_keep", cut)
+    monkeypatch.setattr(NeuralGenerator, "_save_checkpoint", cut)
     with pytest.raises(SystemExit):
         train.main(["--output-dir", str(tmp_path / "cut"), *given])
     train.main(["--output-dir", str(tmp_path / "cut"), *given])

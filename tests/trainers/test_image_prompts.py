@@ -142,7 +142,7 @@ def test_maple_sets_out_from_the_words_it_does_not_learn(backbone):
     torch.testing.assert_close(
         learner.text_features(["owl"]), backbone.class_features(["owl"], ["a photo of a {}."])
     )
-    assert learner.words == "of a"
+    assert learner.fixed_words == "of a"
 
 
 @pytest.mark.parametrize(("depth", "depth_vision"), [(1, 3), (9, 9), (2, 1)])
@@ -161,7 +161,7 @@ def test_many_classes_in_chunks_have_the_same_gradients(backbone, monkeypatch):
     """Where activations are not kept but computed again, the deep tokens' share is too."""
     gradients = []
     for rows in (8192, 20):
-        monkeypatch.setattr(backbone, "rows_at_once", rows)
+        monkeypatch.setattr(backbone, "chunk_tokens", rows)
         torch.manual_seed(0)
         learner = CoupledPromptLearner(backbone, NAMES, 2, "a photo of a", 3)
         assert (len(learner.prompts.blocks) > 1) == (rows == 20)

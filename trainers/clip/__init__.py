@@ -1,1 +1,1 @@
-"""The frozen vision-language model, and the context tokens that are learned in front of its text tower."""
+"""Provide the frozen vision-language model, prompts of classes and prompt learners."""

@@ -20,18 +20,18 @@ class AlignedText:
         new: (K, d) L2-normalized text embeddings of the new classes; K may be 0.
         new_classnames: the K names of the new classes.
         shift: (d,) vector that FLPT adds to every L2-normalized image feature, or None.
-        texts: prompts of the classes, for classes that are added later.
+        prompts: prompts of the classes, for classes that are added later.
         backbone: open_clip's name of the model, or "".
         weights: pretrained tag of the model, or the hash of its weights file.
         epochs: epochs of FLPT; 0 where it was skipped.
-        note: what a reader of the classifier's summary should know, in one sentence.
+        note: one sentence for the summary of the classifier, or "".
     """
 
     base: Tensor
     new: Tensor
     new_classnames: list[str]
     shift: Tensor | None = None
-    texts: ClassPrompts = field(default_factory=lambda: ClassPrompts(("a photo of a {}.",)))
+    prompts: ClassPrompts = field(default_factory=lambda: ClassPrompts(("a photo of a {}.",)))
     backbone: str = ""
     weights: str = ""
     epochs: int = 0

@@ -1,4 +1,4 @@
-"""What is said of a class: one template, an ensemble of templates, sentences of its own, a tuned context."""
+"""Provide the prompts of classes: a template, an ensemble of templates, sentences, or a tuned context."""
 
 from __future__ import annotations
 
@@ -24,45 +24,56 @@ from .learner import require_text_encoder
 from .prompts import Prompts
 
 ENSEMBLE, SENTENCES = "ensemble", "sentences"
-CACHED = 512  # texts from which on their features are kept on disk
+# From this number of prompts on, their text features are cached on disk.
+MIN_CACHED_PROMPTS = 512
 
 
 @dataclass(frozen=True)
 class ClassPrompts:
-    """The texts of classes, whose normalised mean feature stands for the class.
+    """Prompts of classes; a class embedding is the L2-normalized mean of the text features of its prompts.
+
+    With a tuned context the embedding is that of the class name in this context. Prompts of TEXT.PROMPTS then
+    add their offset (`text_offset`) to it, and the sum is L2-normalized.
 
     Attributes:
-        templates: texts with one {} for the class's name.
-        sentences: {class name: its sentences}, which go before the templates; names are compared without
-            regard to case, _ being a space.
-        spec: what made it: a template, "ensemble", "sentences", or "" for the data set's own template.
-        context: (M, w) tuned tokens that stand before the name in place of the template (FLPT), or None;
-            words: those that they were tuned from.
+        templates: prompts with one {} for the class name.
+        sentences: {class name: its sentences}, which replace the templates; class names are compared without
+            regard to case, and "_" equals a space.
+        source: the template, "ensemble" or "sentences" of TEXT.PROMPTS; "" for the template of the data set.
+        context: (M, w) tuned token embeddings that replace the words before the class name (FLPT), or None.
+        context_init: words from which the context was tuned.
 
-    Beside a context, texts that TEXT.PROMPTS gives say what they add to its first words: the feature is
-    that in the context, plus the texts' less that of "words name.", normalised.
+    Raises:
+        UserError: a template does not have exactly one {}, or the context is not a matrix.
     """
 
     templates: tuple[str, ...] = ()
     sentences: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    spec: str = ""
+    source: str = ""
     context: Tensor | None = None
-    words: str = ""
+    context_init: str = ""
 
     def __post_init__(self) -> None:
         for template in self.templates:
             if re.findall("[{}]+", template) != ["{}"]:
-                raise UserError(f"'{template}' is no template: it needs one {{}} for the class name")
+                raise UserError(
+                    f"prompt template '{template}' must contain {{}} exactly once, for the class name"
+                )
         if self.context is not None and self.context.dim() != 2:
-            raise UserError(f"a context is a table of tokens, got shape {tuple(self.context.shape)}")
+            raise UserError(f"a prompt context must have shape (M, w), got {tuple(self.context.shape)}")
 
     @classmethod
     def parse(cls, prompts: str, template: str = "a photo of a {}.") -> ClassPrompts:
-        """The texts that TEXT.PROMPTS asks for.
+        """Parse the value of TEXT.PROMPTS.
 
-        "" stands for `template`; "ensemble" for the 80 templates that CLIP's authors published for ImageNet,
-        as open_clip ships them; a text with {} for itself; and the path of a .json file for sentences of
-        each class, {"name": ["sentence", ...]}, as CuPL and ProText publish them. Raises UserError.
+        Args:
+            prompts: "" for `template`; "ensemble" for the 80 ImageNet templates of CLIP's authors, as
+                open_clip ships them; a template with {}; or the path of a .json file with sentences of each
+                class, {"class name": ["sentence", ...]}, the format of CuPL and ProText.
+            template: prompt of the data set.
+
+        Raises:
+            UserError: the value is none of these, or the file cannot be read.
         """
         if not prompts:
             return cls((template,))
@@ -70,78 +81,99 @@ class ClassPrompts:
             import_open_clip()
             from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES as templates
 
-            return cls(tuple(template("{}") for template in templates), spec=ENSEMBLE)
+            return cls(tuple(template("{}") for template in templates), source=ENSEMBLE)
         if prompts.endswith(".json"):
-            return cls((), _sentences(prompts), SENTENCES)
+            return cls((), _read_sentences(prompts), SENTENCES)
         if "{" not in prompts:
             raise UserError(
                 f"TEXT.PROMPTS '{prompts}': give a template with one {{}} for the class name, '{ENSEMBLE}', "
                 'or a .json file of {"class name": ["sentence", ...]}'
             )
-        return cls((prompts,), spec=prompts)
+        return cls((prompts,), source=prompts)
 
     @property
-    def about(self) -> str:
-        """In a word, for tables."""
-        said = f"'{self.templates[0]}'" if len(self.templates) == 1 else self.spec
-        return f"{said}, in a tuned context" if self.context is not None else said
+    def description(self) -> str:
+        """Short description for tables."""
+        source = f"'{self.templates[0]}'" if len(self.templates) == 1 else self.source
+        return f"{source}, in a tuned context" if self.context is not None else source
 
     def features(self, backbone: Any, classnames: Sequence[str]) -> Tensor:
-        """Unit text features (C, d). Raises UserError naming the classes that have no sentence."""
+        """Compute class embeddings.
+
+        Args:
+            backbone: frozen model, or features only (`FeatureBackbone`).
+            classnames: C class names.
+
+        Returns:
+            (C, d) L2-normalized embeddings.
+
+        Raises:
+            UserError: a class has no sentence, the backbone has no text encoder, or the context was tuned on
+                another backbone.
+        """
         if self.context is None:
-            return self.plain(backbone, classnames)
+            return self.encode_plain(backbone, classnames)
         require_text_encoder(backbone)
         if self.context.shape[1] != backbone.text_tower.width:
-            raise UserError(f"its context of width {self.context.shape[1]} was not tuned on {backbone.name}")
+            raise UserError(
+                f"the prompt context of width {self.context.shape[1]} was not tuned on {backbone.name}"
+            )
         prompts = Prompts(backbone, classnames, len(self.context))
-        rows = prompts.encode(self.context.to(backbone.device)[None])[0]
-        added = self.beside(backbone, classnames)
-        return rows if added is None else F.normalize(rows + added, dim=1)
+        features = prompts.encode(self.context.to(backbone.device)[None])[0]
+        offset = self.text_offset(backbone, classnames)
+        return features if offset is None else F.normalize(features + offset, dim=1)
 
-    def beside(self, backbone: Any, classnames: Sequence[str]) -> Tensor | None:
-        """What the texts add (C, d) to the first words of the context; None where TEXT.PROMPTS is empty."""
-        if not self.spec:
+    def text_offset(self, backbone: Any, classnames: Sequence[str]) -> Tensor | None:
+        """Compute the difference between the class embeddings and those of the initial context.
+
+        Returns:
+            (C, d) differences, or None if TEXT.PROMPTS is empty.
+        """
+        if not self.source:
             return None
-        first = f"{self.words.replace('_', ' ') or 'a photo of a'} {{}}."
-        return self.plain(backbone, classnames) - backbone.class_features(classnames, [first])
+        template = f"{self.context_init.replace('_', ' ') or 'a photo of a'} {{}}."
+        return self.encode_plain(backbone, classnames) - backbone.class_features(classnames, [template])
 
-    def plain(self, backbone: Any, classnames: Sequence[str]) -> Tensor:
-        """`features` without the context."""
-        if not self.spec:
+    def encode_plain(self, backbone: Any, classnames: Sequence[str]) -> Tensor:
+        """Compute class embeddings (C, d) without the context (arguments and errors: `features`)."""
+        if not self.source:
             return backbone.class_features(classnames, self.templates)
         if not backbone.has_text_encoder:
-            raise UserError("TEXT.PROMPTS needs a text encoder: name a backbone with MODEL.BACKBONE.NAME")
-        if self.spec != SENTENCES:
-            texts = [[t.replace("{}", name.replace("_", " ")) for t in self.templates] for name in classnames]
+            raise UserError("TEXT.PROMPTS needs a text encoder: set MODEL.BACKBONE.NAME")
+        if self.source != SENTENCES:
+            prompts = [
+                [t.replace("{}", name.replace("_", " ")) for t in self.templates] for name in classnames
+            ]
         else:
             if missing := [name for name in classnames if normalize_class_name(name) not in self.sentences]:
                 more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
                 raise UserError(
-                    f"no sentence for the class {', '.join(missing[:5])}{more}: give a .json file "
-                    "(TEXT.PROMPTS, --text) that names every class"
+                    f"no sentence for the classes {', '.join(missing[:5])}{more}: give a .json file "
+                    "(TEXT.PROMPTS, --text) with sentences for every class"
                 )
-            texts = [list(self.sentences[normalize_class_name(name)]) for name in classnames]
-        if sum(map(len, texts)) < CACHED:
-            return backbone.mean_features(texts)
-        said = json.dumps([backbone.identity, backbone.precision, texts]).encode()
-        kept = default_cache_dir() / "text" / f"{hashlib.sha256(said).hexdigest()[:32]}.safetensors"
-        if not kept.exists():
-            save_tensors(kept, {"features": backbone.mean_features(texts)}, {"kind": "text features"})
-        return load_tensors(kept, "text features")[0]["features"].to(backbone.device)
+            prompts = [list(self.sentences[normalize_class_name(name)]) for name in classnames]
+        if sum(map(len, prompts)) < MIN_CACHED_PROMPTS:
+            return backbone.mean_features(prompts)
+        key = json.dumps([backbone.identity, backbone.precision, prompts]).encode()
+        path = default_cache_dir() / "text" / f"{hashlib.sha256(key).hexdigest()[:32]}.safetensors"
+        if not path.exists():
+            save_tensors(path, {"features": backbone.mean_features(prompts)}, {"kind": "text features"})
+        return load_tensors(path, "text features")[0]["features"].to(backbone.device)
 
 
-def _sentences(path: str) -> dict[str, list[str]]:
+def _read_sentences(path: str) -> dict[str, list[str]]:
+    """Read {normalized class name: sentences} from a JSON file."""
     content = read_json(Path(path).expanduser())
-    found: dict[str, list[str]] = {}
-    for name, said in content.items() if isinstance(content, dict) else [("", None)]:
-        texts = [said] if isinstance(said, str) else said
+    sentences: dict[str, list[str]] = {}
+    for name, value in content.items() if isinstance(content, dict) else [("", None)]:
+        texts = [value] if isinstance(value, str) else value
         if (
             not isinstance(texts, list)
             or not texts
             or not all(isinstance(t, str) and t.strip() for t in texts)
         ):
             raise UserError(
-                f'{path}: not a JSON of sentences: it must be {{"class name": ["sentence", ...], ...}}'
+                f'{path}: not a file of sentences; it must contain {{"class name": ["sentence", ...], ...}}'
             )
-        found.setdefault(normalize_class_name(name), []).extend(texts)
-    return found
+        sentences.setdefault(normalize_class_name(name), []).extend(texts)
+    return sentences

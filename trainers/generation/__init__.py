@@ -1,1 +1,1 @@
-"""Stage 3: from virtual base classes and the names' text features to one classifier for base and new."""
+"""Provide stage 3: build a classifier of base and new classes from virtual classes and text embeddings."""

@@ -1,4 +1,4 @@
-"""Rehearsals in which base classes play the new ones: they find the balance of new against base classes."""
+"""Calibrate the bias of new classes on pseudo-novel classes (calibrated stacking, Chao et al., ECCV 2016)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from dfzsl.utils.progress import progress_bar
 
 from .classifier import ClassWeights
 
-MAX_CALIBRATION_SAMPLES = 20_000  # virtual features of all classes together, where rows are in closed form
-MIN_FOLDS = 4  # at least
-MIN_CLASS_FOLDS = (
-    480  # base classes times rehearsals, where rows are in closed form: 4 of a dozen tell little
-)
-RowsOf = Callable[
-    [Tensor, Tensor], ClassWeights
-]  # from the indices of known base classes and the texts of others
+# Virtual features of all classes together, where class weights are in closed form.
+MAX_CALIBRATION_SAMPLES = 20_000
+MIN_FOLDS = 4
+# Base classes times folds, where class weights are in closed form: with a dozen base classes, 4 folds give a
+# noisy estimate.
+MIN_CLASS_FOLDS = 480
+
+# Computes class weights from the indices of the base classes and the text embeddings of the new classes.
+ComputeWeights = Callable[[Tensor, Tensor], ClassWeights]
 
 
 def pseudo_novel_folds(
@@ -27,65 +28,80 @@ def pseudo_novel_folds(
     y: Tensor,
     text: Tensor,
     num_new: int,
-    rows_of: RowsOf,
+    compute_weights: ComputeWeights,
     rng: torch.Generator,
-    rehearsals: int = MIN_FOLDS,
+    min_folds: int = MIN_FOLDS,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Rehearsals of stage 3 in which base classes play the new ones.
+    """Hold out base classes as pseudo-novel classes, fold by fold.
 
-    No new class has a feature to choose anything by, but base classes do: a part of them, as large a share
-    as the new classes will be (at most half), is unseen while the rows are made from the others. Every base
-    class plays equally often; there are at least so many `rehearsals`.
+    No feature of a new class is available to choose the bias by. Each fold therefore treats a share of the
+    base classes as new, the same share as the new classes have of all classes (at most half), and computes
+    the class weights from the other base classes. Every base class is pseudo-novel equally often.
 
-    text (C, d) is that of the base classes. Yields for all virtual features x (n, d) with labels y: whether
-    its class was known (n,), by how much the best known class beats the best playing one (n,), and whether it
-    is right within its own part (n,).
+    Args:
+        x: (n, d) virtual features of all base classes.
+        y: (n,) their labels.
+        text: (C, d) text embeddings of the base classes.
+        num_new: number of new classes, at least 1.
+        compute_weights: computes class weights from base class indices and text embeddings of new classes.
+        rng: source of the random partitions.
+        min_folds: least number of folds.
+
+    Yields:
+        For all features: whether the class is a base class of the fold (n,), the highest base score minus the
+        highest pseudo-novel score (n,), and whether the prediction within the class's own group is correct
+        (n,).
     """
     classes = len(text)
     share = min(num_new / (classes + num_new), 0.5)
     folds = min(round(1 / share), 5, classes)
     order = torch.empty(0)
-    for number in progress_bar(range(folds * -(-rehearsals // folds)), "rehearse", unit="rehearsal"):
+    for number in progress_bar(range(folds * -(-min_folds // folds)), "calibrate", unit="fold"):
         fold = number % folds
         if fold == 0:
             order = torch.randperm(classes, device=x.device, generator=rng)
-        playing = torch.zeros(classes, dtype=torch.bool, device=x.device)
-        playing[order[fold::folds]] = True
-        known = (~playing).nonzero()[:, 0]
-        relabel = torch.cat([known, playing.nonzero()[:, 0]]).argsort()
-        margin, correct = _margins(x, relabel[y], rows_of(known, text[playing]))
-        yield ~playing[y], margin, correct
+        is_novel = torch.zeros(classes, dtype=torch.bool, device=x.device)
+        is_novel[order[fold::folds]] = True
+        base = (~is_novel).nonzero()[:, 0]
+        relabel = torch.cat([base, is_novel.nonzero()[:, 0]]).argsort()
+        margin, correct = _margins(x, relabel[y], compute_weights(base, text[is_novel]))
+        yield ~is_novel[y], margin, correct
 
 
-def calibrate(played: Iterable[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> float:
-    """The bias of new classes, in units of the cosine, that balances them against base classes.
+def fit_stacking_bias(folds: Iterable[tuple[Tensor, Tensor, Tensor]], device: torch.device) -> float:
+    """Choose the bias with the highest harmonic mean of the per-class accuracies of base and new classes.
 
-    It is the one with the highest harmonic mean of per-class accuracies in rehearsals (see `pseudo_novel_folds`).
+    Args:
+        folds: the output of `pseudo_novel_folds`.
+        device: device of the folds.
+
+    Returns:
+        Bias of the new classes, in units of the cosine.
     """
     grid = torch.linspace(-0.15, 0.15, 301, device=device)
     seen, unseen = torch.zeros_like(grid), torch.zeros_like(grid)
-    for known, margin, correct in played:
-        seen += _curve(margin[known], correct[known], grid, above=True)
-        unseen += _curve(margin[~known], correct[~known], grid, above=False)
+    for is_base, margin, correct in folds:
+        seen += _accuracy_curve(margin[is_base], correct[is_base], grid, above=True)
+        unseen += _accuracy_curve(margin[~is_base], correct[~is_base], grid, above=False)
     harmonic = 2 * seen * unseen / (seen + unseen).clamp(min=1e-12)
     return float(grid[harmonic >= 0.999 * harmonic.max()].mean())
 
 
-def _margins(x: Tensor, y: Tensor, rows: ClassWeights) -> tuple[Tensor, Tensor]:
-    """By how much the best base class beats the best new one, and whether the best of y's own part is y."""
-    base, new = rows.base, rows.new
+def _margins(x: Tensor, y: Tensor, weights: ClassWeights) -> tuple[Tensor, Tensor]:
+    """Return the highest base minus the highest new score, and whether the top class of y's group is y."""
+    base, new = weights.base_weight, weights.new_weight
     parts = split_rows(x, max(len(base), len(new)))
-    tops = [((part @ base.T + rows.bias).max(1), (part @ new.T).max(1)) for part in parts]
-    (base_top, base_class), (new_top, new_class) = (
-        (torch.cat([top.values for top in part]), torch.cat([top.indices for top in part]))
-        for part in zip(*tops, strict=True)
+    maxima = [((part @ base.T + weights.base_bias).max(1), (part @ new.T).max(1)) for part in parts]
+    (base_score, base_class), (new_score, new_class) = (
+        (torch.cat([top.values for top in group]), torch.cat([top.indices for top in group]))
+        for group in zip(*maxima, strict=True)
     )
-    return base_top - new_top, torch.where(y < len(base), base_class == y, new_class + len(base) == y)
+    return base_score - new_score, torch.where(y < len(base), base_class == y, new_class + len(base) == y)
 
 
-def _curve(margin: Tensor, correct: Tensor, grid: Tensor, above: bool) -> Tensor:
-    """Accuracy at each bias of the grid: right within its part, and its part wins."""
-    # The same number of features per class: the mean over features is the mean over classes.
+def _accuracy_curve(margin: Tensor, correct: Tensor, grid: Tensor, above: bool) -> Tensor:
+    """Return the accuracy at each bias: the own group wins, and the prediction within it is correct."""
+    # All classes have the same number of features: the mean over features is the mean over classes.
     margins = margin[correct].sort().values
     below = torch.searchsorted(margins, grid).to(grid)
     hits = len(margins) - below if above else below

@@ -1,12 +1,18 @@
-"""The default of stage 3: rows of base and new classes in closed form, nothing drawn and nothing trained.
+"""Compute class weights of base and new classes in closed form, the default of stage 3.
 
-Base rows mix text and teacher (recovery/mixture.py). New rows start from their text and go two steps, each an
-affine map of text features, so that a class added later gets the row it would have had from the start:
+Base classes get the mixture of text and teacher of recovery/mixture.py. The weight vector of a new class is
+an affine map of its text embedding t_k, so that a class added later gets the weights it would have had from
+the start:
 
-    r_k = t_k + 0.375 P (t_k - m) + w p(t_k)
+    w_k = t_k + 0.375 P (t_k - m) + a p(t_k)
 
-P whitens by the encoder's geometry, if one was measured; m is the mean text. p is the conditional
-mean of a generator: the teacher's row that ridge regression from text, fitted on base classes, foretells.
+P whitens by the encoder's feature statistics (0 without them), m is the mean text embedding, p(t_k) is the
+teacher's weight vector predicted from text by ridge regression on the base classes, and the map weight a
+shrinks the prediction towards 0 where base classes are few or the prediction is poor:
+
+    a = MAP_WEIGHT (s^2 / (1 - s^2))^2 C / (C + SHRINKAGE_CLASSES)
+
+with C base classes and s the mean leave-one-out cosine of the regression.
 """
 
 from __future__ import annotations
@@ -18,8 +24,8 @@ from ..recovery.feature_statistics import FeatureStatistics
 from ..recovery.mixture import mix
 from .classifier import ClassWeights
 
-WHITENING = 0.375  # of text features: 0.25 to 0.75 do as well on the four sets of docs/accuracy.md
-MAP_WEIGHT = 0.1  # w = 0.1 (s^2 / (1 - s^2))^2 C / (C + 50) with s as in `Mixture.loo_predictability` and C base classes
+WHITENING = 0.375  # values of 0.25 to 0.75 give the same accuracy on the four data sets of docs/accuracy.md
+MAP_WEIGHT = 0.1
 SHRINKAGE_CLASSES = 50
 
 
@@ -32,33 +38,48 @@ def closed_form(
     owner_weight: float | None = None,
     geometry: FeatureStatistics | None = None,
 ) -> ClassWeights:
-    """Rows from text features of base (C, d) and new classes (K, d), K >= 0, and the teacher's rows (C, d).
+    """Compute class weights from text embeddings and the teacher's weights.
 
-    Both groups get the spread that their texts have around the mean text, as mean square: within a group that
-    changes no decision, between the groups it keeps either from outshouting the other.
+    The weights of each group are scaled to the mean squared distance that the text embeddings of the group
+    have from their mean. This changes no decision within a group and keeps the scores of both comparable.
+
+    Args:
+        base_text: (C, d) L2-normalized text embeddings of the base classes.
+        new_text: (K, d) L2-normalized text embeddings of the new classes, K >= 0.
+        weight: (C, d) weights of the teacher.
+        bias: (C,) biases of the teacher.
+        owner_weight: mixing weight measured by the teacher's owner; by default it is estimated.
+        geometry: feature statistics of the encoder.
+
+    Returns:
+        Weights of all classes and the affine map for classes that are added later.
     """
-    middle = torch.cat([base_text, new_text]).mean(0)
+    mean = torch.cat([base_text, new_text]).mean(0)
     mixture = mix(base_text, weight, bias, owner_weight=owner_weight, geometry=geometry)
-    base, scale = match_rms(
+    base, base_scale = match_rms(
         mixture.class_weights - mixture.class_weights.mean(0), base_text - base_text.mean(0)
     )
     base = base + base_text.mean(0)
     eye = torch.eye(base_text.shape[1]).to(base_text)
-    step = eye.clone()
+    text_map = eye.clone()
     if geometry is not None:
-        step = step + WHITENING * geometry.whiten(eye)
-    shift = middle - middle @ step
-    share = MAP_WEIGHT * mixture.loo_predictability * len(base_text) / (len(base_text) + SHRINKAGE_CLASSES)
-    step = step + share * mixture.text_to_weight
-    shift = shift - share * (base_text.mean(0) @ mixture.text_to_weight)
+        text_map = text_map + WHITENING * geometry.whiten(eye)
+    text_shift = mean - mean @ text_map
+    map_weight = (
+        MAP_WEIGHT * mixture.loo_predictability * len(base_text) / (len(base_text) + SHRINKAGE_CLASSES)
+    )
+    text_map = text_map + map_weight * mixture.text_to_weight
+    text_shift = text_shift - map_weight * (base_text.mean(0) @ mixture.text_to_weight)
     if len(new_text):
-        _, spread = match_rms(new_text @ step + shift - middle, new_text - middle)
-        step, shift = spread * step, spread * (shift - middle) + middle
-    new = new_text @ step + shift
-    return ClassWeights(base, new, scale * mixture.bias, step, shift, mixture.teacher_weight, mixture.reason)
+        _, scale = match_rms(new_text @ text_map + text_shift - mean, new_text - mean)
+        text_map, text_shift = scale * text_map, scale * (text_shift - mean) + mean
+    new = new_text @ text_map + text_shift
+    return ClassWeights(
+        base, new, base_scale * mixture.bias, text_map, text_shift, mixture.teacher_weight, mixture.reason
+    )
 
 
-def match_rms(rows: Tensor, like: Tensor) -> tuple[Tensor, float]:
-    """Rows (n, d) scaled to the mean square length of `like` (n, d), and the factor."""
-    factor = (like.square().sum(1).mean() / rows.square().sum(1).mean().clamp(min=1e-12)).sqrt()
+def match_rms(rows: Tensor, reference: Tensor) -> tuple[Tensor, float]:
+    """Scale rows (n, d) to the root mean square length of `reference` (n, d); return rows and factor."""
+    factor = (reference.square().sum(1).mean() / rows.square().sum(1).mean().clamp(min=1e-12)).sqrt()
     return factor * rows, float(factor)

@@ -19,7 +19,7 @@ from .calibrated_stacking import (
     MAX_CALIBRATION_SAMPLES,
     MIN_CLASS_FOLDS,
     MIN_FOLDS,
-    calibrate,
+    fit_stacking_bias,
     pseudo_novel_folds,
 )
 from .classifier import Classifier, ClassWeights
@@ -54,67 +54,68 @@ def generate(
         folder: where trained generators write checkpoints; an interrupted call resumes from them.
 
     Returns:
-        The classifier. Its `decision` tells what was chosen and why.
+        The classifier. Its `decision` summarizes how it was built.
 
     Raises:
-        UserError: new class names that repeat or are names of base classes, shapes that do not fit, text
-            embeddings that are not L2-normalized, and unknown settings.
+        UserError: a new class name repeats or is the name of a base class, shapes do not match, text
+            embeddings are not L2-normalized, or a setting is unknown.
     """
     settings = settings or GenerationSettings()
     generator = generator or torch.Generator().manual_seed(0)
     base_text, new_text = _check_text(virtual, text)
     device = base_text.device
     rng = device_generator(generator, device)
-    calibrated = settings.calibrate and len(new_text) > 0 and len(base_text) > 1
-    closed = settings.name == "closed_form"
+    needs_bias = settings.calibrate and len(new_text) > 0 and len(base_text) > 1
+    is_closed_form = settings.name == "closed_form"
     x = y = torch.empty(0)
-    if calibrated or not closed:
-        draws = samples_per_class(
-            settings.num_per_class, len(base_text), MAX_CALIBRATION_SAMPLES if closed else 0
-        )
-        x, y = virtual.sample(draws, generator)
+    if needs_bias or not is_closed_form:
+        max_total = MAX_CALIBRATION_SAMPLES if is_closed_form else 0
+        num_samples = samples_per_class(settings.num_per_class, len(base_text), max_total)
+        x, y = virtual.sample(num_samples, generator)
         x, y = x.to(base_text), y.to(device)
         if text.shift is not None:
             x = F.normalize(x + text.shift.to(x), dim=1)
     weight = virtual.weight.to(base_text)
-    intercepts = torch.zeros(len(weight), device=device) if virtual.bias is None else virtual.bias.to(weight)
-    trainings = itertools.count()
+    biases = torch.zeros(len(weight), device=device) if virtual.bias is None else virtual.bias.to(weight)
+    training_index = itertools.count()
 
-    def rows_of(known: Tensor, others: Tensor) -> ClassWeights:
-        """Compute class weights of the base classes `known` (indices) and of others by text embeddings."""
-        if closed:
+    def compute_weights(base: Tensor, new: Tensor) -> ClassWeights:
+        """Compute class weights of the base classes with indices `base` and of new text embeddings."""
+        if is_closed_form:
             return closed_form(
-                base_text[known],
-                others,
-                weight[known],
-                intercepts[known],
+                base_text[base],
+                new,
+                weight[base],
+                biases[base],
                 owner_weight=virtual.owner_weight,
                 geometry=virtual.geometry,
             )
         relabel = torch.full((len(base_text),), -1, device=device)
-        relabel[known] = torch.arange(len(known), device=device)
-        of_known = relabel[y] >= 0
-        checkpoint = folder and folder / f"{next(trainings)}.safetensors"
-        return train(x[of_known], relabel[y[of_known]], base_text[known], others, settings, rng, checkpoint)
+        relabel[base] = torch.arange(len(base), device=device)
+        is_base = relabel[y] >= 0
+        checkpoint = folder and folder / f"{next(training_index)}.safetensors"
+        return train(x[is_base], relabel[y[is_base]], base_text[base], new, settings, rng, checkpoint)
 
-    rows = rows_of(torch.arange(len(base_text), device=device), new_text)
-    bias = 0.0
-    if calibrated:
-        rehearsals = max(MIN_FOLDS, MIN_CLASS_FOLDS // len(base_text) if closed else 0)
-        bias = calibrate(pseudo_novel_folds(x, y, base_text, len(new_text), rows_of, rng, rehearsals), device)
+    weights = compute_weights(torch.arange(len(base_text), device=device), new_text)
+    stacking_bias = 0.0
+    if needs_bias:
+        min_folds = max(MIN_FOLDS, MIN_CLASS_FOLDS // len(base_text) if is_closed_form else 0)
+        folds = pseudo_novel_folds(x, y, base_text, len(new_text), compute_weights, rng, min_folds)
+        stacking_bias = fit_stacking_bias(folds, device)
+    new_bias = torch.full((len(new_text),), stacking_bias, device=device)
     return Classifier(
-        weight=torch.cat([rows.base, rows.new]),
+        weight=torch.cat([weights.base_weight, weights.new_weight]),
         classnames=[*virtual.classnames, *text.new_classnames],
         is_new=torch.arange(len(base_text) + len(new_text), device=device) >= len(base_text),
-        bias=torch.cat([rows.bias, torch.full((len(new_text),), bias, device=device)]),
+        bias=torch.cat([weights.base_bias, new_bias]),
         shift=text.shift,
-        text_map=rows.text_map,
-        text_shift=rows.text_shift,
-        new_bias=bias,
+        text_map=weights.text_map,
+        text_shift=weights.text_shift,
+        new_bias=stacking_bias,
         backbone=text.backbone,
         weights=text.weights,
-        texts=text.texts,
-        decision=_describe(virtual, text, settings, rows, bias),
+        prompts=text.prompts,
+        decision=_describe(virtual, text, settings, weights, stacking_bias),
     )
 
 
@@ -135,18 +136,23 @@ def _check_text(virtual: VirtualClasses, text: AlignedText) -> tuple[Tensor, Ten
 
 
 def _describe(
-    virtual: VirtualClasses, text: AlignedText, settings: GenerationSettings, rows: ClassWeights, bias: float
+    virtual: VirtualClasses,
+    text: AlignedText,
+    settings: GenerationSettings,
+    weights: ClassWeights,
+    stacking_bias: float,
 ) -> Decision:
+    """Summarize the stages."""
     encoder = virtual.backbone or "features"
     return Decision(
         teacher=f"{len(virtual.classnames)} base classes, {virtual.level} of {encoder}",
-        recovered=f"{virtual.summary}, kappa {float(virtual.kappa.mean()):,.0f}",
-        geometry=str(virtual.geometry) if virtual.geometry else "none given: isotropic",
-        text=text.texts.about,
-        aligned="; ".join(filter(None, [f"FLPT, {text.epochs} epochs" if text.epochs else "", text.note])),
+        recovery=f"{virtual.summary}, kappa {float(virtual.kappa.mean()):,.0f}",
+        feature_statistics=str(virtual.geometry) if virtual.geometry else "none (isotropic covariance)",
+        prompts=text.prompts.description,
+        alignment="; ".join(filter(None, [f"FLPT, {text.epochs} epochs" if text.epochs else "", text.note])),
         generator=settings.name,
-        teacher_weight=rows.teacher_weight,
-        reason=rows.reason,
+        teacher_weight=weights.teacher_weight,
+        reason=weights.reason,
         new_classes=len(text.new_classnames),
-        stacking_bias=bias,
+        stacking_bias=stacking_bias,
     )

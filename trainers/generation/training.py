@@ -1,4 +1,4 @@
-"""Stage 3's settings, and one training under them: a generator, its features of new classes, and all rows."""
+"""Provide the settings of stage 3, and train class weights on generated features."""
 
 from __future__ import annotations
 
@@ -15,24 +15,35 @@ from .classifier import ClassWeights, fit_class_weights
 from .generators import build_generator
 
 STAGE = "stage 3 (generation)"
-MAX_GENERATED = 200_000  # features held at once; with thousands of new classes each gets fewer
+# Bounds the memory for features: with thousands of new classes each gets fewer.
+MAX_GENERATED = 200_000
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """All of stage 3. The config keys are the field names in capitals, under GENERATOR.
+    """Settings of stage 3. The config keys are the field names in capitals, under GENERATOR.
 
     Attributes:
-        name: "closed_form" (closed_form.py, the default: rows are computed, and of the settings below only
-            num_per_class and calibrate are used), or a generator of `generators.GENERATORS`, whose features
-            all rows are trained on; "none": rows of base classes are trained, new ones are their text.
-        num_per_class: virtual features per base class; num_generated: generated ones per new class.
-        epochs, hidden, batch, lr: of a neural generator; 0 keeps its own (the paper's).
-        holdout: share of base classes that watch the generator's training; patience: epochs without progress
-            there before it stops.
-        pull, classifier_steps, classifier_batch, classifier_lr, classifier_anneal, log_prior: see
+        name: "closed_form" (the default, closed_form.py) computes class weights without training and reads
+            only `num_per_class` and `calibrate` of the settings below. A name in `generators.GENERATORS`
+            trains the weights of all classes on features of this generator. "none" trains the weights of base
+            classes and uses the text embeddings of new classes.
+        num_per_class: virtual features per base class.
+        num_generated: generated features per new class.
+        epochs: epochs of a neural generator; 0: the default of the generator (from its paper).
+        hidden: hidden units of a neural generator; 0: its default.
+        batch: batch size of a neural generator; 0: its default.
+        lr: learning rate of a neural generator; 0: its default.
+        holdout: share of base classes that validate a neural generator.
+        patience: epochs without improvement on them before its training stops.
+        pull: L2 penalty on the distance from the text embeddings, `l2_to_init` of
             `classifier.fit_class_weights`.
-        calibrate: balance base against new classes on pseudo-new ones, see `calibrated_stacking.calibrate`.
+        classifier_steps: see `classifier.fit_class_weights`, as the next four.
+        classifier_batch: batch size.
+        classifier_lr: learning rate.
+        classifier_anneal: whether the learning rate decays linearly to 0.
+        log_prior: whether logits are adjusted by the class frequencies.
+        calibrate: whether the bias of new classes is fitted, see `calibrated_stacking.fit_stacking_bias`.
     """
 
     name: str = "closed_form"
@@ -53,9 +64,9 @@ class GenerationSettings:
     calibrate: bool = True
 
 
-def samples_per_class(wanted: int, classes: int, most: int = 0) -> int:
-    """How many features each of so many classes gets, `most` (MAX_GENERATED) in all."""
-    return min(wanted, max(1, (most or MAX_GENERATED) // classes))
+def samples_per_class(samples: int, classes: int, max_total: int = 0) -> int:
+    """Return `samples`, or less where `classes` of them exceed `max_total` (default: MAX_GENERATED)."""
+    return min(samples, max(1, (max_total or MAX_GENERATED) // classes))
 
 
 def train(
@@ -63,39 +74,54 @@ def train(
     y: Tensor,
     base_text: Tensor,
     new_text: Tensor,
-    s: GenerationSettings,
+    settings: GenerationSettings,
     rng: torch.Generator,
     checkpoint: Path | None = None,
 ) -> ClassWeights:
-    """Unit rows of base (C, d) and new classes (K, d), trained on virtual features x (n, d) with labels y.
+    """Train class weights on virtual features of base classes and generated features of new classes.
 
-    A generator that trains for long keeps its state in the file `checkpoint`, and goes on from there."""
-    rows = base_text
-    if s.name != "none" and len(new_text):
-        own: dict[str, Any] = {
-            key: getattr(s, key) for key in ("epochs", "hidden", "batch", "lr") if getattr(s, key)
+    Args:
+        x: (n, d) virtual features.
+        y: (n,) their labels.
+        base_text: (C, d) text embeddings of the base classes.
+        new_text: (K, d) text embeddings of the new classes.
+        settings: of stage 3, with a generator or "none".
+        rng: source of all random draws.
+        checkpoint: file for the state of a neural generator, from which an interrupted training resumes.
+
+    Returns:
+        L2-normalized weights of all classes.
+    """
+    init = base_text
+    if settings.name != "none" and len(new_text):
+        options: dict[str, Any] = {
+            key: getattr(settings, key)
+            for key in ("epochs", "hidden", "batch", "lr")
+            if getattr(settings, key)
         }
-        if s.name != "vmf":
-            own |= {"holdout": s.holdout, "patience": s.patience}
-        model = build_generator(s.name, x.shape[1], base_text.shape[1], **own)
+        if settings.name != "vmf":
+            options |= {"holdout": settings.holdout, "patience": settings.patience}
+        model = build_generator(settings.name, x.shape[1], base_text.shape[1], **options)
         model.fit(x, y, base_text, rng, checkpoint)
-        count = samples_per_class(s.num_generated, len(new_text))
-        made = check_unit_rows(model.sample(new_text, count, rng), STAGE, f"feature made by '{s.name}'")
+        count = samples_per_class(settings.num_generated, len(new_text))
+        generated = check_unit_rows(
+            model.sample(new_text, count, rng), STAGE, f"feature generated by '{settings.name}'"
+        )
         labels = torch.arange(len(base_text), len(base_text) + len(new_text), device=y.device)
-        x, y = torch.cat([x, made]), torch.cat([y, labels.repeat_interleave(count)])
-        rows = torch.cat([base_text, new_text])
-    rows = fit_class_weights(
+        x, y = torch.cat([x, generated]), torch.cat([y, labels.repeat_interleave(count)])
+        init = torch.cat([base_text, new_text])
+    weight = fit_class_weights(
         x,
         y,
-        rows,
+        init,
         rng,
-        pull=s.pull,
-        steps=s.classifier_steps,
-        lr=s.classifier_lr,
-        anneal=s.classifier_anneal,
-        batch=s.classifier_batch,
-        log_prior=s.log_prior,
+        l2_to_init=settings.pull,
+        steps=settings.classifier_steps,
+        lr=settings.classifier_lr,
+        anneal=settings.classifier_anneal,
+        batch=settings.classifier_batch,
+        log_prior=settings.log_prior,
     )
-    rows = check_unit_rows(rows, STAGE, "row of the classifier")
-    base, new = rows[: len(base_text)], rows[len(base_text) :]
+    weight = check_unit_rows(weight, STAGE, "class weight")
+    base, new = weight[: len(base_text)], weight[len(base_text) :]
     return ClassWeights(base, new if len(new) else new_text, torch.zeros(len(base), device=y.device))

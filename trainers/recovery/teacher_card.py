@@ -41,7 +41,7 @@ class TeacherCard:
         accuracy: cross-validated accuracies "text", "teacher" and "mixture" in percent, or None.
         coherence: mean resultant length of the classes; None where every class has one image.
         cone: class-mean cosine, i.e. mean cosine of class means to their common mean; None like `coherence`.
-        text: description of the prompts with which the weight was measured (`ClassPrompts.about`).
+        text: description of the prompts with which the weight was measured (`ClassPrompts.description`).
     """
 
     images: list[int]

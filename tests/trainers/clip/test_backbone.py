@@ -51,7 +51,7 @@ def test_text_features_are_those_of_open_clip(name):
 def test_many_texts_are_encoded_in_portions(monkeypatch):
     backbone = tiny("tiny-vit")
     expected = backbone.encode_text(TEXTS)
-    monkeypatch.setattr("dfzsl.trainers.clip.backbone.TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr("dfzsl.trainers.clip.backbone.TEXT_BATCH_SIZE", 2)
     torch.testing.assert_close(backbone.encode_text(TEXTS), expected)
 
 
@@ -67,7 +67,7 @@ def test_images_become_unit_rows_and_features_pass(name):
         backbone.encode_image(torch.ones(2, 47))
 
 
-def test_class_features_are_the_normalised_mean_over_templates():
+def test_class_features_are_the_normalized_mean_over_templates():
     backbone = tiny("tiny-vit")
     templates = ["a photo of a {}.", "art of the {}."]
     rows = torch.stack([backbone.encode_text([t.format(n) for n in ("cat", "red fox")]) for t in templates])

@@ -1,4 +1,4 @@
-"""What is said of a class: templates, the ensemble, sentences, and all of them beside a tuned context."""
+"""Class prompts: templates, the ensemble, sentences, and all of them with a tuned context."""
 
 from __future__ import annotations
 
@@ -77,16 +77,16 @@ def test_many_texts_are_encoded_once(backbone, monkeypatch):
     assert torch.equal(ClassPrompts.parse("ensemble").features(backbone, names), first)
 
 
-def test_beside_a_context_texts_say_what_they_add(backbone, sentences):
+def test_a_tuned_context_adds_the_offset_of_the_prompts(backbone, sentences):
     start = backbone.tokenize(["a photo of a"])[0, 1:5]
     words = backbone.text_tower.embed(start).detach()
     untuned = ClassPrompts.parse(sentences)
     context = words + 0.05 * torch.randn(words.shape, generator=torch.Generator().manual_seed(0))
     for ctx, said in ((words, untuned), (context, untuned), (context, ClassPrompts.parse(""))):
-        texts = ClassPrompts(said.templates, said.sentences, said.spec, ctx, "a photo of a")
+        texts = ClassPrompts(said.templates, said.sentences, said.source, ctx, "a photo of a")
         made = texts.features(backbone, NAMES)
         in_context = ClassPrompts(("{}",), {}, "", ctx).features(backbone, NAMES)
-        if not said.spec:
+        if not said.source:
             assert torch.equal(made, in_context)
             continue
         first = backbone.class_features(NAMES, ["a photo of a {}."])
@@ -150,19 +150,21 @@ def run(tmp_path, backbone):
 
 
 @pytest.mark.parametrize("trainer", ["ZeroshotCLIP", "TextTeacherMix", "DFZSL", "FLPT", "KgCoOp"])
-def test_trainers_hear_them(run, tmp_path, sentences, trainer, monkeypatch):
-    """Where each class's features lie at its own sentences, a trainer that hears them is right."""
-    heard = []
-    plain = ClassPrompts.plain
+def test_trainers_use_the_prompts(run, tmp_path, sentences, trainer, monkeypatch):
+    """Where each class's features lie at its own sentences, a trainer that uses them is right."""
+    sources = []
+    encode_plain = ClassPrompts.encode_plain
     monkeypatch.setattr(
-        ClassPrompts, "plain", lambda self, *of: (heard.append(self.spec), plain(self, *of))[1]
+        ClassPrompts,
+        "encode_plain",
+        lambda self, *of: (sources.append(self.source), encode_plain(self, *of))[1],
     )
     classes = "all" if trainer == "ZeroshotCLIP" else "base"
     given = ["TEXT.PROMPTS", sentences, "DATASET.SUBSAMPLE_CLASSES", classes]
     if trainer != "ZeroshotCLIP":
         given += ["TEACHER.FILE", str(tmp_path / "t.safetensors")]
     folder = run(trainer, *given)
-    assert "sentences" in heard
+    assert "sentences" in sources
     assert read_results(folder / "results.json")["accuracy"] == 100
 
 
@@ -177,14 +179,14 @@ def test_names_added_later(run, tmp_path, sentences, backbone):
     )
     made.save(tmp_path / "c.safetensors")
     known = Classifier.load(tmp_path / "c.safetensors")
-    assert (known.texts.spec, known.texts.words) == ("a drawing of a {}.", "a photo of a")
+    assert (known.prompts.source, known.prompts.context_init) == ("a drawing of a {}.", "a photo of a")
     added = known.add(["black cross"], backbone)
-    expected = known.texts.features(backbone, ["black cross"])
+    expected = known.prompts.features(backbone, ["black cross"])
     assert torch.allclose(added.weight[-1:], expected, atol=1e-6)
     said = known.add(
         ["yellow  Ring 2"], backbone, ClassPrompts((), {"yellow ring 2": ["a ring."]}, "sentences")
     )
-    assert said.texts.context is not None and said.texts.spec == "sentences"
+    assert said.prompts.context is not None and said.prompts.source == "sentences"
     said.save(tmp_path / "c.safetensors")
     with pytest.raises(UserError, match="black cross"):
         Classifier.load(tmp_path / "c.safetensors").add(["black cross"], backbone)

@@ -69,14 +69,14 @@ def test_features_and_gradients_equal_the_plain_encoding(name, position):
 def test_chunks_with_recomputation_change_nothing(name, class_specific, monkeypatch):
     backbone = both_ways(name)
     for rows in (1, 20, 45):
-        monkeypatch.setattr(backbone, "rows_at_once", rows)
+        monkeypatch.setattr(backbone, "chunk_tokens", rows)
         assert max(compare(backbone, NAMES, 4, "end", class_specific, 3)) < 1e-5
 
 
 def test_chunks_hold_few_activations(monkeypatch):
     """What autograd keeps does not grow with the number of classes once they are cut into chunks."""
     backbone = tiny("tiny-vit")
-    monkeypatch.setattr(backbone, "rows_at_once", 64)
+    monkeypatch.setattr(backbone, "chunk_tokens", 64)
     kept = []
     for classes in (50, 200):
         layout = Prompts(backbone, [f"thing number {i}" for i in range(classes)], 4)

@@ -12,8 +12,8 @@ from scipy.optimize import minimize
 
 from dfzsl.io.tensors import save_tensors
 from dfzsl.trainers.clip.aligned_text import AlignedText
-from dfzsl.trainers.generation.calibrated_stacking import _curve as curve
-from dfzsl.trainers.generation.calibrated_stacking import calibrate, pseudo_novel_folds
+from dfzsl.trainers.generation.calibrated_stacking import _accuracy_curve as curve
+from dfzsl.trainers.generation.calibrated_stacking import fit_stacking_bias, pseudo_novel_folds
 from dfzsl.trainers.generation.classifier import Classifier, ClassWeights, fit_class_weights, minimize_loss
 from dfzsl.trainers.generation.generate import generate
 from dfzsl.trainers.generation.generators import GENERATORS
@@ -110,23 +110,23 @@ class TestClassifier:
             Classifier.load(path)
 
     @pytest.mark.parametrize(
-        ("change", "said"),
+        ("change", "message"),
         [
             (lambda c: setattr(c, "temperature", float("inf")), "temperature must be greater than 0"),
             (lambda c: setattr(c, "temperature", "0.01"), "incomplete classifier"),
             (lambda c: setattr(c, "new_bias", float("nan")), "biases must be finite"),
-            (lambda c: c.weight[1].zero_(), "class 'class 1' has a row of length 0"),
-            (lambda c: c.weight[1].mul_(1e20), "has a row of length"),
-            (lambda c: setattr(c, "text_shift", None), "must be square, and have a shift beside it"),
-            (lambda c: c.classnames.__setitem__(0, "class_1"), "occurs twice"),
+            (lambda c: c.weight[1].zero_(), "class 'class 1' has norm 0"),
+            (lambda c: c.weight[1].mul_(1e20), "has norm"),
+            (lambda c: setattr(c, "text_shift", None), r"text_map of a classifier must be"),
+            (lambda c: c.classnames.__setitem__(0, "class_1"), "is the name of two classes"),
         ],
         ids=range(7),
     )
-    def test_values_that_decide_nothing_are_refused(self, classifier, change, said, tmp_path):
+    def test_values_that_decide_nothing_are_refused(self, classifier, change, message, tmp_path):
         wrong = copy.deepcopy(classifier)
         change(wrong)
         wrong.save(tmp_path / "classifier.safetensors")
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             Classifier.load(tmp_path / "classifier.safetensors")
 
     def test_a_class_added_later_gets_the_row_of_one_that_was_there(self, world, classifier):
@@ -171,7 +171,7 @@ class TestFits:
         g = rng(2)
         x, y = unit(torch.randn(60, 4, generator=g)), torch.arange(60) % 3
         rows = unit(torch.randn(3, 4, generator=g))
-        found = fit_class_weights(x, y, rows, g, pull=5.0, steps=3000, lr=1e-2, temperature=0.1)
+        found = fit_class_weights(x, y, rows, g, l2_to_init=5.0, steps=3000, lr=1e-2, temperature=0.1)
 
         def objective(flat):
             delta = torch.tensor(flat, dtype=torch.float64).view(3, 4).requires_grad_()
@@ -184,10 +184,10 @@ class TestFits:
         assert torch.allclose(found.double(), unit(rows.double() + best), atol=1e-3)
 
     def test_a_row_that_serves_its_class_stays(self, world):
-        """Features at the text rows themselves: nothing to learn, whatever the pull."""
+        """Features at the text rows themselves: nothing to learn, whatever the penalty."""
         rows = torch.eye(5)
         x = rows.repeat_interleave(10, 0)
-        found = fit_class_weights(x, torch.arange(5).repeat_interleave(10), rows, rng(), pull=0.0)
+        found = fit_class_weights(x, torch.arange(5).repeat_interleave(10), rows, rng(), l2_to_init=0.0)
         assert torch.allclose(found, rows, atol=1e-6)
 
     def test_log_prior_corrects_unequal_class_sizes(self):
@@ -199,7 +199,7 @@ class TestFits:
         head_start = {}
         for prior in (True, False):
             on_plane = (
-                fit_class_weights(x, y, start, g, pull=0.1, log_prior=prior, temperature=0.2)
+                fit_class_weights(x, y, start, g, l2_to_init=0.1, log_prior=prior, temperature=0.2)
                 @ torch.eye(2)[1]
             )
             head_start[prior] = float(on_plane[0] - on_plane[1])
@@ -309,13 +309,14 @@ class TestCalibration:
         virtual, base_text, *_ = world
         x, y = virtual.sample(40, rng())
         axis = unit(virtual.mu.mean(0))
-        found = {}
+        biases = {}
         for start in (0.0, 0.05):
             lift = start / float((x @ axis).mean()) * axis
 
-            def rows_of(known, others, lift=lift):
+            def compute_weights(known, others, lift=lift):
                 return ClassWeights(base_text[known] + lift, others, torch.zeros(len(known)))
 
-            found[start] = calibrate(pseudo_novel_folds(x, y, base_text, NEW, rows_of, rng()), x.device)
-        assert found[0.0] == pytest.approx(0.0, abs=0.02)
-        assert found[0.05] - found[0.0] == pytest.approx(0.05, abs=0.01)
+            folds = pseudo_novel_folds(x, y, base_text, NEW, compute_weights, rng())
+            biases[start] = fit_stacking_bias(folds, x.device)
+        assert biases[0.0] == pytest.approx(0.0, abs=0.02)
+        assert biases[0.05] - biases[0.0] == pytest.approx(0.05, abs=0.01)

@@ -40,8 +40,8 @@ def test_base_decisions_are_those_of_the_mixture(world, geometry):
     x = torch.randn(200, DIM, generator=rng(1))
     mixture = mix(text[:BASE], truth[:BASE], torch.linspace(-1, 1, BASE), geometry=geometry)
     rows = closed_form(text[:BASE], text[BASE:], truth[:BASE], torch.linspace(-1, 1, BASE), geometry=geometry)
-    expected = (x @ mixture.class_weights.T + mixture.bias).argmax(1)
-    assert torch.equal((x @ rows.base.T + rows.bias).argmax(1), expected)
+    expected = (x @ mixture.rows.T + mixture.bias).argmax(1)
+    assert torch.equal((x @ rows.base_weight.T + rows.base_bias).argmax(1), expected)
 
 
 def test_either_group_keeps_the_spread_of_its_text(world, geometry):
@@ -49,8 +49,8 @@ def test_either_group_keeps_the_spread_of_its_text(world, geometry):
     rows = made(world, geometry)
     middle = text.mean(0)
     for group, own, around in (
-        (rows.base, text[:BASE], text[:BASE].mean(0)),
-        (rows.new, text[BASE:], middle),
+        (rows.base_weight, text[:BASE], text[:BASE].mean(0)),
+        (rows.new_weight, text[BASE:], middle),
     ):
         lengths = [float((part - around).square().sum(1).mean()) for part in (group, own)]
         assert lengths[0] == pytest.approx(lengths[1], rel=1e-4)
@@ -58,28 +58,28 @@ def test_either_group_keeps_the_spread_of_its_text(world, geometry):
 
 def test_new_rows_are_the_map_of_their_text(world, geometry):
     rows = made(world, geometry)
-    assert torch.allclose(world[0][BASE:] @ rows.text_map + rows.text_shift, rows.new, atol=1e-5)
+    assert torch.allclose(world[0][BASE:] @ rows.text_map + rows.text_shift, rows.new_weight, atol=1e-5)
 
 
-def test_text_that_foretells_the_teacher_makes_new_rows_better(world):
+def test_text_that_predicts_the_teacher_improves_new_weights(world):
     """New directions are found far better than by text where the law holds; where it does not, text stays."""
     text, truth = world
 
-    def found(rows):
+    def accuracy(rows):
         return (truth[BASE:] @ (rows - rows.mean(0)).T).argmax(1).eq(torch.arange(NEW)).float().mean()
 
-    by_text = found(text[BASE:])
-    assert found(made(world).new) > by_text + 0.2
+    by_text = accuracy(text[BASE:])
+    assert accuracy(made(world).new_weight) > by_text + 0.2
     shuffled = truth[:BASE][torch.randperm(BASE, generator=rng(2))]
     astray = closed_form(text[:BASE], text[BASE:], shuffled)
-    assert torch.allclose(astray.new, text[BASE:], atol=1e-2)
+    assert torch.allclose(astray.new_weight, text[BASE:], atol=1e-2)
 
 
 def test_the_owners_weight_decides(world):
     text, truth = world
     rows = made(world, owner_weight=0.0)
-    assert torch.allclose(rows.base, text[:BASE], atol=1e-5)
-    alone = made(world, owner_weight=1e6).base
+    assert torch.allclose(rows.base_weight, text[:BASE], atol=1e-5)
+    alone = made(world, owner_weight=1e6).base_weight
     cosine = F.cosine_similarity(alone - alone.mean(0), teacher_rows(truth[:BASE])[0], dim=1)
     assert cosine.min() > 0.999
 
@@ -88,5 +88,5 @@ def test_the_owners_weight_decides(world):
 def test_one_new_class_or_none(world, geometry, new):
     text, truth = world
     rows = closed_form(text[:BASE], text[BASE : BASE + new], truth[:BASE], geometry=geometry)
-    assert rows.new.shape == (new, DIM) and torch.isfinite(rows.new).all()
+    assert rows.new_weight.shape == (new, DIM) and torch.isfinite(rows.new_weight).all()
     assert torch.isfinite(rows.text_map).all()

@@ -192,14 +192,14 @@ class TestCheckpoint:
     @pytest.mark.parametrize("holdout", [0.0, 0.3])
     def test_killed_after_any_epoch_it_ends_the_same(self, name, holdout, world, tmp_path, monkeypatch):
         model, after = self.fit(name, world, None, holdout=holdout)
-        path, keep, kills = tmp_path / "kept.safetensors", NeuralGenerator._keep, []
+        path, keep, kills = tmp_path / "kept.safetensors", NeuralGenerator._save_checkpoint, []
 
         def killed(*args):
             keep(*args)
             kills.append(1)
             raise Killed
 
-        monkeypatch.setattr(NeuralGenerator, "_keep", killed)
+        monkeypatch.setattr(NeuralGenerator, "_save_checkpoint", killed)
         while True:
             try:
                 again, then = self.fit(name, world, path, holdout=holdout)

@@ -1,7 +1,7 @@
-"""Generators of features for classes that have no image: one file each, one small interface.
+"""Provide generators of features for classes without images, one per file.
 
-A generator learns on features (n, d) of base classes and their conditions (text features), and then makes
-features of any class from its condition:
+A generator is fitted to features (n, d) of base classes and their conditions (text embeddings). It then
+generates features of any class from its condition:
 
     model = GENERATORS["cvae"](feature_dim, condition_dim, epochs=20)
     model.fit(features, labels, conditions, generator)

@@ -1,4 +1,4 @@
-"""f-CLSWGAN: a conditional WGAN-GP whose features a classifier must recognise (Xian et al., CVPR 2018)."""
+"""Provide f-CLSWGAN, a conditional WGAN-GP with a classification loss (Xian et al., CVPR 2018)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,19 @@ from .base import NeuralGenerator, critic_loss, generator, mlp, update
 
 @generator("clswgan")
 class CLSWGAN(NeuralGenerator):
-    """L = E D(x, a) - E D(G(z, a), a) - lambda GP, plus beta times the generated features' cross-entropy
-    under a softmax classifier fitted beforehand on the real ones.
+    """Conditional WGAN-GP with the cross-entropy of generated features.
+
+        min_G max_D  E D(x, a) - E D(G(z, a), a) - lambda GP + beta CE(G(z, a))
+
+    where CE is the cross-entropy under a softmax classifier that is fitted to the training features.
 
     Args:
-        critic_iter: critic updates per generator update; penalty: lambda; class_weight: beta.
+        feature_dim: d, the dimension of features.
+        condition_dim: c, the dimension of conditions.
+        critic_iter: critic updates per generator update.
+        penalty: lambda, the weight of the gradient penalty.
+        class_weight: beta, the weight of the cross-entropy.
+        settings: see `NeuralGenerator`.
     """
 
     def __init__(
@@ -33,8 +41,12 @@ class CLSWGAN(NeuralGenerator):
         class_weight: float = 0.01,
         **settings: Any,
     ) -> None:
-        own: dict[str, Any] = {"critic_iter": critic_iter, "penalty": penalty, "class_weight": class_weight}
-        super().__init__(feature_dim, condition_dim, **settings, **own)
+        options: dict[str, Any] = {
+            "critic_iter": critic_iter,
+            "penalty": penalty,
+            "class_weight": class_weight,
+        }
+        super().__init__(feature_dim, condition_dim, **settings, **options)
         self.critic_iter, self.penalty, self.class_weight = critic_iter, penalty, class_weight
         self.generator = mlp(self.latent + condition_dim, self.hidden, feature_dim)
         self.critic = mlp(feature_dim + condition_dim, self.hidden, 1)
@@ -42,8 +54,8 @@ class CLSWGAN(NeuralGenerator):
     def start(self, x: Tensor, y: Tensor, a: Tensor, rng: torch.Generator) -> None:
         self.optimizer = self.adam(self.generator)
         self.critic_optimizer = self.adam(self.critic)
-        # Naive Bayes with one shared spherical covariance (at most 1, by the scaling): the softmax
-        # classifier in closed form. Held-out classes have no mean; their row stays zero.
+        # Naive Bayes with a shared spherical covariance is a softmax classifier in closed form. Held-out
+        # classes have no mean; their weights are zero.
         means = class_means(x, y, len(a))
         variance = (x - means[y]).square().mean().clamp(min=1e-6)
         self.classifier = (means / variance, -0.5 * means.square().sum(1) / variance)

@@ -1,4 +1,4 @@
-"""Conditional variational autoencoder: x = G(z, a) with z ~ N(0, I) (Sohn et al. 2015)."""
+"""Provide a conditional variational autoencoder, x = G(z, a) with z ~ N(0, I) (Sohn et al., 2015)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from .base import NeuralGenerator, generator, mlp, update
 
 @generator("cvae")
 class ConditionalVAE(NeuralGenerator):
-    """Minimises |x - G(z, a)|^2 + KL(q(z | x, a) || N(0, I)), q Gaussian with a diagonal covariance.
+    """Conditional VAE, which minimizes |x - G(z, a)|^2 + KL(q(z | x, a) || N(0, I)).
 
-    The default step size is larger than that of the adversarial generators: nothing here can run away.
+    q is a Gaussian with a diagonal covariance. Training without an adversary is stable, so that the default
+    learning rate is larger than that of the adversarial generators.
+
+    Args:
+        feature_dim: d, the dimension of features.
+        condition_dim: c, the dimension of conditions.
+        lr: learning rate of Adam.
+        settings: see `NeuralGenerator`.
     """
 
     def __init__(self, feature_dim: int, condition_dim: int, *, lr: float = 3e-4, **settings: Any) -> None:
@@ -29,8 +36,8 @@ class ConditionalVAE(NeuralGenerator):
     def step(self, batches: Callable[[], tuple[Tensor, Tensor]], rng: torch.Generator) -> Tensor:
         x, a = batches()
         z, divergence = encode(self.encoder, x, a, rng)
-        made = self.decoder(torch.cat([z, a], 1))
-        return update((made - x).square().sum(1).mean() + divergence, self.optimizer)
+        reconstruction = self.decoder(torch.cat([z, a], 1))
+        return update((reconstruction - x).square().sum(1).mean() + divergence, self.optimizer)
 
     def generate(self, a: Tensor, rng: torch.Generator) -> Tensor:
         z = torch.randn(len(a), self.latent, device=a.device, generator=rng)
@@ -38,7 +45,7 @@ class ConditionalVAE(NeuralGenerator):
 
 
 def encode(encoder: torch.nn.Module, x: Tensor, a: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A draw z (n, latent) of q(z | x, a), and KL(q || N(0, I)) as a mean over rows."""
+    """Draw z (n, latent) from q(z | x, a); return z and the mean of KL(q || N(0, I)) over the batch."""
     mean, log_variance = encoder(torch.cat([x, a], 1)).chunk(2, 1)
     z = mean + (0.5 * log_variance).exp() * torch.randn(mean.shape, device=x.device, generator=rng)
     return z, 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()

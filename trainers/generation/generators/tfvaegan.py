@@ -1,4 +1,4 @@
-"""TF-VAEGAN: a conditional VAE-GAN with semantic decoder and latent feedback (Narayan et al., ECCV 2020)."""
+"""Provide TF-VAEGAN, a VAE-GAN with semantic decoder and latent feedback (Narayan et al., ECCV 2020)."""
 
 from __future__ import annotations
 
@@ -15,16 +15,32 @@ from .cvae import encode
 
 @generator("tfvaegan")
 class TFVAEGAN(NeuralGenerator):
-    """Encoder E and generator G (a VAE), critic D (WGAN-GP), decoder Dec (feature -> condition), feedback F.
+    """VAE-GAN of encoder E, generator G, critic D (WGAN-GP), decoder Dec (feature to condition), feedback F.
 
-    Each epoch runs `feedback_loop` passes. In the first, x = G(z, a). In the second, the decoder's hidden
-    units h of that x go back into the generator: x = G(z, a + strength * F(h)), meaning that F(h) is added
-    to G's hidden layer. Losses:
+    Each step runs `feedback_loop` passes. In the first, x = G(z, a). In the second, strength *
+    F(h) is added to the hidden layer of G, where h are the hidden units of Dec for x = G(z, a). Losses:
+
         D    gamma_d (E D(fake) - E D(real) + penalty GP)
         G    |x - x_vae|^2 + KL - gamma_g E D(fake) + recons_weight |Dec(fake) - a|_1
-        Dec  recons_weight |Dec(x) - a|_1 on training features (and, unless `freeze_dec`, on fakes)
-    Defaults are the paper's (DFZSL's released settings). `a1` and `a2` are the feedback strengths while
-    training and while generating.
+        Dec  recons_weight |Dec(x) - a|_1 on training features (and, unless `freeze_dec`, on generated ones)
+
+    The defaults are those of the paper (the released settings of DFZSL).
+
+    Args:
+        feature_dim: d, the dimension of features.
+        condition_dim: c, the dimension of conditions.
+        critic_iter: critic updates per generator update.
+        penalty: weight of the gradient penalty.
+        gamma_d: weight of the critic loss.
+        gamma_g: weight of the adversarial loss of the generator.
+        recons_weight: weight of the decoder loss.
+        feed_lr: learning rate of the feedback network.
+        dec_lr: learning rate of the decoder.
+        freeze_dec: whether the decoder does not learn from generated features.
+        feedback_loop: passes per step.
+        a1: feedback strength in training.
+        a2: feedback strength in sampling.
+        settings: see `NeuralGenerator`.
     """
 
     def __init__(
@@ -45,7 +61,7 @@ class TFVAEGAN(NeuralGenerator):
         a2: float = 0.01,
         **settings: Any,
     ) -> None:
-        own: dict[str, Any] = {
+        options: dict[str, Any] = {
             "critic_iter": critic_iter,
             "penalty": penalty,
             "gamma_d": gamma_d,
@@ -58,7 +74,7 @@ class TFVAEGAN(NeuralGenerator):
             "a1": a1,
             "a2": a2,
         }
-        super().__init__(feature_dim, condition_dim, **settings, **own)
+        super().__init__(feature_dim, condition_dim, **settings, **options)
         self.critic_iter, self.penalty, self.gamma_d, self.gamma_g = critic_iter, penalty, gamma_d, gamma_g
         self.recons_weight, self.feed_lr, self.dec_lr = recons_weight, feed_lr, dec_lr
         self.freeze_dec, self.feedback_loop, self.a1, self.a2 = freeze_dec, feedback_loop, a1, a2
@@ -84,6 +100,7 @@ class TFVAEGAN(NeuralGenerator):
     def _pass(
         self, batches: Callable[[], tuple[Tensor, Tensor]], rng: torch.Generator, strength: float
     ) -> Tensor:
+        """Update the critic, then the other networks, with one strength of the feedback."""
         for _ in range(self.critic_iter):
             x, a = batches()
             update(self.recons_weight * F.l1_loss(self.decoder(x), a), self.decoder_optimizer)
@@ -93,8 +110,10 @@ class TFVAEGAN(NeuralGenerator):
             update(self.gamma_d * loss, self.critic_optimizer)
         x, a = batches()
         z, divergence = encode(self.encoder, x, a, rng)
-        made, fake = self._decode(torch.cat([z, self._noise(a, rng)]), a.repeat(2, 1), strength).chunk(2)
-        loss = (made - x).square().sum(1).mean() + divergence
+        reconstruction, fake = self._decode(
+            torch.cat([z, self._noise(a, rng)]), a.repeat(2, 1), strength
+        ).chunk(2)
+        loss = (reconstruction - x).square().sum(1).mean() + divergence
         loss = loss - self.gamma_g * self.critic(torch.cat([fake, a], 1)).mean()
         loss = loss + self.recons_weight * F.l1_loss(self.decoder(fake), a)
         optimizers = [self.optimizer]
@@ -112,8 +131,8 @@ class TFVAEGAN(NeuralGenerator):
         x = self.generator_out(hidden)
         if not strength:
             return x
-        units = self.decoder[1](self.decoder[0](x))
-        return self.generator_out(hidden + strength * self.feedback(units))
+        decoder_hidden = self.decoder[1](self.decoder[0](x))
+        return self.generator_out(hidden + strength * self.feedback(decoder_hidden))
 
     def generate(self, a: Tensor, rng: torch.Generator) -> Tensor:
         return self._decode(self._noise(a, rng), a, self.a2 if self.feedback_loop > 1 else 0.0)

@@ -1,6 +1,6 @@
-"""The vMF generator: a new class is a von Mises-Fisher distribution predicted from its text feature.
+"""Provide the vMF generator: the von Mises-Fisher distribution of a class is predicted from its condition.
 
-Closed form, nothing to train: seconds where a GAN takes an hour, and it cannot diverge.
+The fit is in closed form. It takes seconds where a GAN takes an hour, and cannot diverge.
 """
 
 from __future__ import annotations
@@ -20,14 +20,21 @@ from .base import FeatureGenerator, device_generator, generator
 
 @generator("vmf")
 class VMFRegression(FeatureGenerator):
-    """Mean direction and concentration by regression on the condition.
+    """Regression of mean direction and concentration on the condition.
 
-    With m_c the mean feature of base class c and t_c its condition, both centred over the classes,
-        m_c = rho t_c + B t_c + e_c,
-    rho >= 0 the least-squares scale (0 where the dimensions differ) and B by ridge regression. Its strength
-    is the one with the least leave-one-class-out error, so that text that says nothing of images predicts
-    nothing. The concentration of a new class solves A_d(kappa) = mean over base classes of m_c.mu_c, where
-    mu_c is the direction predicted for c without c: what the prediction misses makes the class wider.
+    With m_c the mean feature of base class c and t_c its condition, both centered over the classes,
+
+        m_c = rho t_c + B t_c + e_c
+
+    where rho >= 0 is the least-squares scale (0 where the dimensions differ) and B is fitted by ridge
+    regression, with the strength of the least leave-one-out error. Text that does not correlate with images
+    therefore predicts the mean of all classes. The concentration of a new class solves A_d(kappa) = mean over
+    base classes of m_c . mu_c, with mu_c the leave-one-out prediction of the direction, so that prediction
+    errors widen the distribution.
+
+    Args:
+        feature_dim: d, the dimension of features.
+        condition_dim: c, the dimension of conditions.
     """
 
     map: Tensor
@@ -54,15 +61,15 @@ class VMFRegression(FeatureGenerator):
         means = class_means(features, labels, len(conditions))
         self.feature_mean.copy_(means.mean(0))
         self.condition_mean.copy_(conditions.mean(0))
-        ridge, left_out = leave_one_out_ridge(conditions, means)
+        ridge, loo_prediction = leave_one_out_ridge(conditions, means)
         self.map.copy_(ridge)
-        predicted = F.normalize(self.feature_mean + left_out, dim=1)
+        predicted = F.normalize(self.feature_mean + loo_prediction, dim=1)
         resultant = (predicted * means).sum(1).mean().clamp(1e-3, 1 - 1e-6)
         self.kappa.copy_(concentration(resultant, self.feature_dim))
         return self
 
     def predict(self, conditions: Tensor) -> VonMisesFisher:
-        """The distributions of classes with these conditions (K, c)."""
+        """Predict the distributions of classes with these conditions (K, c)."""
         loc = self.feature_mean + (conditions.float() - self.condition_mean) @ self.map
         return VonMisesFisher(loc, self.kappa)
 
