@@ -20,10 +20,10 @@ import dfzsl.trainers  # noqa: F401
 from dfzsl import report
 from dfzsl.io.results import harmonic_mean, per_class_mean, read_results
 from dfzsl.report import __main__ as command
-from dfzsl.report.method_names import BOOK, glossary, meaning
-from dfzsl.report.read_runs import Method, Outcome, parse_log
+from dfzsl.report.method_names import GLOSSARY, describe_method, glossary_markdown
+from dfzsl.report.read_runs import MethodKey, Outcome, parse_log
 from dfzsl.report.sections import Spread, average, published_summaries
-from dfzsl.report.significance import draws, interval
+from dfzsl.report.significance import bootstrap, difference_interval
 from dfzsl.report.tables import tables
 from dfzsl.utils.errors import UserError
 
@@ -52,7 +52,12 @@ def test_both_averages_of_h(tmp_path):
     assert row["mean of H"] == "18.0 ± 0.0"
     assert row["base"] == "50.0 ± 40.0"
     assert row["seconds"] == "2.0"
-    assert (row["seeds"], row["trained"], row["images"], row["queries"]) == ("2", "2,048", "16", "0")
+    assert (row["seeds"], row["trained parameters"], row["training images"], row["queries"]) == (
+        "2",
+        "2,048",
+        "16",
+        "0",
+    )
 
 
 def test_gzsl_scores_are_means_over_classes(tmp_path):
@@ -342,7 +347,7 @@ def test_the_command_line_tells_a_mistake_in_one_line(tmp_path, monkeypatch, cap
 def test_two_sources_in_one_transfer_folder_are_refused(tmp_path):
     for data in ("imagenet", "sun397"):
         write(tmp_path / "xd", "train_all", "CoOp", 1, 70.0, data=data)
-    with pytest.raises(UserError, match="source"):
+    with pytest.raises(UserError, match="imagenet, sun397"):
         report.collect(tmp_path)
 
 
@@ -405,7 +410,7 @@ def test_data_sets_stand_in_the_order_of_papers_after_their_average(tmp_path, ca
 
 
 class TestNoise:
-    """The bootstrap against closed forms, and what is bold by it."""
+    """The bootstrap against closed forms, and the bold marks that it decides."""
 
     def one(self, root: Path, **accuracies: list[list[int]]):
         """A section of methods, each with rows of (seed) correct answers out of 100 on base classes."""
@@ -441,7 +446,9 @@ class TestNoise:
     def test_what_is_hard_for_all_cancels_in_a_difference(self, tmp_path):
         correct = np.random.default_rng(2).integers(10, 90, 30)
         section = self.one(tmp_path, CoOp=[correct.tolist()], FLPT=[(correct - 1).tolist()])
-        assert interval(section.draws["CoOp"]["base"], section.draws["FLPT"]["base"]) == pytest.approx((1, 1))
+        assert difference_interval(
+            section.draws["CoOp"]["base"], section.draws["FLPT"]["base"]
+        ) == pytest.approx((1, 1))
         assert tables(section)[0].rows[1][4] == "−1.0 [−1.0, −1.0]"
 
     def test_an_interval_covers_the_truth_as_often_as_it_says(self):
@@ -455,9 +462,9 @@ class TestNoise:
                     for i, c in enumerate(np.clip(rng.normal(500 + 10 * gain, 80, 60), 0, 1000))
                 ]
                 parts = {part: {"per_class": rows} for part in ("train_base", "test_new")}
-                runs[label] = [Outcome("base2new", f"set {trial}", Method(label, "16", "x"), 1, parts)]
-            found = draws(runs)
-            low, high = interval(found["b"]["base"], found["a"]["base"])
+                runs[label] = [Outcome("base2new", f"set {trial}", MethodKey(label, "16", "x"), 1, parts)]
+            found = bootstrap(runs)
+            low, high = difference_interval(found["b"]["base"], found["a"]["base"])
             covered += low <= 5 <= high
         assert 0.85 <= covered / 60 < 1
 
@@ -521,8 +528,8 @@ class TestNames:
         # Dassl registers trainers of its own, which no table here has.
         names = TRAINER_REGISTRY.registered_names()
         ours = {name for name in names if TRAINER_REGISTRY.get(name).__module__.startswith("dfzsl.")}
-        assert {"CoOp", "FLPT"} <= ours and ours - {"DFZSL"} <= BOOK["methods"].keys()
-        shown = [entry["name"] for entry in BOOK["methods"].values()]
+        assert {"CoOp", "FLPT"} <= ours and ours - {"DFZSL"} <= GLOSSARY["methods"].keys()
+        shown = [entry["name"] for entry in GLOSSARY["methods"].values()]
         assert len(shown) == len(set(shown))
 
     def test_two_folders_of_one_name_are_told_apart(self, tmp_path):
@@ -534,10 +541,12 @@ class TestNames:
         write_pair(tmp_path, "DFZSL", 1, 80.0, 60.0, config="dfzsl")
         write_pair(tmp_path, "DFZSL", 1, 70.0, 60.0, config="paper")
         assert [row["method"] for row in cells(tmp_path)] == ["DFZSL", "DFZSL (paper)"]
-        assert "Tang" in meaning("DFZSL (paper)") and meaning("DFZSL [x]") == meaning("DFZSL")
+        assert "Tang" in describe_method("DFZSL (paper)") and describe_method("DFZSL [x]") == describe_method(
+            "DFZSL"
+        )
 
     def test_the_documentation_has_the_same_words(self):
         page = Path(__file__).parents[1] / "docs/glossary.md"
-        assert page.read_text(encoding="utf-8") == glossary(), (
+        assert page.read_text(encoding="utf-8") == glossary_markdown(), (
             "python -m dfzsl.report --glossary > docs/glossary.md"
         )

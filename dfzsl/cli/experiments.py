@@ -214,7 +214,7 @@ def report(
     from dfzsl.report import FORMATS, collect, collect_logs, method_names, sections
 
     if glossary:
-        click.echo(method_names.glossary(), nl=False)
+        click.echo(method_names.glossary_markdown(), nl=False)
         return
     if not output and not logs:
         raise click.UsageError("give an output folder, --logs FOLDER, or both")
