@@ -22,7 +22,7 @@ from sweeps import planned_jobs, start_sweep
 from dfzsl.io.files import digest
 from dfzsl.io.results import CHANGING, read_results
 from dfzsl.launch import host
-from dfzsl.launch.checkouts import RECIPES, Checkout, Code
+from dfzsl.launch.checkouts import RECIPES, Checkout, CodeVersion
 from dfzsl.launch.sweep import choose
 from dfzsl.launch.workers import work
 from dfzsl.trainers.clip.loading import offer_to_coop
@@ -89,7 +89,7 @@ def outcome(folder: Path) -> dict[str, dict]:
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_every_recipe_makes_a_command_line_in_every_protocol(name, world):
-    made = Checkout(name, world / "theirs", "", Code.of(world / "theirs"))
+    made = Checkout(name, world / "theirs", "", CodeVersion.of(world / "theirs"))
     for protocol, dataset in itertools.product(
         ("base2new", "xd", "dg", "fewshot"), ("oxford_pets", "imagenet")
     ):
@@ -102,7 +102,7 @@ def test_every_recipe_makes_a_command_line_in_every_protocol(name, world):
 
 
 def test_cases_of_a_recipe_hold_where_all_their_words_do(world):
-    mmrl = Checkout("MMRL", world / "theirs", "", Code.of(world / "theirs"))
+    mmrl = Checkout("MMRL", world / "theirs", "", CodeVersion.of(world / "theirs"))
     configs = {
         case: mmrl.recipe(*case, 16)
         for case in (("base2new", "dtd"), ("base2new", "imagenet"), ("xd", "imagenet"))
@@ -113,14 +113,14 @@ def test_cases_of_a_recipe_hold_where_all_their_words_do(world):
         "vit_b16_cross_datasets",
     ]
     assert [recipe.opts["TASK"] for recipe in configs.values()] == ["B2N", "B2N", "CD"]
-    protext = Checkout("ProText", world / "theirs", "", Code.of(world / "theirs")).recipe(
+    protext = Checkout("ProText", world / "theirs", "", CodeVersion.of(world / "theirs")).recipe(
         "base2new", "dtd", 16
     )
     assert (protext.config, protext.dassl) == (
         "configs/trainers/ProText/base2novel/dtd.yaml",
         "Dassl.pytorch",
     )
-    coop = Checkout("CoOp", world / "theirs", "", Code.of(world / "theirs"))
+    coop = Checkout("CoOp", world / "theirs", "", CodeVersion.of(world / "theirs"))
     assert [Path(coop.recipe("fewshot", "dtd", shots).config).stem for shots in (1, 2, 16)] == [
         "rn50_ep50",
         "rn50_ep100",
@@ -146,7 +146,7 @@ def test_runs_keep_coops_folders_and_name_whose_code_they_are(world):
     assert words[-4:] == ON_SHAPES[2:]
     assert words[words.index("--root") + 1] == str(world / "data")  # it runs elsewhere
     assert test_words[test_words.index("--model-dir") + 1] == str(trained.absolute())
-    assert job.method.whose == f"the code of https://example.org/them/theirs, commit {commit[:12]}"
+    assert job.method.provenance == f"the code of https://example.org/them/theirs, commit {commit[:12]}"
     assert Checkout.parse("MaPLe@maple-code").name == "MaPLe@maple-code-no-git"
 
 
@@ -175,7 +175,7 @@ def test_a_changed_checkout_has_a_folder_of_its_own_and_another_at_its_place_is_
         file.write("# mine\n")
     (after,) = jobs("--methods", "CoOp@theirs", *words)
     assert after.method.name == before.method.name + "-modified"
-    assert after.method.whose.endswith(", modified")
+    assert after.method.provenance.endswith(", modified")
     after.settings.parent.mkdir(parents=True)
     after.settings.write_text(after.identity)
     jobs("--methods", "CoOp@theirs", *words)
@@ -339,7 +339,7 @@ def test_an_interrupted_checkout_repeats_no_finished_part_and_its_test_loads_the
     assert (trained["images_used"], tested["images_used"]) == (12, 0)
     assert [run["per_class"][0]["new"] for run in (trained, tested)] == [False, True]
     assert (trained["classes"], tested["classes"], tested["shots"]) == ("base", "new", 16)
-    assert trained["notes"][0] == job.method.whose
+    assert trained["notes"][0] == job.method.provenance
 
 
 @pytest.mark.slow
@@ -352,7 +352,7 @@ def test_two_checkouts_and_ours_in_one_sweep_killed_and_gone_on_with(world):
     sweep = start(quiet, methods)
     shown, errors = sweep.communicate()
     assert sweep.returncode == 0, errors[-3000:]
-    git_name = Code.of(world / "theirs").short
+    git_name = CodeVersion.of(world / "theirs").short
     for label in ("CoOp ", "DFZSL ", f"CoOp (theirs-{git_name})", "MaPLe (maple-code-no-git)"):
         assert re.search(rf"^{re.escape(label)}", shown, re.MULTILINE), shown
     assert "the code of https://example.org/them/theirs, commit" in shown and "secret" not in shown

@@ -13,7 +13,7 @@ from dfzsl import report
 from dfzsl.io.files import write_json
 from dfzsl.io.results import read_results
 from dfzsl.launch.__main__ import main
-from dfzsl.launch.runs import PROTOCOLS, VARIANTS, Job
+from dfzsl.launch.runs import PROTOCOLS, SHIFTED_DATASETS, Job
 from dfzsl.report.figures import plots
 from dfzsl.report.formats import FORMATS
 from dfzsl.report.tables import tables
@@ -122,11 +122,11 @@ def test_few_shots_of_several_data_sets_are_averaged(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("source", VARIANTS)
+@pytest.mark.parametrize("source", SHIFTED_DATASETS)
 def test_domain_generalization_tests_the_variants_of_its_source(source, tmp_path):
     (job,) = jobs("dg", "--methods", "CoOp", "--output", str(tmp_path), source, "1")
     (trained, _), *tests = job.parts()
-    assert [folder.parts[-5] for folder, _ in tests] == list(VARIANTS[source])
+    assert [folder.parts[-5] for folder, _ in tests] == list(SHIFTED_DATASETS[source])
     for _, words in tests:
         assert words[words.index("--model-dir") + 1] == str(trained)
     for part, accuracy in enumerate((70.0, 60.0, 40.0, 30.0, 50.0)):

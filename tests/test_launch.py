@@ -176,7 +176,7 @@ def finished(job: Job, seconds: float, **changes: object) -> None:
 def test_the_forecast_rests_on_finished_runs_of_the_same_method_and_data(tmp_path):
     words = ["--methods", "CoOp,KgCoOp", "--output", str(tmp_path), "shapes", "1", "2", "3", "4"]
     planned = jobs(*words)
-    assert "How long: unknown" in forecast(planned, 2)
+    assert "Estimated time: unknown" in forecast(planned, 2)
     coop = [job for job in planned if job.method.name == "CoOp"]
     for job, seconds in zip(coop, (60, 70, 600), strict=False):
         finished(job, seconds)
@@ -241,10 +241,10 @@ def test_a_run_tells_the_launcher_how_far_it_is(tmp_path, monkeypatch):
         print("** Config **")
         for _ in tqdm(range(2), "recover\x07", unit="epoch", mininterval=0):
             monkeypatch.setattr(workers.time, "monotonic", lambda: 1e9 * len(seen))
-            seen.append(list(workers._how_far([job])))
+            seen.append(list(workers.progress_lines([job])))
 
     monkeypatch.setattr(workers.train, "main", main)
     workers.run(job)
     assert seen[0] == ["ZeroshotCLIP, shapes, seed 1: ** Config **"]
     assert re.fullmatch(r"ZeroshotCLIP, shapes, seed 1: recover\\x07: 50%\|.*\| 1/2 \[.*epoch.*\]", *seen[1])
-    assert not any(workers._how_far([job]))
+    assert not any(workers.progress_lines([job]))

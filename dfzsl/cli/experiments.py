@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dfzsl.launch.sweep import SweepOptions
     from dfzsl.report import Section
 
-PROTOCOLS = {
+PROTOCOL_SUMMARIES = {
     "base2new": "Compare methods on base and new classes.",
     "gzsl": "Compare methods on base and new classes at once (GZSL).",
     "xd": "Compare methods across data sets.",
@@ -167,7 +167,7 @@ def launch() -> None:
     """Run the methods and seeds of an experiment, and print its tables."""
 
 
-for _protocol, _summary in PROTOCOLS.items():
+for _protocol, _summary in PROTOCOL_SUMMARIES.items():
     launch.add_command(sweep_command(_protocol, _summary))
 
 

@@ -216,7 +216,7 @@ def test_a_thousand_runs_read_their_data_once(world, monkeypatch, tried):
     monkeypatch.setattr(Features, "read", lambda self: read.append(self.dataset_dir) or real(self))
     check(planned)
     assert len(planned) == 1000 and 1 <= len(read) <= 4  # base and new classes
-    assert "How long: unknown" in forecast(planned, 2)
+    assert "Estimated time: unknown" in forecast(planned, 2)
     tried("sweeps", "1,000 runs: planned, looked at, forecast", len(planned), "data read once")
 
 
@@ -249,7 +249,7 @@ def test_a_forecast_rests_on_lengths_of_time(elapsed, world, tried):
     (again,) = [
         Job(**{**vars(planned[1]), "seed": 2}),
     ]
-    assert "How long: unknown" in forecast([again], 1)
+    assert "Estimated time: unknown" in forecast([again], 1)
     for folder, _ in planned[1].parts():
         write_json(folder / "results.json", {"schema": 1, "elapsed": 30})
     assert "About 0:01:00" in forecast([again], 1)
