@@ -1,4 +1,4 @@
-"""Every protocol of the launcher, from its runs to its table; few-shot and domain generalization."""
+"""Test every protocol from its runs to its table, few-shot and domain generalization in particular."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def finished(job: Job, accuracy: float, part: int, images: int) -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_what_the_launcher_runs_is_what_the_table_shows(protocol, tmp_path):
+def test_the_table_has_the_runs_of_the_launcher(protocol, tmp_path):
     planned = jobs(protocol, "--output", str(tmp_path), PROTOCOLS[protocol].default, "1", "2")
     for job in planned:
         for part in range(len(job.parts())):
@@ -85,7 +85,7 @@ def few(tmp_path, lines: dict[str, dict[int, float]], data: str = "shapes", seed
             finished(job, accuracy, 0, 120 * shots)
 
 
-def test_the_few_shot_table_has_the_number_of_images_across(tmp_path):
+def test_the_few_shot_table_has_a_column_per_number_of_images(tmp_path):
     few(tmp_path, {"ZeroshotCLIP": {0: 50.0}, "CoOp": {1: 40.0, 4: 60.0, 16: 70.0}})
     few(tmp_path, {"KgCoOp": {1: 55.0, 16: 65.0}})
     (section,) = report.sections(report.collect(tmp_path))
@@ -146,12 +146,12 @@ def test_domain_generalization_tests_the_variants_of_its_source(source, tmp_path
     assert section.headline == "shifted source"
 
 
-def test_domain_generalization_knows_variants_of_some_data_sets_only():
+def test_domain_generalization_needs_a_data_set_with_variants():
     with pytest.raises(UserError, match="dg 'dtd'; known: imagenet, shapes"):
         jobs("dg", "dtd")
 
 
-def test_published_figures_stand_beside_domain_generalization(tmp_path):
+def test_published_results_of_domain_generalization(tmp_path):
     (job,) = jobs("dg", "--methods", "CoOp", "--output", str(tmp_path), "imagenet", "1")
     for part in range(5):
         finished(job, 60.0, part, 16000)
@@ -197,7 +197,7 @@ def test_domain_generalization_runs_from_imagenet_to_its_variants(tmp_path, caps
 
 
 @pytest.mark.slow
-def test_domain_generalization_runs_on_the_built_in_world(tmp_path):
+def test_domain_generalization_runs_on_shapes(tmp_path):
     where = ["--root", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
     main(["dg", "--methods", "ZeroshotCLIP,CoOp", *where, "shapes", "1", "OPTIM.MAX_EPOCH", "1"])
     (section,) = report.sections(report.collect(tmp_path / "out"))

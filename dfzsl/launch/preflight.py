@@ -48,9 +48,10 @@ def check(jobs: Sequence[Job]) -> None:
     def inputs(arguments: tuple[str, ...], trains: bool, pending: bool) -> tuple[dict[str, str], str]:
         """Return checksums of the data with the id of the backbone, and the data folder."""
         config = _DataConfig(arguments, trains)
+        sums = data_checksums(config)  # before the encoder, which may download weights
         backbone = config.cfg.MODEL.BACKBONE
         encoder_id = encoder(backbone.NAME, backbone.WEIGHTS, pending)
-        return {**data_checksums(config), "backbone": encoder_id}, config.cfg.DATASET.ROOT
+        return {**sums, "backbone": encoder_id}, config.cfg.DATASET.ROOT
 
     compared_folders: set[Path] = set()
     checked_training_data: set[tuple[str, int]] = set()
