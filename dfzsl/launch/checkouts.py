@@ -74,8 +74,11 @@ RECIPE_TYPES: dict[str, Any] = {
     "opts": dict,
     "cpu": dict,
     "load_epoch": int | str,
+    "checkpoint_freq": int,
+    "dassl": str,
+    "images": int,
+    "note": str,
 }
-RECIPE_TYPES |= {"checkpoint_freq": int, "dassl": str, "images": int, "note": str}
 # Key of changes for a protocol, data set or number of shots: {"xd": {config: ...}, "base2new shots_1": ...}
 CASES_KEY = "when"
 

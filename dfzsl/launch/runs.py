@@ -22,8 +22,8 @@ from dfzsl.utils.errors import UserError, unknown
 from .checkouts import Checkout, CheckoutRecipe, to_arguments
 
 OWNER_TRAINER = "TeacherZeroshot"
-TRAINING_FREE_TRAINERS = ("ZeroshotCLIP", OWNER_TRAINER, "TextTeacherMix")
-DEFAULT_METHODS = (*TRAINING_FREE_TRAINERS, "CoOp", "CoCoOp", "DFZSL")
+BASELINE_TRAINERS = ("ZeroshotCLIP", OWNER_TRAINER, "TextTeacherMix")
+DEFAULT_METHODS = (*BASELINE_TRAINERS, "CoOp", "CoCoOp", "DFZSL")
 DEFAULT_SEEDS = ("1", "2", "3")
 TRANSFER_DATASETS = ["caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101"]
 TRANSFER_DATASETS += ["fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"]

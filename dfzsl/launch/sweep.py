@@ -25,11 +25,11 @@ from .checkouts import Checkout
 from .forecast import forecast
 from .preflight import check, check_locks
 from .runs import (
+    BASELINE_TRAINERS,
     DEFAULT_METHODS,
     DEFAULT_SEEDS,
     OWNER_TRAINER,
     PROTOCOLS,
-    TRAINING_FREE_TRAINERS,
     TRANSFER_DATASETS,
     Data,
     Job,
@@ -50,7 +50,7 @@ class SweepOptions:
         seeds: one run per seed; by default 1, 2 and 3.
         settings: KEY, VALUE, ... for the config of every run.
         methods: comma-separated `TRAINER[@virtual or @CHECKOUT][:CONFIG][+VARIANT]`, or all; "": DFZSL and
-            the baselines without training; without a data set also CoOp and CoCoOp.
+            the baselines without prompt training; without a data set also CoOp and CoCoOp.
         image_prompts: whether all includes the methods that learn inside the image encoder.
         root: data folder.
         output: folder of all results and tables.
@@ -112,7 +112,7 @@ def plan(options: SweepOptions) -> list[Job]:
     if len(settings) % 2 or not all(map(KEY.fullmatch, settings[::2])):
         raise UserError(f"after DATASET and seeds, give KEY VALUE pairs, not {' '.join(settings)}")
     chosen = options.methods or ",".join(
-        [*TRAINING_FREE_TRAINERS, "DFZSL"] if options.dataset else DEFAULT_METHODS
+        [*BASELINE_TRAINERS, "DFZSL"] if options.dataset else DEFAULT_METHODS
     )
     methods = choose(chosen, options.image_prompts)
     dataset = options.dataset or protocol.default
