@@ -1,4 +1,4 @@
-"""Other people's checkouts as methods, on stand-ins (tests/standins) in the style of CoOp's and MaPLe's."""
+"""Test checkouts as methods, with stand-ins (tests/standins) in the layout of CoOp and MaPLe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sweeps import planned_jobs, start_sweep
 from dfzsl.io.files import digest
 from dfzsl.io.results import VOLATILE_KEYS, read_results
 from dfzsl.launch import host
-from dfzsl.launch.checkouts import RECIPES, Checkout, Code
+from dfzsl.launch.checkouts import RECIPES, Checkout, CodeVersion
 from dfzsl.launch.sweep import choose
 from dfzsl.launch.workers import work
 from dfzsl.trainers.clip.loading import copy_to_clip_cache
@@ -75,21 +75,21 @@ def start(folder: Path, methods: str, *words: str) -> subprocess.Popen:
 
 
 def outcome(folder: Path) -> dict[str, dict]:
-    """Every result without what the clock decides."""
+    """Return every result without fields that depend on the clock."""
     found = {}
     for path in (folder / "output").rglob("results.json"):
         results = json.loads(path.read_text())
         for key in VOLATILE_KEYS:
             results.pop(key, None)
         del results["versions"]["revision"]
-        # Where a run was is no part of what it found.
+        # Results must not depend on the folder of the run.
         found[str(path.relative_to(folder))] = json.loads(json.dumps(results).replace(str(folder), ""))
     return found
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.yaml")))
 def test_every_recipe_makes_a_command_line_in_every_protocol(name, world):
-    made = Checkout(name, world / "theirs", "", Code.of(world / "theirs"))
+    made = Checkout(name, world / "theirs", "", CodeVersion.of(world / "theirs"))
     for protocol, dataset in itertools.product(
         ("base2new", "xd", "dg", "fewshot"), ("oxford_pets", "imagenet")
     ):
@@ -101,8 +101,8 @@ def test_every_recipe_makes_a_command_line_in_every_protocol(name, world):
     assert any(f"`{name}`" in line and f"({address})" in line for line in page.splitlines())
 
 
-def test_cases_of_a_recipe_hold_where_all_their_words_do(world):
-    mmrl = Checkout("MMRL", world / "theirs", "", Code.of(world / "theirs"))
+def test_a_case_of_a_recipe_applies_where_all_its_labels_match(world):
+    mmrl = Checkout("MMRL", world / "theirs", "", CodeVersion.of(world / "theirs"))
     configs = {
         case: mmrl.recipe(*case, 16)
         for case in (("base2new", "dtd"), ("base2new", "imagenet"), ("xd", "imagenet"))
@@ -113,14 +113,14 @@ def test_cases_of_a_recipe_hold_where_all_their_words_do(world):
         "vit_b16_cross_datasets",
     ]
     assert [recipe.opts["TASK"] for recipe in configs.values()] == ["B2N", "B2N", "CD"]
-    protext = Checkout("ProText", world / "theirs", "", Code.of(world / "theirs")).recipe(
+    protext = Checkout("ProText", world / "theirs", "", CodeVersion.of(world / "theirs")).recipe(
         "base2new", "dtd", 16
     )
     assert (protext.config, protext.dassl) == (
         "configs/trainers/ProText/base2novel/dtd.yaml",
         "Dassl.pytorch",
     )
-    coop = Checkout("CoOp", world / "theirs", "", Code.of(world / "theirs"))
+    coop = Checkout("CoOp", world / "theirs", "", CodeVersion.of(world / "theirs"))
     assert [Path(coop.recipe("fewshot", "dtd", shots).config).stem for shots in (1, 2, 16)] == [
         "rn50_ep50",
         "rn50_ep100",
@@ -128,13 +128,13 @@ def test_cases_of_a_recipe_hold_where_all_their_words_do(world):
     ]
 
 
-def test_checkouts_stand_beside_all_methods(world):
+def test_checkouts_combine_with_all_methods(world):
     methods = choose("all,CoOp@theirs")
     assert methods[0].trainer == "TeacherZeroshot"
     assert [method.name for method in methods][-1].startswith("CoOp@theirs-") and len(methods) > 5
 
 
-def test_runs_keep_coops_folders_and_name_whose_code_they_are(world):
+def test_runs_have_coops_folders_and_the_version_of_the_code(world):
     (job,) = jobs("--methods", "coop@theirs", "--root", "data", *ON_SHAPES)
     commit = git(world / "theirs", "rev-parse", "HEAD").strip()
     (trained, words), (_, test_words) = job.parts()
@@ -146,7 +146,7 @@ def test_runs_keep_coops_folders_and_name_whose_code_they_are(world):
     assert words[-4:] == ON_SHAPES[2:]
     assert words[words.index("--root") + 1] == str(world / "data")  # it runs elsewhere
     assert test_words[test_words.index("--model-dir") + 1] == str(trained.absolute())
-    assert job.method.whose == f"the code of https://example.org/them/theirs, commit {commit[:12]}"
+    assert job.method.provenance == f"the code of https://example.org/them/theirs, commit {commit[:12]}"
     assert Checkout.parse("MaPLe@maple-code").name == "MaPLe@maple-code-no-git"
 
 
@@ -168,14 +168,14 @@ def test_few_shots_are_runs_of_the_whole_data_set_by_the_recipes_configs(world):
     ]
 
 
-def test_a_changed_checkout_has_a_folder_of_its_own_and_another_at_its_place_is_refused(world):
+def test_a_changed_checkout_has_its_own_folder_and_further_changes_are_refused(world):
     words = ["--root", "data", *ON_SHAPES]
     (before,) = jobs("--methods", "CoOp@theirs", *words)
     with open(world / "theirs/trainers/method.py", "a") as file:
         file.write("# mine\n")
     (after,) = jobs("--methods", "CoOp@theirs", *words)
     assert after.method.name == before.method.name + "-modified"
-    assert after.method.whose.endswith(", modified")
+    assert after.method.provenance.endswith(", modified")
     after.settings.parent.mkdir(parents=True)
     after.settings.write_text(after.identity)
     jobs("--methods", "CoOp@theirs", *words)
@@ -201,12 +201,12 @@ def test_a_changed_checkout_has_a_folder_of_its_own_and_another_at_its_place_is_
         ("CoOp@virtul", "'CoOp@virtul'"),
     ],
 )
-def test_a_slip_is_told_in_one_line(method, message, world):
+def test_an_error_is_reported_in_one_line(method, message, world):
     with pytest.raises(UserError, match=message):
         jobs("--methods", method, "--root", "data", *ON_SHAPES)
 
 
-def test_a_data_set_that_the_checkout_lacks_and_a_protocol_that_is_not_coops_are_told(world):
+def test_an_unsupported_data_set_or_protocol_is_refused(world):
     with pytest.raises(UserError, match=r"configs/datasets/dtd\.yaml.*oxford_pets"):
         jobs("--methods", "CoOp@theirs", "dtd", "1")
     with pytest.raises(UserError, match="gzsl"):
@@ -224,13 +224,13 @@ def test_a_data_set_that_the_checkout_lacks_and_a_protocol_that_is_not_coops_are
         ("{trainer: Mine, config: a.yaml, when: [xd]}", "trainer.*config"),
     ],
 )
-def test_a_recipe_with_a_mistake_is_told(text, message, world):
+def test_an_invalid_recipe_is_reported(text, message, world):
     (world / "theirs/dfzsl.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         choose("Mine@theirs")
 
 
-def test_a_checkouts_own_recipe_goes_first(world):
+def test_a_checkouts_own_recipe_takes_precedence(world):
     (world / "theirs/dfzsl.yaml").write_text(
         "{trainer: CoOp, config: configs/trainers/CoOp/vit_b16_ep50_ctxv1.yaml, "
         "opts: {TRAINER.COOP.N_CTX: 4}}"
@@ -242,7 +242,7 @@ def test_a_checkouts_own_recipe_goes_first(world):
     assert job.method.name.startswith("Mine@theirs-")
 
 
-def test_a_run_that_fails_is_quoted(world):
+def test_a_failed_run_reports_its_last_lines(world):
     (world / "maple-code/dfzsl.yaml").write_text(
         "{trainer: MaPLe, config: configs/trainers/MaPLe/vit_b16_c2_ep5_batch4_2ctx.yaml}"  # half on a CPU
     )
@@ -252,7 +252,7 @@ def test_a_run_that_fails_is_quoted(world):
     assert not job.settings.exists()
 
 
-def test_weights_lie_where_clip_looks_for_them_and_others_are_refused(world):
+def test_weights_are_placed_in_clips_cache_and_others_are_refused(world):
     copy_to_clip_cache("shapes", "openai")
     offered = world / "home/.cache/clip/shapes.pt"
     assert digest(offered) == digest(ROOT / "datasets/shapes/clip.safetensors")
@@ -279,7 +279,7 @@ open("seen.json", "w").write(json.dumps(seen))
 
 
 @pytest.mark.parametrize("checkpoint_freq", [0, 10])
-def test_the_process_of_a_checkout_holds_its_folder_and_starts_anew_where_nothing_can_be_gone_on_with(
+def test_the_process_of_a_checkout_locks_its_folder_and_starts_again_without_checkpoints(
     checkpoint_freq, world, monkeypatch
 ):
     folder = world / "output/base2new/train_base/oxford_pets/shots_16/CoOp@theirs/c/seed1"
@@ -339,11 +339,11 @@ def test_an_interrupted_checkout_repeats_no_finished_part_and_its_test_loads_the
     assert (trained["images_used"], tested["images_used"]) == (12, 0)
     assert [run["per_class"][0]["new"] for run in (trained, tested)] == [False, True]
     assert (trained["classes"], tested["classes"], tested["shots"]) == ("base", "new", 16)
-    assert trained["notes"][0] == job.method.whose
+    assert trained["notes"][0] == job.method.provenance
 
 
 @pytest.mark.slow
-def test_two_checkouts_and_ours_in_one_sweep_killed_and_gone_on_with(world):
+def test_two_checkouts_and_two_trainers_in_one_killed_and_resumed_sweep(world):
     methods = "CoOp,DFZSL,CoOp@theirs,MaPLe@maple-code"
     quiet, killed = world, world / "killed"
     killed.mkdir()
@@ -352,7 +352,7 @@ def test_two_checkouts_and_ours_in_one_sweep_killed_and_gone_on_with(world):
     sweep = start(quiet, methods)
     shown, errors = sweep.communicate()
     assert sweep.returncode == 0, errors[-3000:]
-    git_name = Code.of(world / "theirs").short
+    git_name = CodeVersion.of(world / "theirs").short
     for label in ("CoOp ", "DFZSL ", f"CoOp (theirs-{git_name})", "MaPLe (maple-code-no-git)"):
         assert re.search(rf"^{re.escape(label)}", shown, re.MULTILINE), shown
     assert "the code of https://example.org/them/theirs, commit" in shown and "secret" not in shown

@@ -185,7 +185,7 @@ class TestHelp:
             assert process.stderr.read() == b""
 
     def test_choices_are_those_of_the_library(self):
-        assert set(experiments.PROTOCOLS) == set(PROTOCOLS)
+        assert set(experiments.PROTOCOL_SUMMARIES) == set(PROTOCOLS)
         (choice,) = [p.type for p in experiments.report.params if p.name == "table_format"]
         assert list(choice.choices) == list(FORMATS)
 

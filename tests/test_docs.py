@@ -163,7 +163,7 @@ def accept_launch(words: list[str]) -> None:
     jobs = planned_jobs(words)
     for job in jobs:
         if job.seed == jobs[0].seed and job.data == jobs[0].data:
-            for _, arguments in job.reader.parts():
+            for _, arguments in job.data_job.parts():
                 train.setup_cfg(train.parser().parse_args(arguments))
 
 

@@ -1,4 +1,4 @@
-"""Every protocol of the launcher, from its runs to its table; few-shot and domain generalization."""
+"""Test every protocol from its runs to its table, few-shot and domain generalization in particular."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dfzsl import report
 from dfzsl.io.files import write_json
 from dfzsl.io.results import read_results
 from dfzsl.launch.__main__ import main
-from dfzsl.launch.runs import PROTOCOLS, VARIANTS, Job
+from dfzsl.launch.runs import PROTOCOLS, SHIFTED_DATASETS, Job
 from dfzsl.report.figures import plots
 from dfzsl.report.formats import FORMATS
 from dfzsl.report.tables import tables
@@ -43,7 +43,7 @@ def finished(job: Job, accuracy: float, part: int, images: int) -> None:
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_what_the_launcher_runs_is_what_the_table_shows(protocol, tmp_path):
+def test_the_table_has_the_runs_of_the_launcher(protocol, tmp_path):
     planned = jobs(protocol, "--output", str(tmp_path), PROTOCOLS[protocol].default, "1", "2")
     for job in planned:
         for part in range(len(job.parts())):
@@ -85,7 +85,7 @@ def few(tmp_path, lines: dict[str, dict[int, float]], data: str = "shapes", seed
             finished(job, accuracy, 0, 120 * shots)
 
 
-def test_the_few_shot_table_has_the_number_of_images_across(tmp_path):
+def test_the_few_shot_table_has_a_column_per_number_of_images(tmp_path):
     few(tmp_path, {"ZeroshotCLIP": {0: 50.0}, "CoOp": {1: 40.0, 4: 60.0, 16: 70.0}})
     few(tmp_path, {"KgCoOp": {1: 55.0, 16: 65.0}})
     (section,) = report.sections(report.collect(tmp_path))
@@ -96,8 +96,9 @@ def test_the_few_shot_table_has_the_number_of_images_across(tmp_path):
         ["CLIP", "50.0", "50.0", "50.0"],  # it sees none, however many there are
     ]
     assert "shots" not in table.headers
-    assert table.rows[0][table.headers.index("images")] == 120 * 16
-    assert section.notes == ["KgCoOp, seed 1: not finished and left out, no 4 shots"]
+    assert table.rows[0][table.headers.index("training images")] == 120 * 16
+    (note,) = section.notes
+    assert note.startswith("KgCoOp, seed 1") and note.endswith("4 shots")
     assert section.headline == "16 shots"
     (curve,) = [plot for plot in plots(section, details=False) if plot.title.startswith("Accuracy by")]
     ticks = re.findall(r">(\d+)</text>", curve.svg)
@@ -121,11 +122,11 @@ def test_few_shots_of_several_data_sets_are_averaged(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("source", VARIANTS)
+@pytest.mark.parametrize("source", SHIFTED_DATASETS)
 def test_domain_generalization_tests_the_variants_of_its_source(source, tmp_path):
     (job,) = jobs("dg", "--methods", "CoOp", "--output", str(tmp_path), source, "1")
     (trained, _), *tests = job.parts()
-    assert [folder.parts[-5] for folder, _ in tests] == list(VARIANTS[source])
+    assert [folder.parts[-5] for folder, _ in tests] == list(SHIFTED_DATASETS[source])
     for _, words in tests:
         assert words[words.index("--model-dir") + 1] == str(trained)
     for part, accuracy in enumerate((70.0, 60.0, 40.0, 30.0, 50.0)):
@@ -145,12 +146,12 @@ def test_domain_generalization_tests_the_variants_of_its_source(source, tmp_path
     assert section.headline == "shifted source"
 
 
-def test_domain_generalization_knows_variants_of_some_data_sets_only():
+def test_domain_generalization_needs_a_data_set_with_variants():
     with pytest.raises(UserError, match="dg 'dtd'; known: imagenet, shapes"):
         jobs("dg", "dtd")
 
 
-def test_published_figures_stand_beside_domain_generalization(tmp_path):
+def test_published_results_of_domain_generalization(tmp_path):
     (job,) = jobs("dg", "--methods", "CoOp", "--output", str(tmp_path), "imagenet", "1")
     for part in range(5):
         finished(job, 60.0, part, 16000)
@@ -196,7 +197,7 @@ def test_domain_generalization_runs_from_imagenet_to_its_variants(tmp_path, caps
 
 
 @pytest.mark.slow
-def test_domain_generalization_runs_on_the_built_in_world(tmp_path):
+def test_domain_generalization_runs_on_shapes(tmp_path):
     where = ["--root", str(tmp_path / "data"), "--output", str(tmp_path / "out")]
     main(["dg", "--methods", "ZeroshotCLIP,CoOp", *where, "shapes", "1", "OPTIM.MAX_EPOCH", "1"])
     (section,) = report.sections(report.collect(tmp_path / "out"))

@@ -42,7 +42,7 @@ def test_folders_are_laid_out_as_coop_lays_them_out(tmp_path):
     ]
 
 
-def test_a_folder_says_how_many_images_of_a_class_were_seen(tmp_path):
+def test_a_folder_name_has_the_number_of_images_per_class(tmp_path):
     planned = jobs("--methods", "CoOp,DFZSL,ZeroshotCLIP", "--output", str(tmp_path), "imagenet", "2")
     seen = [folder.parts[-4] for job in planned for folder, _ in job.parts()[:1]]
     assert seen == ["shots_16", "shots_all", "shots_0"]
@@ -77,7 +77,7 @@ def test_an_option_after_half_a_pair_stays_an_option():
     assert options.settings == ("OPTIM.LR",) and options.workers == 2
 
 
-def test_by_default_a_sweep_compares_more_methods():
+def test_without_a_data_set_a_sweep_compares_more_methods():
     few, many = ({job.method.name for job in jobs(*words)} for words in (["shapes"], []))
     assert "DFZSL" in few and many - few == {"CoOp", "CoCoOp"}
 
@@ -137,7 +137,7 @@ def test_a_data_set_that_brings_its_backbone_keeps_it():
         (["--methods", "CoOp", "shapes", "OPTIM.LRR", "1"], "OPTIM.LRR"),
     ],
 )
-def test_a_slip_is_told_in_one_line(words, message):
+def test_an_error_is_reported_in_one_line(words, message):
     with pytest.raises(UserError, match=message):
         jobs(*words)
 
@@ -173,10 +173,10 @@ def finished(job: Job, seconds: float, **changes: object) -> None:
         write_json(folder / "results.json", {"schema": 1, "elapsed": seconds / 2, **changes})
 
 
-def test_the_forecast_rests_on_finished_runs_of_the_same_method_and_data(tmp_path):
+def test_the_forecast_uses_finished_runs_of_the_same_method_and_data(tmp_path):
     words = ["--methods", "CoOp,KgCoOp", "--output", str(tmp_path), "shapes", "1", "2", "3", "4"]
     planned = jobs(*words)
-    assert "How long: unknown" in forecast(planned, 2)
+    assert "Estimated time: unknown" in forecast(planned, 2)
     coop = [job for job in planned if job.method.name == "CoOp"]
     for job, seconds in zip(coop, (60, 70, 600), strict=False):
         finished(job, seconds)
@@ -192,7 +192,7 @@ def test_the_forecast_rests_on_finished_runs_of_the_same_method_and_data(tmp_pat
     assert "About 0:03:05 on 2 workers; by" in forecast(todo, 2)  # 70 and three times 100, on two
 
 
-def test_workers_take_first_what_takes_long(tmp_path):
+def test_workers_run_the_longest_jobs_first(tmp_path):
     words = ["--methods", "CoOp,KgCoOp,ProGrad", "--output", str(tmp_path), "shapes", "1", "2", "3"]
     order = longest_first(jobs(*words))
 
@@ -209,7 +209,7 @@ def test_workers_take_first_what_takes_long(tmp_path):
     assert next(order, None) is None
 
 
-def test_results_of_another_schema_are_told_before_anything_runs(tmp_path):
+def test_results_of_another_schema_are_refused_before_any_run(tmp_path):
     words = ["--methods", "CoOp", "--output", str(tmp_path), "shapes", "1"]
     finished(jobs(*words)[0], 1.0, schema=0)
     with pytest.raises(UserError, match=r"results\.json: schema 0"):
@@ -233,7 +233,7 @@ def test_a_job_is_locked_against_others(tmp_path):
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_run_tells_the_launcher_how_far_it_is(tmp_path, monkeypatch):
+def test_a_run_reports_its_progress_to_the_launcher(tmp_path, monkeypatch):
     job = Job("base2new", Method("ZeroshotCLIP"), Data("shapes", "data"), 1, 16, -1, tmp_path)
     seen = []
 
@@ -241,10 +241,10 @@ def test_a_run_tells_the_launcher_how_far_it_is(tmp_path, monkeypatch):
         print("** Config **")
         for _ in tqdm(range(2), "recover\x07", unit="epoch", mininterval=0):
             monkeypatch.setattr(workers.time, "monotonic", lambda: 1e9 * len(seen))
-            seen.append(list(workers._how_far([job])))
+            seen.append(list(workers.progress_lines([job])))
 
     monkeypatch.setattr(workers.train, "main", main)
     workers.run(job)
     assert seen[0] == ["ZeroshotCLIP, shapes, seed 1: ** Config **"]
     assert re.fullmatch(r"ZeroshotCLIP, shapes, seed 1: recover\\x07: 50%\|.*\| 1/2 \[.*epoch.*\]", *seen[1])
-    assert not any(workers._how_far([job]))
+    assert not any(workers.progress_lines([job]))

@@ -1,4 +1,4 @@
-"""Every data set, as a fake copy in its true layout, through base-to-new and GZSL."""
+"""Run base-to-new and GZSL on a miniature copy of every data set in its true layout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(trainer: str, name: str, root, output, classes: str, *flags: str, **keys
 
 
 def one_of_each_kind() -> list:
-    """All data sets; those whose base class another one has already are slow."""
+    """All data sets; those that share the base class of an earlier one are marked slow."""
     kinds: set[type] = set()
     cases = []
     for name in sorted(fake_data.FAKES):
@@ -39,7 +39,7 @@ def one_of_each_kind() -> list:
 
 
 @pytest.mark.parametrize("name", one_of_each_kind())
-def test_a_data_set_goes_through_base_to_new_and_gzsl(name, tmp_path):
+def test_a_data_set_runs_through_base_to_new_and_gzsl(name, tmp_path):
     root = fake_data.make(name, tmp_path / "data")
     encoder = {} if name == "Features" else {"MODEL__BACKBONE__NAME": "shapes"}
     if name in TEST_ONLY:

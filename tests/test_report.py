@@ -20,16 +20,16 @@ import dfzsl.trainers  # noqa: F401
 from dfzsl import report
 from dfzsl.io.results import harmonic_mean, per_class_mean, read_results
 from dfzsl.report import __main__ as command
-from dfzsl.report.method_names import BOOK, glossary, meaning
-from dfzsl.report.read_runs import Method, Outcome, parse_log
+from dfzsl.report.method_names import GLOSSARY, describe_method, glossary_markdown
+from dfzsl.report.read_runs import MethodKey, Outcome, parse_log
 from dfzsl.report.sections import Spread, average, published_summaries
-from dfzsl.report.significance import draws, interval
+from dfzsl.report.significance import bootstrap, difference_interval
 from dfzsl.report.tables import tables
 from dfzsl.utils.errors import UserError
 
 
 def cells(root: Path) -> list[dict[str, str]]:
-    """The first table below `root` as text, a dictionary a row."""
+    """Return the first table below `root` as text, one dictionary per row."""
     table = tables(report.sections(report.collect(root))[0])[0]
     return [dict(zip(table.headers, (text.strip() for text in row), strict=True)) for row in table.texts()]
 
@@ -52,7 +52,12 @@ def test_both_averages_of_h(tmp_path):
     assert row["mean of H"] == "18.0 ± 0.0"
     assert row["base"] == "50.0 ± 40.0"
     assert row["seconds"] == "2.0"
-    assert (row["seeds"], row["trained"], row["images"], row["queries"]) == ("2", "2,048", "16", "0")
+    assert (row["seeds"], row["trained parameters"], row["training images"], row["queries"]) == (
+        "2",
+        "2,048",
+        "16",
+        "0",
+    )
 
 
 def test_gzsl_scores_are_means_over_classes(tmp_path):
@@ -84,7 +89,7 @@ def test_average_over_data_sets_by_both_conventions(tmp_path):
     assert row.mean_h == Spread(18.0, None)
 
 
-def test_a_method_that_lacks_a_data_set_is_left_out_of_the_average_and_named(tmp_path):
+def test_a_method_that_lacks_a_data_set_is_excluded_from_the_average_with_a_note(tmp_path):
     for data in ("x", "y"):
         write_pair(tmp_path, "CoOp", 1, 80.0, 60.0, data=data)
     write_pair(tmp_path, "DFZSL", 1, 80.0, 60.0, data="x")
@@ -94,7 +99,7 @@ def test_a_method_that_lacks_a_data_set_is_left_out_of_the_average_and_named(tmp
     assert note.endswith(" y")
 
 
-def test_failed_and_unfinished_and_missing_seeds_are_named(tmp_path):
+def test_failed_unfinished_and_missing_seeds_have_notes(tmp_path):
     for seed in (1, 2, 3):
         write_pair(tmp_path, "DFZSL", seed, 80.0, 70.0)
     write_pair(tmp_path, "CoOp", 1, 80.0, 60.0)
@@ -108,14 +113,14 @@ def test_failed_and_unfinished_and_missing_seeds_are_named(tmp_path):
     assert rows == {"CoOp": "1", "DFZSL": "3"}
 
 
-def test_a_folder_where_everything_failed_still_says_why(tmp_path, capsys):
+def test_a_folder_with_failed_runs_only_reports_the_reasons(tmp_path, capsys):
     write_failure(tmp_path, "CoOp", 1, "no such file: images")
     command.main([str(tmp_path)])
     printed = capsys.readouterr().out
     assert "no such file: images" in printed
 
 
-def test_different_backbones_and_notes_of_runs_are_told(tmp_path):
+def test_different_backbones_and_notes_of_runs_are_reported(tmp_path):
     write_pair(tmp_path, "CoOp", 1, 80.0, 60.0, backbone="RN50")
     write_pair(tmp_path, "DFZSL", 1, 80.0, 60.0, notes=["FLPT left out"])
     one, other, note = notes(tmp_path)
@@ -124,7 +129,7 @@ def test_different_backbones_and_notes_of_runs_are_told(tmp_path):
     assert note == "DFZSL: FLPT left out"
 
 
-def test_methods_are_told_apart_by_config_only_where_they_must_be(tmp_path):
+def test_labels_contain_the_config_only_where_names_are_ambiguous(tmp_path):
     write_pair(tmp_path, "CoOp", 1, 80.0, 60.0, config="ep50")
     write_pair(tmp_path, "CoOp", 1, 80.0, 65.0, config="ep100")
     write_pair(tmp_path, "CoOp@virtual", 1, 80.0, 70.0)
@@ -159,7 +164,7 @@ def test_transfer_has_a_mean_over_other_data_sets_and_one_over_shifted_sources(t
     ]
 
 
-def test_a_transfer_run_that_lacks_a_target_is_left_out(tmp_path):
+def test_a_transfer_run_that_lacks_a_target_is_excluded(tmp_path):
     root = tmp_path / "xd"
     for seed, targets in ((1, ("dtd", "eurosat")), (2, ("dtd",))):
         write(root, "train_all", "CoOp", seed, 70.0, data="imagenet")
@@ -169,7 +174,7 @@ def test_a_transfer_run_that_lacks_a_target_is_left_out(tmp_path):
     assert note.startswith("CoOp, seed 2") and "eurosat" in note
 
 
-def test_published_figures_agree_with_the_published_averages():
+def test_published_results_agree_with_the_published_averages():
     """The means of the data sets' figures against the averages that the papers print."""
     ten = ["caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101"]
     ten += ["fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"]
@@ -209,7 +214,7 @@ def test_published_figures_agree_with_the_published_averages():
     )
 
 
-def test_published_figures_stand_beside_measured_ones_and_are_marked(tmp_path):
+def test_published_results_are_marked(tmp_path):
     write_pair(tmp_path, "CoOp", 1, 80.0, 60.0, data="dtd", backbone="ViT-B-32")
     parts = report.sections(report.collect(tmp_path), published=True)
     text = report.FORMATS["terminal"](parts)
@@ -270,7 +275,7 @@ def test_a_log_with_counts_gives_exact_accuracies_and_rows_of_classes():
 
 
 @given(st.text())
-def test_no_text_breaks_the_reader_of_logs(text):
+def test_parse_log_accepts_any_text(text):
     parse_log(text)
     parse_log(LOG.format(end=text))
 
@@ -316,21 +321,21 @@ def test_other_files_are_refused(tmp_path, text, fact):
         ({"seconds": {"train": "long"}}, "seconds"),
     ],
 )
-def test_a_broken_results_file_is_named_with_its_field(tmp_path, change, field):
+def test_an_invalid_results_file_is_reported_with_its_field(tmp_path, change, field):
     write(tmp_path, "train_base", "CoOp", 1, **({"accuracy": 50.0} | change))
     with pytest.raises(UserError, match=rf"results\.json.*{field}"):
         report.collect(tmp_path)
 
 
 @pytest.mark.parametrize("where", [".", "nowhere"])
-def test_a_folder_without_results_says_what_to_give(tmp_path, where):
+def test_a_folder_without_results_is_reported(tmp_path, where):
     (tmp_path / "notes").mkdir()
     with pytest.raises(UserError, match=str(tmp_path)):
         report.collect(tmp_path / where)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_the_command_line_tells_a_mistake_in_one_line(tmp_path, monkeypatch, capfd):
+def test_the_command_line_reports_an_error_in_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
     with pytest.raises(SystemExit) as exit_:
         runpy.run_module("dfzsl.report", run_name="__main__")
@@ -342,7 +347,7 @@ def test_the_command_line_tells_a_mistake_in_one_line(tmp_path, monkeypatch, cap
 def test_two_sources_in_one_transfer_folder_are_refused(tmp_path):
     for data in ("imagenet", "sun397"):
         write(tmp_path / "xd", "train_all", "CoOp", 1, 70.0, data=data)
-    with pytest.raises(UserError, match="source"):
+    with pytest.raises(UserError, match="imagenet, sun397"):
         report.collect(tmp_path)
 
 
@@ -404,11 +409,11 @@ def test_data_sets_stand_in_the_order_of_papers_after_their_average(tmp_path, ca
     assert re.search(r"^\| Average +\| +base", capsys.readouterr().out, re.MULTILINE)
 
 
-class TestNoise:
-    """The bootstrap against closed forms, and what is bold by it."""
+class TestSignificance:
+    """The bootstrap against closed forms, and the bold marks that it decides."""
 
     def one(self, root: Path, **accuracies: list[list[int]]):
-        """A section of methods, each with rows of (seed) correct answers out of 100 on base classes."""
+        """Write results of methods, given as correct answers per seed and base class out of 100."""
         for method, by_seed in accuracies.items():
             for seed, correct in enumerate(by_seed, 1):
                 rows = [
@@ -420,7 +425,7 @@ class TestNoise:
         (section,) = report.sections(report.collect(root))
         return section
 
-    def test_the_spread_is_that_of_a_mean_over_classes(self, tmp_path):
+    def test_the_deviation_is_that_of_a_mean_over_classes(self, tmp_path):
         rng = np.random.default_rng(1)
         correct = rng.integers(20, 90, 200)
         section = self.one(
@@ -430,7 +435,7 @@ class TestNoise:
         assert draws.mean() == pytest.approx(correct.mean(), abs=0.3)
         assert draws.std() == pytest.approx(correct.std() / 200**0.5, rel=0.06)
 
-    def test_seeds_add_their_part(self, tmp_path):
+    def test_seeds_add_variance(self, tmp_path):
         """Two crossed factors without interaction: the variances of their means add up."""
         seeds, classes = np.array([-4, -1, 0, 2, 3]), np.linspace(30, 70, 41).round()
         correct = (classes + seeds[:, None]).astype(int)
@@ -438,13 +443,15 @@ class TestNoise:
         expected = classes.var() / 41 + seeds.var() / 5
         assert draws.var() == pytest.approx(expected, rel=0.1)
 
-    def test_what_is_hard_for_all_cancels_in_a_difference(self, tmp_path):
+    def test_class_difficulty_cancels_in_a_difference(self, tmp_path):
         correct = np.random.default_rng(2).integers(10, 90, 30)
         section = self.one(tmp_path, CoOp=[correct.tolist()], FLPT=[(correct - 1).tolist()])
-        assert interval(section.draws["CoOp"]["base"], section.draws["FLPT"]["base"]) == pytest.approx((1, 1))
+        assert difference_interval(
+            section.draws["CoOp"]["base"], section.draws["FLPT"]["base"]
+        ) == pytest.approx((1, 1))
         assert tables(section)[0].rows[1][4] == "−1.0 [−1.0, −1.0]"
 
-    def test_an_interval_covers_the_truth_as_often_as_it_says(self):
+    def test_intervals_have_their_nominal_coverage(self):
         rng = np.random.default_rng(3)
         covered = 0
         for trial in range(60):
@@ -455,13 +462,13 @@ class TestNoise:
                     for i, c in enumerate(np.clip(rng.normal(500 + 10 * gain, 80, 60), 0, 1000))
                 ]
                 parts = {part: {"per_class": rows} for part in ("train_base", "test_new")}
-                runs[label] = [Outcome("base2new", f"set {trial}", Method(label, "16", "x"), 1, parts)]
-            found = draws(runs)
-            low, high = interval(found["b"]["base"], found["a"]["base"])
+                runs[label] = [Outcome("base2new", f"set {trial}", MethodKey(label, "16", "x"), 1, parts)]
+            found = bootstrap(runs)
+            low, high = difference_interval(found["b"]["base"], found["a"]["base"])
             covered += low <= 5 <= high
         assert 0.85 <= covered / 60 < 1
 
-    def test_only_a_lead_beyond_noise_is_bold(self, tmp_path):
+    def test_only_a_significant_lead_is_bold(self, tmp_path):
         base = np.random.default_rng(4).integers(30, 60, 40)
         noisy = base + np.random.default_rng(5).integers(-20, 21, 40)
         section = self.one(
@@ -472,7 +479,7 @@ class TestNoise:
         near = self.one(tmp_path / "near", FLPT=[base.tolist()], KgCoOp=[noisy.tolist()])
         assert [row[1].rank for row in tables(near)[0].rows] == [2, 2]
 
-    def test_equal_methods_are_neither_better(self, tmp_path):
+    def test_equal_methods_are_tied(self, tmp_path):
         section = self.one(tmp_path, CoOp=[[50, 60]], FLPT=[[50, 60]], KgCoOp=[[20, 30]])
         assert {row[0]: row[1].rank for row in tables(section)[0].rows} == {"CoOp": 2, "FLPT": 2, "KgCoOp": 0}
 
@@ -521,11 +528,11 @@ class TestNames:
         # Dassl registers trainers of its own, which no table here has.
         names = TRAINER_REGISTRY.registered_names()
         ours = {name for name in names if TRAINER_REGISTRY.get(name).__module__.startswith("dfzsl.")}
-        assert {"CoOp", "FLPT"} <= ours and ours - {"DFZSL"} <= BOOK["methods"].keys()
-        shown = [entry["name"] for entry in BOOK["methods"].values()]
+        assert {"CoOp", "FLPT"} <= ours and ours - {"DFZSL"} <= GLOSSARY["methods"].keys()
+        shown = [entry["name"] for entry in GLOSSARY["methods"].values()]
         assert len(shown) == len(set(shown))
 
-    def test_two_folders_of_one_name_are_told_apart(self, tmp_path):
+    def test_two_trainers_of_one_name_have_different_labels(self, tmp_path):
         write_pair(tmp_path, "ZeroshotCLIP", 1, 80.0, 60.0)
         write_pair(tmp_path, "CLIP", 1, 70.0, 60.0)
         assert [row["method"] for row in cells(tmp_path)] == ["CLIP [ZeroshotCLIP]", "CLIP [CLIP]"]
@@ -534,10 +541,12 @@ class TestNames:
         write_pair(tmp_path, "DFZSL", 1, 80.0, 60.0, config="dfzsl")
         write_pair(tmp_path, "DFZSL", 1, 70.0, 60.0, config="paper")
         assert [row["method"] for row in cells(tmp_path)] == ["DFZSL", "DFZSL (paper)"]
-        assert "Tang" in meaning("DFZSL (paper)") and meaning("DFZSL [x]") == meaning("DFZSL")
+        assert "Tang" in describe_method("DFZSL (paper)") and describe_method("DFZSL [x]") == describe_method(
+            "DFZSL"
+        )
 
-    def test_the_documentation_has_the_same_words(self):
+    def test_the_documentation_is_current(self):
         page = Path(__file__).parents[1] / "docs/glossary.md"
-        assert page.read_text(encoding="utf-8") == glossary(), (
+        assert page.read_text(encoding="utf-8") == glossary_markdown(), (
             "python -m dfzsl.report --glossary > docs/glossary.md"
         )

@@ -57,7 +57,7 @@ def test_same_results_give_the_same_bytes(tmp_path):
     assert page_of(tmp_path).read_bytes() == page_of(tmp_path).read_bytes()
 
 
-def test_matplotlib_is_asked_for_when_it_is_missing(tmp_path, monkeypatch):
+def test_missing_matplotlib_is_reported(tmp_path, monkeypatch):
     write_world(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for module in ("page", "figures"):

@@ -1,4 +1,4 @@
-"""Whole sweeps through the command line: interrupted, repeated, and two at a time."""
+"""Test sweeps through the command line: interrupted, repeated, and two at a time."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def files(folder: Path, *names: str) -> dict[str, Path]:
 
 
 def outcome(folder: Path) -> tuple[dict[str, bytes], dict[str, dict]]:
-    """Everything a sweep found: its tensors byte for byte, its results without what the clock decides."""
+    """Return the files of tensors of a sweep, and its results without fields that depend on the clock."""
     results = {}
     for name, path in files(folder, "results.json").items():
         results[name] = json.loads(path.read_text(encoding="utf-8"))
@@ -55,7 +55,7 @@ def world(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_finished_sweep_shows_its_table_and_repeats_nothing(world):
+def test_a_finished_sweep_prints_its_table_and_repeats_no_run(world):
     shown = finish(start(world, "1"))
     for method in METHODS.split(","):
         assert method in shown
@@ -75,7 +75,7 @@ def test_a_finished_sweep_shows_its_table_and_repeats_nothing(world):
     assert other.returncode == 2 and shown == "" and "test data" in errors  # checked before it prints
 
 
-def test_a_terminated_sweep_takes_its_workers_with_it(world):
+def test_a_terminated_sweep_ends_its_workers(world):
     sweep = start(world, "1", "2", "3")
     while not files(world, "results.json") and sweep.poll() is None:
         time.sleep(0.1)
@@ -94,7 +94,7 @@ def test_two_sweeps_on_one_folder_share_the_work(world):
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_at_any_moment_ends_as_an_undisturbed_one(tmp_path):
+def test_a_sweep_killed_at_any_moment_gives_the_results_of_an_uninterrupted_one(tmp_path):
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     for folder in (quiet, killed):
         folder.mkdir()

@@ -57,11 +57,7 @@ class TeacherZeroshot(CLIPTrainer):
                 labels,
                 self.classnames,
                 self.backbone.identity,
-                **(
-                    {"C": strength}
-                    if strength
-                    else {"text": self.text.cpu(), "prompts": self.texts.description}
-                ),
+                **({"C": strength} if strength else text),
             )
             if card := self.teacher.card:
                 logger.info(f"Model card of the teacher: {card}")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dfzsl.launch.sweep import SweepOptions
     from dfzsl.report import Section
 
-PROTOCOLS = {
+PROTOCOL_SUMMARIES = {
     "base2new": "Compare methods on base and new classes.",
     "gzsl": "Compare methods on base and new classes at once (GZSL).",
     "xd": "Compare methods across data sets.",
@@ -167,7 +167,7 @@ def launch() -> None:
     """Run the methods and seeds of an experiment, and print its tables."""
 
 
-for _protocol, _summary in PROTOCOLS.items():
+for _protocol, _summary in PROTOCOL_SUMMARIES.items():
     launch.add_command(sweep_command(_protocol, _summary))
 
 
@@ -212,7 +212,7 @@ def report(
     from dfzsl.report import FORMATS, collect, collect_logs, method_names, sections
 
     if glossary:
-        click.echo(method_names.glossary(), nl=False)
+        click.echo(method_names.glossary_markdown(), nl=False)
         return
     if not output and not logs:
         raise click.UsageError("give an output folder, --logs FOLDER, or both")

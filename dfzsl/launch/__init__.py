@@ -1,1 +1,1 @@
-"""Whole protocols by one command: `python -m dfzsl.launch`."""
+"""Run the sweep of a protocol with one command, `python -m dfzsl.launch PROTOCOL`."""

@@ -9,7 +9,11 @@ from dfzsl.cli.main import invoke, run
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command within this process. Raises UserError for a user's mistake."""
+    """Run the command in this process.
+
+    Raises:
+        UserError: the arguments or the data are wrong, or runs failed.
+    """
     invoke(launch, args)
 
 

@@ -1,4 +1,4 @@
-"""How long a sweep may take, by what has finished already."""
+"""Estimate the duration of a sweep from finished runs, and order its runs, longest first."""
 
 from __future__ import annotations
 
@@ -18,67 +18,85 @@ from dfzsl.utils.errors import UserError
 
 from .runs import Job
 
-LONGEST = 1e8  # seconds that a run can take: three years
+MAX_RUN_SECONDS = 1e8  # three years; longer durations come from wrong clocks
 
 
-def forecast(todo: Sequence[Job], workers: int) -> str:
-    """What will run and how long it may take, by finished runs of the same method on the same data."""
+def forecast(pending: Sequence[Job], workers: int) -> str:
+    """Return a table of pending runs and an estimate of their duration.
 
-    usual = functools.cache(_usual)
+    Args:
+        pending: jobs that are not finished.
+        workers: number of runs at a time.
+
+    Returns:
+        Text. The duration of a run is the median of finished runs of the same method on the same data set.
+    """
+
+    median_seconds = functools.cache(_median_seconds)
 
     def seconds(job: Job) -> float | None:
-        """Of the parts that are not finished; None where one of them is unknown."""
-        each = [usual(folder.parent) for folder, _ in job.parts() if not (folder / RESULTS).exists()]
-        return None if None in each else sum(filter(None, each))
+        """Return the duration of the parts that are not finished, None if one of them is unknown."""
+        by_part = [
+            median_seconds(folder.parent) for folder, _ in job.parts() if not (folder / RESULTS).exists()
+        ]
+        return None if None in by_part else sum(filter(None, by_part))
 
     kinds: dict[tuple[str, str], list[Job]] = {}
-    for job in todo:
+    for job in pending:
         method, config = job.parts()[0][0].parts[-3:-1]
         kinds.setdefault((f"{method} ({config})", job.data.name), []).append(job)
-    rows, known = [], []
+    rows, known_seconds = [], []
     for kind, jobs in kinds.items():
-        each = [value for value in map(seconds, jobs) if value is not None]
-        known += each
-        rows.append((*kind, len(jobs), _clock(statistics.median(each)) if each else "unknown"))
-    headers = ["method", "data set", "runs", "each takes"]
+        durations = [value for value in map(seconds, jobs) if value is not None]
+        known_seconds += durations
+        median = _format_duration(statistics.median(durations)) if durations else "unknown"
+        rows.append((*kind, len(jobs), median))
+    headers = ["method", "data set", "runs", "time per run"]
     table = tabulate(rows, headers, colalign=("left", "left", "right", "right"))
-    if not known:
-        return f"{table}\nHow long: unknown until a run of each has finished."
-    of = "" if len(known) == len(todo) else f" for {len(known)} of {len(todo)} runs, the others unknown"
-    # No run is split, so the last ones leave workers idle.
-    longest = max(sum(known) / workers, max(known))
-    basis = "by the median of finished runs of the same method on the same data"
-    return f"{table}\nAbout {_clock(longest)} on {workers} workers{of}; {basis}."
+    if not known_seconds:
+        return f"{table}\nEstimated time: unknown until a run of each kind has finished."
+    total = len(pending)
+    coverage = (
+        ""
+        if len(known_seconds) == total
+        else f" for {len(known_seconds)} of {total} runs, the others unknown"
+    )
+    # A run is not split among workers, so the total is no shorter than the longest run.
+    estimate = max(sum(known_seconds) / workers, max(known_seconds))
+    basis = "by the median of finished runs of the same method on the same data set"
+    return f"{table}\nAbout {_format_duration(estimate)} on {workers} workers{coverage}; {basis}."
 
 
 def longest_first(jobs: Sequence[Job]) -> Iterator[Job]:
-    """Each job once: of those left the one that takes longest, by what has finished by then, so that no
-    worker is left with a long one when the others are through. A kind of which nothing has finished is taken
-    for long; equals come in the order given."""
-    left = [(job, [folder.parent for folder, _ in job.parts()]) for job in jobs]
-    known: dict[Path, float] = {}
-    while left:
-        for kind in {kind for _, kinds in left for kind in kinds} - known.keys():
-            with contextlib.suppress(UserError):  # of results that are broken: told where they are read
-                if (seconds := _usual(kind)) is not None:
-                    known[kind] = seconds
-        took = [sum(known.get(kind, math.inf) for kind in kinds) for _, kinds in left]
-        yield left.pop(took.index(max(took)))[0]
+    """Yield each job once, the longest of the remaining ones first, so that no long run starts last.
+
+    Durations are read from the runs that have finished by then; a method without a finished run counts as
+    longest. Jobs of equal duration keep their order.
+    """
+    remaining = [(job, [folder.parent for folder, _ in job.parts()]) for job in jobs]
+    median_by_kind: dict[Path, float] = {}
+    while remaining:
+        for kind in {kind for _, kinds in remaining for kind in kinds} - median_by_kind.keys():
+            with contextlib.suppress(UserError):  # invalid results raise an error where they are read
+                if (seconds := _median_seconds(kind)) is not None:
+                    median_by_kind[kind] = seconds
+        durations = [sum(median_by_kind.get(kind, math.inf) for kind in kinds) for _, kinds in remaining]
+        yield remaining.pop(durations.index(max(durations)))[0]
 
 
-def _usual(runs: Path) -> float | None:
-    """Median over the seeds in a folder; None where none is finished."""
-    found = [read_results(path) for path in runs.glob(f"seed*/{RESULTS}")]
-    elapsed = [seconds for seconds in map(_seconds, found) if seconds is not None]
+def _median_seconds(runs: Path) -> float | None:
+    """Return the median duration over the seeds in a folder, None if none is finished."""
+    results = [read_results(path) for path in runs.glob(f"seed*/{RESULTS}")]
+    elapsed = [seconds for seconds in map(_seconds, results) if seconds is not None]
     return statistics.median(elapsed) if elapsed else None
 
 
 def _seconds(results: Mapping[str, Any]) -> float | None:
-    """What a run took; None where that is no length of time, as of a clock that was set back."""
-    said = results.get("elapsed")
-    real = isinstance(said, int | float) and not isinstance(said, bool)
-    return said if real and 0 <= said < LONGEST else None  # type: ignore[operator]
+    """Return the duration of a run, None if it is invalid, e.g. because the clock was set back."""
+    elapsed = results.get("elapsed")
+    is_number = isinstance(elapsed, int | float) and not isinstance(elapsed, bool)
+    return elapsed if is_number and 0 <= elapsed < MAX_RUN_SECONDS else None  # type: ignore[operator]
 
 
-def _clock(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     return str(datetime.timedelta(seconds=round(seconds)))

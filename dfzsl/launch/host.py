@@ -1,10 +1,9 @@
-"""The process in which a checkout's train.py runs; checkouts.py starts it there.
+"""Run the train.py of a checkout in its own process; checkouts.py starts it.
 
-    cd CHECKOUT && python -m dfzsl.launch.host OUTPUT_DIR FORK CHECKPOINT_FREQ [its arguments]
+    cd CHECKOUT && python -m dfzsl.launch.host OUTPUT_DIR FORK CHECKPOINT_FREQ [ARGUMENT]...
 
-It holds the output folder against other processes for as long as train.py runs, also when whoever started it
-was killed. FORK is a folder with a Dassl that goes before ours, or "". A CHECKPOINT_FREQ of 0 says that an
-interrupted training cannot be gone on with.
+The process locks the output folder while train.py runs, also if the parent process is killed. FORK is a
+folder with another Dassl, or "". With CHECKPOINT_FREQ 0, an interrupted training starts again.
 """
 
 from __future__ import annotations
@@ -22,6 +21,14 @@ TRAIN = "train.py"
 
 
 def main(output: str, fork: str, checkpoint_freq: str, *arguments: str) -> None:
+    """Run train.py in the working directory.
+
+    Args:
+        output: output folder.
+        fork: folder of a fork of Dassl, or "".
+        checkpoint_freq: epochs between checkpoints; "0": delete what an interrupted training has saved.
+        arguments: arguments of train.py.
+    """
     folder = Path(output)
     if fork:
         sys.path.insert(1, fork)
@@ -30,27 +37,27 @@ def main(output: str, fork: str, checkpoint_freq: str, *arguments: str) -> None:
 
     from dfzsl.io.run_directory import LOCK_FILE
 
-    _one_at_a_time(data_manager, folder.parents[6] / ".datasets.lock")
+    _serialize_dataset_builds(data_manager, folder.parents[6] / ".datasets.lock")
     with lock(folder / LOCK_FILE, wait=True):
         if checkpoint_freq == "0":
-            for left in list(folder.iterdir()):
-                if left.is_dir():
-                    shutil.rmtree(left)
-                elif left.name.startswith("log.txt"):
-                    left.unlink()
+            for path in list(folder.iterdir()):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name.startswith("log.txt"):
+                    path.unlink()
         sys.argv = [TRAIN, *arguments]
         runpy.run_path(TRAIN, run_name="__main__")
 
 
-def _one_at_a_time(manager: Any, place: Path) -> None:
-    """Checkouts draw few-shot examples into the data folder where there are none: not two at once."""
+def _serialize_dataset_builds(manager: Any, lock_file: Path) -> None:
+    """Build data sets under a lock, because checkouts write new few-shot splits into the data folder."""
     build = manager.build_dataset
 
-    def alone(cfg: Any) -> Any:
-        with lock(place, wait=True):
+    def build_locked(cfg: Any) -> Any:
+        with lock(lock_file, wait=True):
             return build(cfg)
 
-    manager.build_dataset = alone
+    manager.build_dataset = build_locked
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What can be told before any run starts: of data, weights, the output, and what runs there are made of."""
+"""Check data, weights and the output folder of a sweep before its first run."""
 
 from __future__ import annotations
 
@@ -23,86 +23,98 @@ from .runs import Job
 
 
 def check(jobs: Sequence[Job]) -> None:
-    """Raise UserError for the first thing that would end a run, and for runs in the output that are made of
-    other data. Weights that a run needs and that are not there are fetched."""
-    _writable(jobs[0].output)
+    """Check that all runs can start, and download missing weights.
+
+    Args:
+        jobs: jobs of a sweep, finished or not.
+
+    Raises:
+        UserError: data or weights are missing or invalid, the output folder is not writable, or it has runs
+            with other data.
+    """
+    _check_writable(jobs[0].output)
     encoder, offer = functools.cache(identity), functools.cache(copy_to_clip_cache)
 
     @functools.cache
-    def data(of: _Reading) -> dict[str, str]:
-        with contextlib.redirect_stdout(io.StringIO()):  # of its draws
-            made = DATASET_REGISTRY.get(of.cfg.DATASET.NAME)(of.cfg)
-        sums = {"test data": checksum(made, made.test)}
-        if of.trains:
-            sums["training data"] = checksum(made, [*made.train_x, *made.val])
+    def data_checksums(config: _DataConfig) -> dict[str, str]:
+        with contextlib.redirect_stdout(io.StringIO()):  # the data set prints its few-shot split
+            dataset = DATASET_REGISTRY.get(config.cfg.DATASET.NAME)(config.cfg)
+        sums = {"test data": checksum(dataset, dataset.test)}
+        if config.trains:
+            sums["training data"] = checksum(dataset, [*dataset.train_x, *dataset.val])
         return sums
 
     @functools.cache
-    def made_of(arguments: tuple[str, ...], trains: bool, runs: bool) -> tuple[dict[str, str], str]:
-        of = _Reading(arguments, trains)
-        backbone = of.cfg.MODEL.BACKBONE
-        return {**data(of), "backbone": encoder(backbone.NAME, backbone.WEIGHTS, runs)}, of.cfg.DATASET.ROOT
+    def inputs(arguments: tuple[str, ...], trains: bool, pending: bool) -> tuple[dict[str, str], str]:
+        """Return checksums of the data with the id of the backbone, and the data folder."""
+        config = _DataConfig(arguments, trains)
+        sums = data_checksums(config)  # before the encoder, which may download weights
+        backbone = config.cfg.MODEL.BACKBONE
+        encoder_id = encoder(backbone.NAME, backbone.WEIGHTS, pending)
+        return {**sums, "backbone": encoder_id}, config.cfg.DATASET.ROOT
 
-    compared: set[Path] = set()
-    looked: set[tuple[str, int]] = set()
+    compared_folders: set[Path] = set()
+    checked_training_data: set[tuple[str, int]] = set()
     for job in jobs:
-        reader, runs = job.reader, not job.finished
-        if runs and isinstance(job.method, Checkout):
-            given = dict(zip(reader.opts[::2], reader.opts[1::2], strict=True))
-            offer(given["MODEL.BACKBONE.NAME"], given["MODEL.BACKBONE.WEIGHTS"])
-        for part, ((folder, _), (_, arguments)) in enumerate(zip(job.parts(), reader.parts(), strict=True)):
-            there = (folder / CONFIG).exists()
+        data_job, pending = job.data_job, not job.finished
+        if pending and isinstance(job.method, Checkout):
+            opts = dict(zip(data_job.opts[::2], data_job.opts[1::2], strict=True))
+            offer(opts["MODEL.BACKBONE.NAME"], opts["MODEL.BACKBONE.WEIGHTS"])
+        for part, ((folder, _), (_, arguments)) in enumerate(zip(job.parts(), data_job.parts(), strict=True)):
+            exists = (folder / CONFIG).exists()
             trains = part == 0 and job.method.trains and not job.method.data_free
-            # One draw shows that training images can be read; which they are matters where they were read.
-            trains = trains and (there or (job.data.name, job.shots_seen) not in looked)
+            # Reading one few-shot split shows that training images are readable. The split of a seed matters
+            # only for an existing run, whose checksum is compared.
+            trains = trains and (exists or (job.data.name, job.shots_seen) not in checked_training_data)
             if trains:
-                looked.add((job.data.name, job.shots_seen))
-            few = trains and job.shots_seen > 0  # drawn by the seed
-            found, root = made_of(_what_is_read(arguments, few), trains, runs)
-            if there:
-                check_inputs(folder / CONFIG, found, "--output", root)
-            if (same_data := folder.parents[3]) not in compared:  # by other methods and seeds: one table
-                compared.add(same_data)
-                test = {"test data": found["test data"]}
-                for config in sorted(same_data.rglob(CONFIG)):
+                checked_training_data.add((job.data.name, job.shots_seen))
+            seeded = trains and job.shots_seen > 0  # the seed selects the images
+            checksums, root = inputs(_data_arguments(arguments, seeded), trains, pending)
+            if exists:
+                check_inputs(folder / CONFIG, checksums, "--output", root)
+            # Runs of other methods and seeds appear in the same table, so their test data must be the same.
+            if (dataset_folder := folder.parents[3]) not in compared_folders:
+                compared_folders.add(dataset_folder)
+                test = {"test data": checksums["test data"]}
+                for config in sorted(dataset_folder.rglob(CONFIG)):
                     check_inputs(config, test, "--output", root)
 
 
 def check_locks(output: Path) -> None:
-    """Raise UserError where several workers would do the same run."""
-    if not supports_locks(_existing(output)):
+    """Raise UserError if the disk has no file locks, without which workers would repeat each other's runs."""
+    if not supports_locks(_existing_parent(output)):
         raise UserError(
-            f"--output {output}: its disk knows no file locks, by which workers keep out of each other's "
-            "runs; use one sweep at a time with --workers 1, or another --output"
+            f"--output {output}: its disk does not support file locks, which workers need to share runs; "
+            "run one sweep at a time with --workers 1, or choose another --output"
         )
 
 
-def _existing(output: Path) -> Path:
+def _existing_parent(output: Path) -> Path:
     return next(path for path in (output.absolute(), *output.absolute().parents) if path.exists())
 
 
-def _writable(output: Path) -> None:
-    there = _existing(output)
+def _check_writable(output: Path) -> None:
+    parent = _existing_parent(output)
     try:
-        with tempfile.TemporaryDirectory(dir=there):
+        with tempfile.TemporaryDirectory(dir=parent):
             pass
     except OSError as error:
-        raise UserError(f"--output {output}: nothing can be written there ({error.strerror})") from None
+        raise UserError(f"--output {output}: not writable ({error.strerror})") from None
 
 
-def _what_is_read(arguments: Sequence[str], few: bool) -> tuple[str, ...]:
-    """The arguments of a part without its folders, and without its seed unless that draws the examples."""
+def _data_arguments(arguments: Sequence[str], seeded: bool) -> tuple[str, ...]:
+    """Return the arguments that determine the data: without folders, and without the seed unless `seeded`."""
     words = list(arguments)
-    for flag in ("--output-dir", "--model-dir", *(() if few else ("--seed",))):
+    for flag in ("--output-dir", "--model-dir", *(() if seeded else ("--seed",))):
         if flag in words:
             del words[words.index(flag) : words.index(flag) + 2]
-    if "TEACHER.FILE" in words:  # it is made by the sweep
+    if "TEACHER.FILE" in words:  # the sweep trains it later
         words[words.index("TEACHER.FILE") + 1] = "-"
     return tuple(words)
 
 
-class _Reading:
-    """The config of a data set that is read; where it does not train, of names and test examples alone."""
+class _DataConfig:
+    """Config of a data set, hashable by what determines its data; only test data unless `trains`."""
 
     def __init__(self, arguments: Sequence[str], trains: bool) -> None:
         self.cfg, self.trains = train.setup_cfg(train.parser().parse_args(arguments)), trains
@@ -112,7 +124,7 @@ class _Reading:
         self.key = (self.cfg.DATASET.dump(), trains, self.cfg.SEED)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Reading) and self.key == other.key
+        return isinstance(other, _DataConfig) and self.key == other.key
 
     def __hash__(self) -> int:
         return hash(self.key)

@@ -1,4 +1,4 @@
-"""What a run is called: its data, its method, its folders and its command lines."""
+"""Define the runs of protocols: data sets, methods, output folders and command lines."""
 
 from __future__ import annotations
 
@@ -19,67 +19,77 @@ from dfzsl.trainers.base import CLIPTrainer
 from dfzsl.utils.dassl_plugin import ADDED_KEYS
 from dfzsl.utils.errors import UserError, unknown_name
 
-from .checkouts import Checkout, Recipe, in_words
+from .checkouts import Checkout, CheckoutRecipe, to_arguments
 
-OWNER = "TeacherZeroshot"
-FREE = ("ZeroshotCLIP", OWNER, "TextTeacherMix")
-METHODS = (*FREE, "CoOp", "CoCoOp", "DFZSL")
+OWNER_TRAINER = "TeacherZeroshot"
+BASELINE_TRAINERS = ("ZeroshotCLIP", OWNER_TRAINER, "TextTeacherMix")
+DEFAULT_METHODS = (*BASELINE_TRAINERS, "CoOp", "CoCoOp", "DFZSL")
 DEFAULT_SEEDS = ("1", "2", "3")
-TARGETS = ["caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101"]
-TARGETS += ["fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"]
-# The same classes in other pictures, by the data set whose classes they are.
-VARIANTS = {
+TRANSFER_DATASETS = ["caltech101", "oxford_pets", "stanford_cars", "oxford_flowers", "food101"]
+TRANSFER_DATASETS += ["fgvc_aircraft", "sun397", "dtd", "eurosat", "ucf101"]
+# Data sets with the same classes and other images (shifted), by the training data set.
+SHIFTED_DATASETS = {
     "imagenet": ("imagenetv2", "imagenet_sketch", "imagenet_a", "imagenet_r"),
     "shapes": ("shapes_dark", "shapes_drawing", "shapes_painting", "shapes_pixel"),
 }
-XD_TARGETS = (*TARGETS, *VARIANTS["imagenet"])
+XD_DATASETS = (*TRANSFER_DATASETS, *SHIFTED_DATASETS["imagenet"])
 
 
 @functools.cache
-def _shipped(config: Path) -> Any:
-    """The keys of a config that is part of the project; a sweep of a thousand runs asks for them often."""
+def _read_project_config(config: Path) -> Any:
+    """Read a config of this project, cached because each run of a sweep reads it."""
     return read_yaml(config) or {}
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set as the command line names it: a config's name, or KIND:PATH for your own."""
+    """A data set as given on the command line.
 
-    given: str
+    Attributes:
+        spec: name of a data set config, or KIND:PATH for your own data.
+        root: data folder.
+    """
+
+    spec: str
     root: str
 
     @property
     def name(self) -> str:
-        """The folder name of its results."""
-        kind, _, path = self.given.partition(":")
+        """Folder name of its results."""
+        kind, _, path = self.spec.partition(":")
         place = Path(os.path.abspath(path))
         return (place.name if place.is_dir() else place.stem) if path else kind
 
     @property
     def config(self) -> Path:
-        return dataset_config(self.given.partition(":")[0])
+        """Config file of the data set."""
+        return dataset_config(self.spec.partition(":")[0])
 
     @property
     def place(self) -> str:
-        """What DATASET.ROOT is."""
-        path = self.given.partition(":")[2]
+        """Value of DATASET.ROOT. Raises UserError if the path does not exist."""
+        path = self.spec.partition(":")[2]
         if path and not Path(path).exists():
-            raise UserError(f"{self.given}: {path} does not exist")
+            raise UserError(f"{self.spec}: {path} does not exist")
         return path or self.root
 
     def overrides(self) -> list[str]:
-        """The backbone of a data set that brings its own stands above that of a trainer's common config."""
-        model = _shipped(self.config).get("MODEL", {})
+        """Return KEY VALUE pairs of the data set's own backbone, which override a trainer's config."""
+        model = _read_project_config(self.config).get("MODEL", {})
         backbone = model.get("BACKBONE", {})
         return [word for key, value in backbone.items() for word in (f"MODEL.BACKBONE.{key}", value)]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """The classes to train on, and what is tested beside them.
+    """Classes and data sets of training and tests.
 
-    tests: other classes of the same data set. targets: other data sets, by the one trained on; "": by any
-        other. default: the data set unless one is named. shots: images a class unless --shots says so.
+    Attributes:
+        train: classes to train on: base or all.
+        tests: further classes of the same data set to test on: new or all.
+        targets: further data sets to test on, by the training data set; "" for any training data set.
+        default: default data set.
+        shots: default numbers of training images per class.
     """
 
     train: str
@@ -92,18 +102,23 @@ class Protocol:
 PROTOCOLS = {
     "base2new": Protocol("base", tests=("new",)),
     "gzsl": Protocol("base", tests=("all",)),
-    "xd": Protocol("all", targets={"": XD_TARGETS}, default="imagenet"),
-    "dg": Protocol("all", targets=VARIANTS, default="imagenet"),
+    "xd": Protocol("all", targets={"": XD_DATASETS}, default="imagenet"),
+    "dg": Protocol("all", targets=SHIFTED_DATASETS, default="imagenet"),
     "fewshot": Protocol("all", shots=(1, 2, 4, 8, 16)),
 }
-CHECKOUTS_KNOW = [name for name in PROTOCOLS if name != "gzsl"]  # whose classes and means are not CoOp's
+# CoOp and its descendants have no GZSL, with its joint classes and per-class means.
+CHECKOUT_PROTOCOLS = [name for name in PROTOCOLS if name != "gzsl"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A trainer, its source of features and its config: `TRAINER[@virtual][:CONFIG][+VARIANT]`.
+    """A trainer with its settings, given as `TRAINER[@virtual][:CONFIG][+VARIANT]`.
 
-    Variants are changes to the config, listed in configs/ablations.yaml.
+    Attributes:
+        trainer: name of a registered trainer.
+        virtual: whether it trains on virtual features instead of images.
+        config: name of its config, or "" for the default.
+        variant: key of changes to the config in configs/ablations.yaml, or "".
     """
 
     trainer: str
@@ -112,28 +127,33 @@ class Method:
     variant: str = ""
 
     @classmethod
-    def parse(cls, given: str) -> Method:
-        """Raises UserError for an unknown trainer or variant, listing the known ones."""
-        name, _, variant = given.partition("+")
+    def parse(cls, text: str) -> Method:
+        """Parse a method.
+
+        Raises:
+            UserError: the trainer or variant is unknown, or the trainer cannot use virtual features.
+        """
+        name, _, variant = text.partition("+")
         name, _, config = name.partition(":")
         name, _, source = name.partition("@")
-        known = {known.lower(): known for known in TRAINER_REGISTRY.registered_names()}
-        if name.lower() not in known or source not in ("", "virtual"):
-            raise unknown_name("method", given, [*known.values(), "CoOp@virtual"])
-        method = cls(known[name.lower()], bool(source), config, variant)
+        trainers = {trainer.lower(): trainer for trainer in TRAINER_REGISTRY.registered_names()}
+        if name.lower() not in trainers or source not in ("", "virtual"):
+            raise unknown_name("method", text, [*trainers.values(), "CoOp@virtual"])
+        method = cls(trainers[name.lower()], bool(source), config, variant)
         if method.virtual and method.type.image_prompts:
-            raise UserError(f"{given}: {method.trainer} learns inside the image encoder, from pictures alone")
+            raise UserError(f"{text}: {method.trainer} trains inside the image encoder and needs images")
         if variant and variant not in method.variants:
             raise unknown_name(f"variant of {method.trainer}", variant, method.variants)
         return method
 
     @property
     def variants(self) -> dict[str, list]:
-        return _shipped(CONFIGS / "ablations.yaml").get(self.trainer, {})
+        """KEY, VALUE, ... of each variant of the trainer."""
+        return _read_project_config(CONFIGS / "ablations.yaml").get(self.trainer, {})
 
     @property
     def name(self) -> str:
-        """The folder name of its results."""
+        """Folder name of its results."""
         return f"{self.trainer}@virtual" if self.virtual else self.trainer
 
     @property
@@ -151,7 +171,18 @@ class Method:
 
 @dataclass(frozen=True)
 class Job:
-    """One method on one data set with one seed: train and test, then test on the other classes."""
+    """A run of one method on one data set with one seed.
+
+    Attributes:
+        protocol: key of `PROTOCOLS`.
+        method: trainer or checkout.
+        data: data set to train on.
+        seed: random seed.
+        shots: training images per class, -1 for all.
+        teacher_shots: the owner's training images per class, -1 for all.
+        output: folder of all results.
+        opts: KEY, VALUE, ... for the config.
+    """
 
     protocol: str
     method: Method | Checkout
@@ -163,32 +194,32 @@ class Job:
     opts: tuple[str, ...] = ()
 
     @property
-    def recipe(self) -> Recipe:
-        """How a checkout runs this job."""
+    def recipe(self) -> CheckoutRecipe:
+        """Recipe of a checkout for this job."""
         assert isinstance(self.method, Checkout)
         return self.method.recipe(self.protocol, self.data.name, self.shots)
 
     @property
     def config_file(self) -> Path | None:
-        """The method's config: the one it names, else the data set's own, else the trainer's recipe.
+        """Config of the method: the given one, else that of the data set, else the trainer's recipe.
 
-        A config that is a folder holds one file for each data set.
+        A config that is a folder has one file for each data set.
         """
         if isinstance(self.method, Checkout):
             return self.method.config_file(self.recipe)
-        folder, kind = CONFIGS / "trainers" / self.method.trainer, self.data.given.partition(":")[0]
-        named = self.method.config
-        wanted = [f"{named}/{kind}", named] if named else [kind, self.method.type.recipe]
-        for name in wanted:
+        folder, kind = CONFIGS / "trainers" / self.method.trainer, self.data.spec.partition(":")[0]
+        config_name = self.method.config
+        names = [f"{config_name}/{kind}", config_name] if config_name else [kind, self.method.type.recipe]
+        for name in names:
             if (path := folder / f"{name}.yaml").is_file():
                 return path
-        if named:
-            known = {p.relative_to(folder).parts[0].removesuffix(".yaml") for p in folder.rglob("*.yaml")}
-            raise unknown_name(f"config of {self.method.trainer} for {kind}", named, known)
+        if config_name:
+            available = {p.relative_to(folder).parts[0].removesuffix(".yaml") for p in folder.rglob("*.yaml")}
+            raise unknown_name(f"config of {self.method.trainer} for {kind}", config_name, available)
         return None
 
     def folder(self, part: str, data: Data | None = None) -> Path:
-        """The output folder of one part (`train_base`, `test_new`), laid out as CoOp lays it out."""
+        """Return the output folder of one part (`train_base`, `test_new`), in CoOp's layout."""
         config = self.method.config or (self.config_file.stem if self.config_file else "default")
         if self.method.variant:
             config += f"+{self.method.variant}"
@@ -206,23 +237,25 @@ class Job:
 
     @property
     def shots_seen(self) -> int:
-        """Images a class behind this job: the teacher's where it learns from the teacher. -1: all."""
-        if self.method.trainer == OWNER or self.method.data_free:
+        """Training images per class, for data-free methods those of the teacher; -1 for all."""
+        if self.method.trainer == OWNER_TRAINER or self.method.data_free:
             return self.teacher_shots
         return self.shots if self.method.trains else 0
 
     @property
     def teacher(self) -> Job:
-        """The owner's job that writes the teacher this one reads, by its config of the same name if any."""
-        own = CONFIGS / "trainers" / OWNER / f"{self.method.config}.yaml"
-        return replace(self, method=Method(OWNER, config=self.method.config if own.is_file() else ""))
+        """The owner's job that trains the teacher, with the config of the same name if it exists."""
+        config = CONFIGS / "trainers" / OWNER_TRAINER / f"{self.method.config}.yaml"
+        return replace(
+            self, method=Method(OWNER_TRAINER, config=self.method.config if config.is_file() else "")
+        )
 
     def arguments(self, part: str, classes: str, data: Data | None = None) -> list[str]:
-        """The train.py command line of one part."""
+        """Return the arguments of train.py for one part."""
         data = data or self.data
         words = ["--trainer", self.method.trainer, "--seed", str(self.seed)]
-        of = self.method.dataset_config(data.name) if isinstance(self.method, Checkout) else data.config
-        words += ["--dataset-config-file", str(of), "--root", data.place]
+        config = self.method.dataset_config(data.name) if isinstance(self.method, Checkout) else data.config
+        words += ["--dataset-config-file", str(config), "--root", data.place]
         words += ["--output-dir", str(self.folder(part, data))]
         if self.config_file:
             words += ["--config-file", str(self.config_file)]
@@ -233,115 +266,128 @@ class Job:
                 words += ["--model-dir", str(trained)]
         words += ["DATASET.SUBSAMPLE_CLASSES", classes, "DATASET.NUM_SHOTS", str(self.shots_seen)]
         if isinstance(self.method, Checkout):
-            words += [*self.method.key_values(self.recipe, self.seed), *self.settled]
-            return self.method.from_its_folder(words)
-        if not self.config_file or self.config_file.stem != self.data.given.partition(":")[0]:
+            words += [*self.method.key_values(self.recipe, self.seed), *self.applicable_opts]
+            return self.method.with_absolute_paths(words)
+        if not self.config_file or self.config_file.stem != self.data.spec.partition(":")[0]:
             words += self.data.overrides()
-        if self.waits_for_owner:
+        if self.needs_owner_teacher:
             owner = self.teacher.folder(f"train_{PROTOCOLS[self.protocol].train}")
             words += ["TEACHER.FILE", str(owner / "teacher.safetensors")]
         words += map(str, self.method.variants.get(self.method.variant, []))
-        return words + list(self.settled)
+        return words + list(self.applicable_opts)
 
     @property
-    def settled(self) -> tuple[str, ...]:
-        """The KEY VALUE pairs that are this job's: a client's teacher is no affair of who has images, and no
-        checkout knows the keys that are only ours."""
+    def applicable_opts(self) -> tuple[str, ...]:
+        """The KEY VALUE pairs that apply to this job.
+
+        TEACHER keys apply only to data-free methods; checkouts lack the keys that this project adds to Dassl.
+        """
         if self.method.data_free:
             return self.opts
         pairs = zip(self.opts[::2], self.opts[1::2], strict=True)
-        ours = ADDED_KEYS if isinstance(self.method, Checkout) else set()
-        mine = [pair for pair in pairs if not pair[0].startswith("TEACHER.") and pair[0] not in ours]
-        return tuple(word for pair in mine for word in pair)
+        unsupported = ADDED_KEYS if isinstance(self.method, Checkout) else set()
+        applicable = [
+            pair for pair in pairs if not pair[0].startswith("TEACHER.") and pair[0] not in unsupported
+        ]
+        return tuple(word for pair in applicable for word in pair)
 
     @property
-    def waits_for_owner(self) -> bool:
-        """Whether the sweep's own owner makes the teacher, and no KEY VALUE names another."""
+    def needs_owner_teacher(self) -> bool:
+        """Whether it reads the teacher of the sweep's owner, because TEACHER.FILE gives no other."""
         return self.method.data_free and "TEACHER.FILE" not in self.opts[::2]
 
     def parts(self) -> list[tuple[Path, list[str]]]:
-        """(output folder, train.py arguments) of every part, in order."""
+        """Return (output folder, arguments of train.py) of every part, in order of execution."""
         protocol = PROTOCOLS[self.protocol]
-        wanted = [(f"train_{protocol.train}", protocol.train, self.data)]
-        wanted += [(f"test_{classes}", classes, self.data) for classes in protocol.tests]
-        wanted += [("test_all", "all", Data(name, self.data.root)) for name in self.targets]
+        parts = [(f"train_{protocol.train}", protocol.train, self.data)]
+        parts += [(f"test_{classes}", classes, self.data) for classes in protocol.tests]
+        parts += [("test_all", "all", Data(name, self.data.root)) for name in self.targets]
         return [
-            (self.folder(part, data), self.arguments(part, classes, data)) for part, classes, data in wanted
+            (self.folder(part, data), self.arguments(part, classes, data)) for part, classes, data in parts
         ]
 
     def run_checkout(self, folder: Path, arguments: list[str]) -> None:
-        """One of `parts` of a checkout, in a process of its own."""
+        """Run one of the `parts` of a checkout in its own process."""
         assert isinstance(self.method, Checkout)
         words = dict(itertools.pairwise(arguments))
-        about = {
+        fields = {
             "trainer": self.method.trainer,
             "dataset": Path(words["--dataset-config-file"]).stem,
-            "backbone": self.method.backbone(self.recipe, self.settled),
+            "backbone": self.method.backbone(self.recipe, self.applicable_opts),
             "classes": words["DATASET.SUBSAMPLE_CLASSES"],
             "shots": self.shots_seen,
             "seed": self.seed,
         }
-        self.method.run(folder, arguments, self.recipe, about)
+        self.method.run(folder, arguments, self.recipe, fields)
 
     @property
-    def reader(self) -> Job:
-        """A job of ours that reads the same data with the same encoder."""
+    def data_job(self) -> Job:
+        """For a checkout, a job of this project that reads the same data with the same encoder."""
         if not isinstance(self.method, Checkout):
             return self
-        given = dict(zip(self.opts[::2], self.opts[1::2], strict=True))
+        values = dict(zip(self.opts[::2], self.opts[1::2], strict=True))
         encoder = {
             "MODEL.BACKBONE.NAME": self.method.backbone(self.recipe, self.opts),
-            "MODEL.BACKBONE.WEIGHTS": given.get("MODEL.BACKBONE.WEIGHTS", "openai"),
+            "MODEL.BACKBONE.WEIGHTS": values.get("MODEL.BACKBONE.WEIGHTS", "openai"),
         }
-        data = {key: value for key, value in given.items() if key.startswith("DATASET.")}
-        return replace(self, method=Method("CoOp"), opts=tuple(in_words(encoder | data)))
+        data = {key: value for key, value in values.items() if key.startswith("DATASET.")}
+        return replace(self, method=Method("CoOp"), opts=tuple(to_arguments(encoder | data)))
 
     @property
     def targets(self) -> Sequence[str]:
-        """The data sets it is tested on. Raises UserError where there are none for the one it trains on."""
-        known = PROTOCOLS[self.protocol].targets
-        if known and "" not in known and self.data.given not in known:
-            raise unknown_name(f"data set to train on for {self.protocol}", self.data.given, known)
-        return known.get(self.data.given, known.get("", ()))
+        """Further data sets to test on. Raises UserError if there are none for the training data set."""
+        targets = PROTOCOLS[self.protocol].targets
+        if targets and "" not in targets and self.data.spec not in targets:
+            raise unknown_name(f"data set to train on for {self.protocol}", self.data.spec, targets)
+        return targets.get(self.data.spec, targets.get("", ()))
 
     @property
     def finished(self) -> bool:
+        """Whether all parts have results."""
         return all((folder / RESULTS).exists() for folder, _ in self.parts())
 
     @property
     def settings(self) -> Path:
-        """A file with the `identity` of what has been run here."""
+        """File with the `identity` of the run in this folder."""
         return self.parts()[0][0] / "settings.txt"
 
     @property
     def identity(self) -> str:
-        """The KEY VALUE pairs, which no folder's name tells, and what a checkout was."""
-        words = list(self.settled)
+        """Settings that the folder name does not contain: KEY VALUE pairs, and the version of a checkout."""
+        words = list(self.applicable_opts)
         if isinstance(self.method, Checkout):
             words.append(self.method.identity(self.recipe, self.data.name, self.data.place))
         return " ".join(words)
 
     def check(self) -> None:
-        """Raises UserError for what is unknown, where the folder holds this job with other settings, and for
-        results that cannot be read."""
-        if isinstance(self.method, Checkout) and self.protocol not in CHECKOUTS_KNOW:
+        """Check the output folder.
+
+        Raises:
+            UserError: the method does not support the protocol, the folder has a run with other settings, or
+                its results are invalid.
+        """
+        if isinstance(self.method, Checkout) and self.protocol not in CHECKOUT_PROTOCOLS:
             raise UserError(
-                f"{self.method.name}: a checkout runs in {', '.join(CHECKOUTS_KNOW)}, not in {self.protocol}"
+                f"{self.method.name}: checkouts support {', '.join(CHECKOUT_PROTOCOLS)}, not {self.protocol}"
             )
         for folder, _ in self.parts():
             if (folder / RESULTS).exists():
                 read_results(folder / RESULTS)
         if self.settings.exists():
-            was, now = self.settings.read_text(encoding="utf-8"), self.identity
-            if was != now:
-                was, now = (f"with settings '{opts}'" if opts else "without settings" for opts in (was, now))
-                raise UserError(f"{self.settings.parent} was run {was}, not {now}; choose another --output")
+            recorded, requested = self.settings.read_text(encoding="utf-8"), self.identity
+            if recorded != requested:
+                old, new = (
+                    f"with settings '{opts}'" if opts else "without settings"
+                    for opts in (recorded, requested)
+                )
+                raise UserError(f"{self.settings.parent} was run {old}, not {new}; choose another --output")
 
     @property
     def failure(self) -> Path:
+        """File with the message of the error that stopped the run."""
         return self.parts()[0][0] / "failed.txt"
 
     @property
-    def said(self) -> Path:
-        """The last line of its console, while it runs."""
+    def progress_file(self) -> Path:
+        """File with the last line of the console output while the job runs."""
         return self.parts()[0][0] / ".said"

@@ -24,23 +24,33 @@ from dfzsl.utils.errors import UserError, one_line
 from .checkouts import Checkout
 from .forecast import forecast
 from .preflight import check, check_locks
-from .runs import DEFAULT_SEEDS, FREE, METHODS, OWNER, PROTOCOLS, TARGETS, Data, Job, Method
+from .runs import (
+    BASELINE_TRAINERS,
+    DEFAULT_METHODS,
+    DEFAULT_SEEDS,
+    OWNER_TRAINER,
+    PROTOCOLS,
+    TRANSFER_DATASETS,
+    Data,
+    Job,
+    Method,
+)
 from .workers import gpu_shares, launch
 
-KEY = re.compile(r"[A-Z]\w*(\.\w+)*")  # of a config: RECOVERY.THETA
+KEY = re.compile(r"[A-Z]\w*(\.\w+)*")  # key of a config, e.g. RECOVERY.THETA
 
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """What to run, and how.
+    """Options of a sweep.
 
     Attributes:
         protocol: name in `PROTOCOLS`.
         dataset: name, folder:PATH, csv:PATH, features:PATH, or all; "": the protocol's default.
         seeds: one run per seed; by default 1, 2 and 3.
         settings: KEY, VALUE, ... for the config of every run.
-        methods: comma-separated `TRAINER[@virtual or @CHECKOUT][:CONFIG][+VARIANT]`, or all; "": DFZSL beside
-            the baselines without training, and CoOp and CoCoOp too where no data set is named.
+        methods: comma-separated `TRAINER[@virtual or @CHECKOUT][:CONFIG][+VARIANT]`, or all; "": DFZSL and
+            the baselines without prompt training; without a data set also CoOp and CoCoOp.
         image_prompts: whether all includes the methods that learn inside the image encoder.
         root: data folder.
         output: folder of all results and tables.
@@ -67,29 +77,29 @@ class SweepOptions:
     gpus_per_run: int = 1
 
 
-def choose(given: str, image_prompts: bool = False) -> list[Method | Checkout]:
-    """Return the methods that `--methods` names, the owner first, because others wait for its teacher.
+def choose(text: str, image_prompts: bool = False) -> list[Method | Checkout]:
+    """Parse `--methods`. The owner comes first, because data-free methods need its teacher.
 
     Args:
-        given: `SweepOptions.methods`.
+        text: `SweepOptions.methods`.
         image_prompts: whether all includes the methods that learn inside the image encoder.
 
     Raises:
         UserError: a method or variant is unknown.
     """
     methods: list[Method | Checkout] = []
-    for word in given.split(","):
+    for word in text.split(","):
         if word == "all":
             registered = map(Method, TRAINER_REGISTRY.registered_names())
-            ours = [method for method in registered if issubclass(method.type, CLIPTrainer)]
-            methods += [method for method in ours if image_prompts or not method.type.image_prompts]
+            supported = [method for method in registered if issubclass(method.type, CLIPTrainer)]
+            methods += [method for method in supported if image_prompts or not method.type.image_prompts]
         elif checkout := Checkout.parse(word):
             methods.append(checkout)
         else:
             method = Method.parse(word.removesuffix("+all"))
             variants = method.variants if word.endswith("+all") else [method.variant]
             methods += [replace(method, variant=variant) for variant in variants]
-    return sorted(dict.fromkeys(methods), key=lambda method: method.trainer != OWNER)
+    return sorted(dict.fromkeys(methods), key=lambda method: method.trainer != OWNER_TRAINER)
 
 
 def plan(options: SweepOptions) -> list[Job]:
@@ -100,13 +110,15 @@ def plan(options: SweepOptions) -> list[Job]:
     """
     settings, protocol = options.settings, PROTOCOLS[options.protocol]
     if len(settings) % 2 or not all(map(KEY.fullmatch, settings[::2])):
-        raise UserError(f"after DATASET and seeds (numbers) come KEY VALUE pairs, not {' '.join(settings)}")
-    chosen = options.methods or ",".join([*FREE, "DFZSL"] if options.dataset else METHODS)
+        raise UserError(f"after DATASET and seeds, give KEY VALUE pairs, not {' '.join(settings)}")
+    chosen = options.methods or ",".join(
+        [*BASELINE_TRAINERS, "DFZSL"] if options.dataset else DEFAULT_METHODS
+    )
     methods = choose(chosen, options.image_prompts)
     dataset = options.dataset or protocol.default
-    names = ["imagenet", *TARGETS] if dataset == "all" else [dataset]
+    names = ["imagenet", *TRANSFER_DATASETS] if dataset == "all" else [dataset]
     if protocol.targets:
-        # A test's folder names the data set it tests on, and cannot tell two training sets apart.
+        # The folder of a test contains the name of its target, not that of the training data set.
         folders = Path(options.output, options.protocol).glob("train_*/*")
         sources = {*(path.name for path in folders), *(Data(name, options.root).name for name in names)}
         if len(sources) > 1:
@@ -114,9 +126,11 @@ def plan(options: SweepOptions) -> list[Job]:
                 f"one --output holds {options.protocol} runs from one data set, not from "
                 f"{', '.join(sorted(sources))}; choose another --output"
             )
-    few = options.protocol == "fewshot"
-    if few and options.teacher_shots:
-        raise UserError("fewshot gives the owner as many images as all others: leave --teacher-shots out")
+    is_fewshot = options.protocol == "fewshot"
+    if is_fewshot and options.teacher_shots:
+        raise UserError(
+            "fewshot trains the teacher on the same number of images as other methods: remove --teacher-shots"
+        )
     requested = [
         Job(
             protocol=options.protocol,
@@ -124,7 +138,7 @@ def plan(options: SweepOptions) -> list[Job]:
             data=Data(name, options.root),
             seed=seed,
             shots=shots,
-            teacher_shots=shots if few else options.teacher_shots or -1,
+            teacher_shots=shots if is_fewshot else options.teacher_shots or -1,
             output=options.output,
             opts=settings,
         )
@@ -133,7 +147,7 @@ def plan(options: SweepOptions) -> list[Job]:
         for seed in dict.fromkeys(options.seeds or map(int, DEFAULT_SEEDS))
         for method in methods
     ]
-    # A method that sees no image is the same run for every number of images.
+    # A method without images has the same folder, and so one run, for every number of shots.
     jobs = list({job.parts()[0][0]: job for job in requested}.values())
     for job in jobs:
         job.check()
@@ -151,8 +165,8 @@ class Sweep:
     """Jobs that passed the checks before the first run.
 
     Attributes:
-        options: what was asked for.
-        jobs: all of it, finished or not.
+        options: options of the sweep.
+        jobs: all jobs, finished or not.
     """
 
     options: SweepOptions
@@ -203,7 +217,7 @@ class Sweep:
                 yield one_line(f"{folder}python train.py {shlex.join(arguments)}")
 
     def run(self) -> None:
-        """Run what is not finished; `raise_failures` says what failed."""
+        """Run the jobs that are not finished; `raise_failures` reports failures."""
         if self.unfinished:
             options = self.options
             launch(self.jobs, options.launcher, self.workers, options.gpus_per_run, options.output)

@@ -1,4 +1,4 @@
-"""Workers, local processes or slurm jobs, that take runs from one list: each run once, by one of them."""
+"""Run the jobs of a sweep on several workers (local processes or slurm jobs), each job on one of them."""
 
 from __future__ import annotations
 
@@ -33,37 +33,40 @@ from .runs import Job
 
 logger = logging.getLogger(__name__)
 
-KILLED = (
-    "its process was killed, as the system does when memory runs out (dmesg tells); use fewer --workers, "
-    f"{MEMORY_ADVICE}"
-)
+KILLED_MESSAGE = f"its process was killed, probably because memory ran out (see dmesg); use fewer --workers, {MEMORY_ADVICE}"
 
 
-def run(job: Job, gpus: int = 1, said: Path | None = None) -> None:
-    """Run what is not finished, each part on `gpus` GPUs. A teacher that is missing is made first.
+def run(job: Job, gpus: int = 1, progress_file: Path | None = None) -> None:
+    """Run the unfinished parts of a job. If its teacher is missing, run the owner's job first.
 
-    The file `said`, by default the job's own, tells meanwhile how far it is."""
-    said = said or job.said
-    if job.waits_for_owner:
+    Args:
+        job: job to run.
+        gpus: number of GPUs of each part.
+        progress_file: file for the last line of the console output; by default the job's own.
+    """
+    progress_file = progress_file or job.progress_file
+    if job.needs_owner_teacher:
         with locked(job.teacher, wait=True):
-            run(job.teacher, gpus, said)
+            run(job.teacher, gpus, progress_file)
     for folder, arguments in job.parts():
         if not (folder / RESULTS).exists():
-            # Before the results: a folder that holds these must say what they were made with.
-            with _claimed(job):
+            # The settings are written first, so that no folder has results without settings.
+            with _recorded_identity(job):
                 if isinstance(job.method, Checkout):
                     job.run_checkout(folder, arguments)
                 elif gpus > 1:
                     _torchrun(gpus, arguments)
                 else:
-                    with _own_console(said):
+                    with _captured_console(progress_file):
                         train.main(arguments)
 
 
 @contextlib.contextmanager
 def locked(job: Job, wait: bool = False) -> Iterator[bool]:
-    """Hold a job against other workers and sweeps; yields whether it was free. On a disk without locks any
-    is: `check` has seen to it that there is one worker."""
+    """Lock a job against other workers and sweeps, and yield whether the lock was free.
+
+    On a disk without file locks every job is free; `check_locks` has limited such sweeps to one worker.
+    """
     folder = job.parts()[0][0]
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / ".lock", wait) as held:
@@ -71,33 +74,35 @@ def locked(job: Job, wait: bool = False) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _claimed(job: Job) -> Iterator[None]:
-    """Write the job's `identity`, and take it back if nothing comes of it but an error."""
-    was_there = job.settings.exists()
+def _recorded_identity(job: Job) -> Iterator[None]:
+    """Write the job's `identity`, and remove it again if the job fails."""
+    existed = job.settings.exists()
     with atomic(job.settings) as temporary:
         temporary.write_text(job.identity, encoding="utf-8")
     try:
         yield
     except Exception:
-        if not was_there:
+        if not existed:
             job.settings.unlink()
         raise
 
 
 @contextlib.contextmanager
-def _own_console(said: Path) -> Iterator[None]:
-    """Dassl's logger replaces sys.stdout; a run inside a worker gives it back. What it shows on its console,
-    bars among it, goes to its log and line by line into a file that is gone when it ends."""
-    console: Any = _LastLine(said)
+def _captured_console(progress_file: Path) -> Iterator[None]:
+    """Redirect console output, progress bars included, to a file with its last line; restore it at the end.
+
+    Dassl's logger replaces sys.stdout and does not restore it.
+    """
+    console: Any = _LastLine(progress_file)
     try:
         with contextlib.redirect_stdout(console), contextlib.redirect_stderr(console):
             yield
     finally:
-        said.unlink(missing_ok=True)
+        progress_file.unlink(missing_ok=True)
 
 
 class _LastLine:
-    """A console of one line, kept in a file and written twice a second at most."""
+    """Stream that writes its last line into a file, at most twice a second."""
 
     encoding = "utf-8"
 
@@ -117,8 +122,8 @@ class _LastLine:
 
 
 @contextlib.contextmanager
-def _lines(workers: int) -> Iterator[list[tqdm]]:
-    """A line for each worker below the first on a terminal: the last that its run said, or its bar."""
+def _progress_bars(workers: int) -> Iterator[list[tqdm]]:
+    """Yield one progress line per worker on a terminal, none elsewhere."""
     with contextlib.ExitStack() as stack:
         yield [
             stack.enter_context(tqdm(bar_format="{desc}", position=worker, leave=False))
@@ -127,16 +132,16 @@ def _lines(workers: int) -> Iterator[list[tqdm]]:
         ]
 
 
-def _how_far(jobs: Sequence[Job]) -> Iterator[str]:
-    """A line on each job that is running."""
+def progress_lines(jobs: Sequence[Job]) -> Iterator[str]:
+    """Yield the last line of the console output of each running job."""
     for job in jobs:
         with contextlib.suppress(OSError):
-            said = job.said.read_text(encoding="utf-8", errors="replace")
-            yield one_line(f"{job.method.name}, {job.data.name}, seed {job.seed}: {said}")
+            line = job.progress_file.read_text(encoding="utf-8", errors="replace")
+            yield one_line(f"{job.method.name}, {job.data.name}, seed {job.seed}: {line}")
 
 
 def _torchrun(gpus: int, arguments: list[str]) -> None:
-    """train.py on several GPUs of this machine. Raises UserError with the last that it said if it fails."""
+    """Run train.py on several GPUs of this machine. Raises UserError with its error message if it fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
     process = subprocess.Popen(
         [*command, "-m", "dfzsl.train", *arguments],
@@ -146,27 +151,36 @@ def _torchrun(gpus: int, arguments: list[str]) -> None:
         errors="replace",
     )
     try:
-        _, said = process.communicate()
+        _, errors = process.communicate()
     except BaseException:
-        process.terminate()  # and its ranks: it passes the signal on
+        process.terminate()  # torchrun passes the signal to its ranks
         process.wait()
         raise
     if process.returncode:
-        # The first rank's word, or the end of its traceback; behind it come the other ranks' and torchrun's.
-        told = re.search(r"^(?:error: |\[rank\d+\]: (?=[\w.]+: ))(.+)", said, re.MULTILINE)
-        killed = re.search(r"SIGKILL|exitcode *: *-9\b", said)
-        died = KILLED if killed else f"a process died without a word (torchrun: {process.returncode})"
-        raise UserError(told[1] if told else died)
+        # The first message, or the end of the first traceback; those of other ranks and of torchrun follow.
+        message = re.search(r"^(?:error: |\[rank\d+\]: (?=[\w.]+: ))(.+)", errors, re.MULTILINE)
+        killed = re.search(r"SIGKILL|exitcode *: *-9\b", errors)
+        reason = (
+            KILLED_MESSAGE
+            if killed
+            else f"a process ended without a message (torchrun: {process.returncode})"
+        )
+        raise UserError(message[1] if message else reason)
 
 
 def work(
     jobs: Sequence[Job], threads: int, gpus: int = 1, visible: str | None = None, note: Path | None = None
 ) -> None:
-    """One worker: take each job that nobody has taken, run it, note what failed and go on.
+    """Run the jobs that no other worker runs; record failures and continue.
 
-    A second round waits for those that others had taken, and takes over what they left unfinished. Each run
-    takes `gpus` GPUs, of those `visible` (as CUDA_VISIBLE_DEVICES names them) unless the engine chose them.
-    The file `note` says which run this is at, for whoever finds the worker killed.
+    A second round waits for jobs of other workers, and runs those that they left unfinished.
+
+    Args:
+        jobs: jobs of the sweep.
+        threads: number of torch threads.
+        gpus: number of GPUs of each run.
+        visible: value of CUDA_VISIBLE_DEVICES; None leaves it unchanged, as slurm sets it.
+        note: file for the failure path of the current job, by which `mark_crashed` identifies it.
     """
     if visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = visible
@@ -182,20 +196,20 @@ def work(
                 try:
                     run(job, gpus)
                 except Exception as error:
-                    said = describe_user_error(error) or one_line(f"{type(error).__name__}: {error}")
-                    job.failure.write_text(said + "\n", encoding="utf-8")
+                    message = describe_user_error(error) or one_line(f"{type(error).__name__}: {error}")
+                    job.failure.write_text(message + "\n", encoding="utf-8")
 
 
 def gpu_shares(gpus: int) -> list[str]:
-    """This machine's GPUs, `gpus` together, as CUDA_VISIBLE_DEVICES names them; [] without enough of them."""
-    present = torch.cuda.device_count()
-    names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(present)))).split(",")
-    return [",".join(names[at : at + gpus]) for at in range(0, present - gpus + 1, gpus)]
+    """Divide the GPUs of this machine into groups of `gpus`, each a value of CUDA_VISIBLE_DEVICES."""
+    count = torch.cuda.device_count()
+    names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")
+    return [",".join(names[start : start + gpus]) for start in range(0, count - gpus + 1, gpus)]
 
 
 @contextlib.contextmanager
-def _errors_into(path: Path) -> Iterator[None]:
-    """What starts here writes its errors to a file: submitit answers an interruption by a traceback."""
+def _stderr_to(path: Path) -> Iterator[None]:
+    """Redirect stderr of child processes to a file, because submitit prints a traceback when interrupted."""
     console = os.dup(2)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -208,100 +222,117 @@ def _errors_into(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Somebody who presses Ctrl-C twice must not leave workers behind."""
-    was = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+def _signals_ignored() -> Iterator[None]:
+    """Ignore SIGINT and SIGTERM, so that a second Ctrl-C does not leave workers running."""
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in was.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def launch(jobs: list[Job], launcher: str, workers: int, gpus: int, output: Path) -> None:
-    """Run the jobs on `workers` processes and show their progress. Failures are in each job's failed.txt."""
-    open_jobs = [job for job in jobs if not job.finished]
-    for job in open_jobs:
+    """Run the jobs on several workers and show their progress; each failure is written to failed.txt.
+
+    Args:
+        jobs: jobs of the sweep, finished or not.
+        launcher: local or slurm.
+        workers: maximum number of workers.
+        gpus: number of GPUs of each run.
+        output: folder of all results.
+    """
+    pending_jobs = [job for job in jobs if not job.finished]
+    for job in pending_jobs:
         if job.failure.exists():
             with locked(job) as free:
                 if free:
                     job.failure.unlink(missing_ok=True)
-    # By all jobs, not by those still open: the number of threads can decide the last bit of a sum, and a
-    # sweep that goes on has to end as one that was never interrupted.
-    share = (os.cpu_count() or 1) // min(workers, len(jobs))
-    threads = max(1, min(share, torch.get_num_threads()))
-    workers = min(workers, len(open_jobs))
+    # All jobs count here, not only pending ones: the number of threads can change the last bit of a sum, and
+    # a resumed sweep must give the results of an uninterrupted one.
+    cores = (os.cpu_count() or 1) // min(workers, len(jobs))
+    threads = max(1, min(cores, torch.get_num_threads()))
+    workers = min(workers, len(pending_jobs))
     if sys.platform == "win32":  # submitit needs Unix
-        work(open_jobs, threads)
+        work(pending_jobs, threads)
         return
     import submitit
 
-    here = f"{launcher}-{socket.gethostname()}-"
-    folder = output / ".workers" / f"{here}{secrets.token_hex(4)}"  # process numbers come again
+    prefix = f"{launcher}-{socket.gethostname()}-"
+    folder = output / ".workers" / f"{prefix}{secrets.token_hex(4)}"  # process ids are reused
     if launcher == "local":
-        for left in folder.parent.glob(f"{here}*"):  # by sweeps that were killed
-            with lock(left / LOCK_FILE) as held:
+        for old_folder in folder.parent.glob(f"{prefix}*"):  # of killed sweeps
+            with lock(old_folder / LOCK_FILE) as held:
                 if held:
-                    shutil.rmtree(left, ignore_errors=True)
+                    shutil.rmtree(old_folder, ignore_errors=True)
     folder.mkdir(parents=True)
     executor = submitit.AutoExecutor(folder=folder, cluster=launcher)
     executor.update_parameters(timeout_min=7 * 24 * 60, cpus_per_task=threads)
-    # submitit's own choice on one machine would be the first GPU for every worker.
+    # On one machine, submitit would give the first GPU to every worker.
     shares = gpu_shares(gpus) if launcher == "local" else []
     if gpus > 1 or torch.cuda.is_available():
         executor.update_parameters(gpus_per_node=gpus)
-    numbers, early = itertools.count(), []
+    numbers, failed_tasks = itertools.count(), []
     running: dict[Path, tuple[Any, str | None]] = {}
 
     def start(share: str | None) -> None:
         note = folder / f"{next(numbers)}.run"
-        todo = list(filter(_is_open, open_jobs))
-        with _errors_into(folder / "engine.log"):
-            running[note] = executor.submit(work, todo, threads, gpus, share, note), share
+        remaining = list(filter(_is_pending, pending_jobs))
+        with _stderr_to(folder / "engine.log"):
+            running[note] = executor.submit(work, remaining, threads, gpus, share, note), share
 
     with lock(folder / LOCK_FILE):
         try:
             for first in itertools.islice(itertools.cycle(shares or [None]), workers):
                 start(first)
-            with tqdm(total=len(open_jobs), desc="runs", unit="run") as bar, _lines(workers) as lines:
+            with (
+                tqdm(total=len(pending_jobs), desc="runs", unit="run") as bar,
+                _progress_bars(workers) as lines,
+            ):
                 while running:
                     time.sleep(0.5)
-                    for note, (task, own) in [item for item in running.items() if item[1][0].done()]:
+                    for note, (task, share) in [item for item in running.items() if item[1][0].done()]:
                         del running[note]
-                        # One without a word was killed: its run has failed, and the others go on.
-                        word = task.exception()
-                        killed = isinstance(word, submitit.core.utils.UncompletedJobError)
-                        if word and not (killed and _blame(note, open_jobs)):
-                            early.append(task)
-                        elif word and not running and any(map(_is_open, open_jobs)):
-                            start(own)
-                    bar.update(sum(not _is_open(job) for job in open_jobs) - bar.n)
-                    told = itertools.chain(_how_far(open_jobs if lines else []), itertools.repeat(""))
-                    for line, text in zip(lines, told, strict=False):
+                        # A killed worker fails its current run only; others continue with the remaining runs.
+                        error = task.exception()
+                        killed = isinstance(error, submitit.core.utils.UncompletedJobError)
+                        if error and not (killed and mark_crashed(note, pending_jobs)):
+                            failed_tasks.append(task)
+                        elif error and not running and any(map(_is_pending, pending_jobs)):
+                            start(share)
+                    bar.update(sum(not _is_pending(job) for job in pending_jobs) - bar.n)
+                    texts = itertools.chain(
+                        progress_lines(pending_jobs if lines else []), itertools.repeat("")
+                    )
+                    for line, text in zip(lines, texts, strict=False):
                         line.set_description_str(text)
         except BaseException:
-            with _uninterrupted():
+            with _signals_ignored():
                 for task, _ in running.values():
                     task.cancel()
             raise
-    for task in early:
-        logger.warning("a worker ended early; its log: %s", task.paths.stderr)
-    if not early:
+    for task in failed_tasks:
+        logger.warning("a worker failed; its log: %s", task.paths.stderr)
+    if not failed_tasks:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _is_open(job: Job) -> bool:
+def _is_pending(job: Job) -> bool:
+    """Return whether a job neither finished nor failed."""
     return not (job.finished or job.failure.exists())
 
 
-def _blame(note: Path, jobs: Sequence[Job]) -> bool:
-    """Note as failed the run that a killed worker was at, unless another has taken it over; whether there was
-    one."""
-    at = note.read_text(encoding="utf-8") if note.exists() else ""
+def mark_crashed(note: Path, jobs: Sequence[Job]) -> bool:
+    """Mark the current run of a killed worker as failed, unless another worker runs it by now.
+
+    Returns:
+        Whether the worker had a current run.
+    """
+    current = note.read_text(encoding="utf-8") if note.exists() else ""
     for job in jobs:
-        if str(job.failure) == at:
+        if str(job.failure) == current:
             with locked(job) as free:
-                if free and _is_open(job):
-                    job.failure.write_text(f"{KILLED}\n", encoding="utf-8")
+                if free and _is_pending(job):
+                    job.failure.write_text(f"{KILLED_MESSAGE}\n", encoding="utf-8")
             return True
     return False

@@ -1,4 +1,4 @@
-"""Make tables and one HTML page from the results of runs (`dfzsl report OUTPUT`)."""
+"""Provide tables and an HTML page of the results of runs (`dfzsl report OUTPUT`)."""
 
 from .formats import FORMATS
 from .read_runs import collect, collect_logs

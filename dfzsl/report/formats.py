@@ -1,4 +1,4 @@
-"""Tables as text: one renderer a format, each a pure function of the sections."""
+"""Render tables as text: plain, Markdown, LaTeX or CSV."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any
 from tabulate import tabulate
 
 from .sections import Section, Spread, sources
-from .tables import COSTS, Cell, Table, legend, tables
+from .tables import COST_COLUMNS, Cell, Table, legend, tables
 
-WRAP = 110
-# What would break a Markdown table or be HTML in it.
-MARKDOWN = str.maketrans({"|": r"\|", "<": "&lt;"})
-TEX = str.maketrans(
+WRAP_COLUMNS = 110
+# Characters that would break a Markdown table or start an HTML tag in it.
+MARKDOWN_ESCAPES = str.maketrans({"|": r"\|", "<": "&lt;"})
+TEX_ESCAPES = str.maketrans(
     {c: rf"\{c}" for c in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "…": r"\dots{}"}
     | {"<": r"\textless{}", ">": r"\textgreater{}", "–": "--", "−": "$-$", "Δ": r"$\Delta$", "±": r"$\pm$"}
@@ -25,44 +25,46 @@ TEX = str.maketrans(
 
 
 def terminal(parts: Sequence[Section], width: int | None = None) -> str:
-    """Plain text, notes below each table.
+    """Return plain text, with notes below each table.
 
-    width: of a terminal, in columns. Ranks are then bold and underlined by escapes, and where a table is too
-    wide its last `COSTS` are left out, by name.
+    Args:
+        parts: sections to render.
+        width: width of a terminal in characters. With it, ranks are bold and underlined by escape sequences,
+            and a table that is too wide omits its last `COST_COLUMNS`; a note names them.
     """
 
     def mark(text: str, rank: int) -> str:
         return f"\x1b[{(1, 4)[rank - 1]}m{text}\x1b[0m" if rank and width else text
 
-    def wrapped(line: str, bullet: str = "") -> str:
-        at = min(width or WRAP, WRAP)
-        return textwrap.fill(line, at, initial_indent=bullet, subsequent_indent=" " * len(bullet))
+    def wrap(line: str, bullet: str = "") -> str:
+        line_width = min(width or WRAP_COLUMNS, WRAP_COLUMNS)
+        return textwrap.fill(line, line_width, initial_indent=bullet, subsequent_indent=" " * len(bullet))
 
     blocks = []
     for section in parts:
         notes = list(section.notes)
         for table in tables(section):
-            shown = table if width is None else _narrowed(table, width)
-            blocks.append(f"{table.title}\n\n{tabulated(shown.headers, shown.texts(mark), 'simple')}")
-            if left_out := table.headers[len(shown.headers) :]:
-                notes.append(f"Too wide for this terminal, but on the page: {', '.join(left_out)}.")
+            narrow = table if width is None else _drop_cost_columns(table, width)
+            blocks.append(f"{table.title}\n\n{render_table(narrow.headers, narrow.texts(mark), 'simple')}")
+            if omitted := table.headers[len(narrow.headers) :]:
+                notes.append(f"Columns omitted because the terminal is too narrow: {', '.join(omitted)}.")
         if notes:
-            blocks.append("\n".join(wrapped(note, "  * ") for note in notes))
+            blocks.append("\n".join(wrap(note, "  * ") for note in notes))
     lines = [*legend(parts), *sources(parts)]
-    return "\n\n".join([*blocks, "\n".join(wrapped(line) for line in lines)]) + "\n"
+    return "\n\n".join([*blocks, "\n".join(wrap(line) for line in lines)]) + "\n"
 
 
-def _narrowed(table: Table, width: int) -> Table:
-    """The table without as many of its last columns, costs of methods all, as make it too wide."""
-    while table.rows and table.headers[-1] in COSTS:
-        if len(tabulated(table.headers, table.texts(), "simple").split("\n", 1)[0]) <= width:
+def _drop_cost_columns(table: Table, width: int) -> Table:
+    """Drop `COST_COLUMNS` from the right until the table fits `width` characters."""
+    while table.rows and table.headers[-1] in COST_COLUMNS:
+        if len(render_table(table.headers, table.texts(), "simple").split("\n", 1)[0]) <= width:
             break
         table = replace(table, headers=table.headers[:-1], rows=[row[:-1] for row in table.rows])
     return table
 
 
-def tabulated(headers: Sequence[str], texts: list[list[str]], style: str) -> str:
-    """Text of a table: names left, numbers right, one below the other."""
+def render_table(headers: Sequence[str], texts: list[list[str]], style: str) -> str:
+    """Return a table as text, with names left-aligned and numbers right-aligned."""
     if not texts:
         return "no finished run yet"
     return tabulate(
@@ -76,24 +78,27 @@ def tabulated(headers: Sequence[str], texts: list[list[str]], style: str) -> str
 
 
 def markdown(parts: Sequence[Section]) -> str:
-    """GitHub's Markdown."""
+    """Return GitHub-flavored Markdown."""
 
     def mark(text: str, rank: int) -> str:
-        return (text.translate(MARKDOWN), f"**{text}**", f"<ins>{text}</ins>")[rank]
+        return (text.translate(MARKDOWN_ESCAPES), f"**{text}**", f"<ins>{text}</ins>")[rank]
 
     blocks = []
     for section in parts:
         for table in tables(section):
-            headers = [header.translate(MARKDOWN) for header in table.headers]
-            body = tabulated(headers, table.texts(mark), "github")
-            blocks += [f"### {table.title.translate(MARKDOWN)}", body]
+            headers = [header.translate(MARKDOWN_ESCAPES) for header in table.headers]
+            body = render_table(headers, table.texts(mark), "github")
+            blocks += [f"### {table.title.translate(MARKDOWN_ESCAPES)}", body]
         if section.notes:
             blocks.append("\n".join(f"- {note}" for note in section.notes))
     return "\n\n".join([*blocks, *legend(parts), *sources(parts)]) + "\n"
 
 
 def latex(parts: Sequence[Section]) -> str:
-    r"""A tabular for each table, to be \input where booktabs and siunitx are loaded; the rest is comments."""
+    r"""Return a LaTeX tabular for each table, for \input in a document with booktabs and siunitx.
+
+    Titles, notes and the legend are comments.
+    """
     blocks = [r"% \usepackage{booktabs, siunitx}"]
     for section in parts:
         blocks += [_tabular(table) if table.rows else f"% {table.title}: no run" for table in tables(section)]
@@ -106,7 +111,10 @@ def _tabular(table: Table) -> str:
     formats = " ".join(["l", *map(_column_format, columns[1:])])
     setup = r"{\sisetup{detect-weight, table-align-text-post=false}"
     lines = [f"% {table.title}", rf"{setup}\begin{{tabular}}{{{formats}}}", r"\toprule"]
-    lines += [" & ".join(f"{{{header.translate(TEX)}}}" for header in table.headers) + r" \\", r"\midrule"]
+    lines += [
+        " & ".join(f"{{{header.translate(TEX_ESCAPES)}}}" for header in table.headers) + r" \\",
+        r"\midrule",
+    ]
     for place, row in enumerate(table.rows):
         lines += [r"\midrule"] if table.grouped and place and row[0] else []
         lines.append(" & ".join(map(_tex, row)) + r" \\")
@@ -114,7 +122,7 @@ def _tabular(table: Table) -> str:
 
 
 def _column_format(cells: Sequence[Cell]) -> str:
-    """siunitx's S for a column of scores, with room for the longest number and deviation; r for others."""
+    """Return siunitx's S format for a column of scores, wide enough for all of them, else r."""
     scores = [cell for cell in cells if isinstance(cell, Spread)]
     if not scores:
         return "r"
@@ -124,10 +132,10 @@ def _column_format(cells: Sequence[Cell]) -> str:
 
 
 def _tex(cell: Cell) -> str:
-    """A score that S aligns; what is none, and what is underlined, in braces, which centre it."""
+    """Return a cell for an S column. Braces center what S cannot align: texts and underlined numbers."""
     if not isinstance(cell, Spread):
         (text,) = Table("", [""], [[cell]]).texts()[0]
-        return f"{{{text.translate(TEX)}}}"
+        return f"{{{text.translate(TEX_ESCAPES)}}}"
     mean, tail = f"{cell.mean:.1f}", _tex_deviation(cell)
     return (f"{mean} {tail}", rf"\bfseries {mean} {tail}", rf"{{\underline{{{mean}}}{tail}}}")[
         cell.rank
@@ -139,9 +147,9 @@ def _tex_deviation(cell: Spread) -> str:
 
 
 def comma_separated(parts: Sequence[Section]) -> str:
-    """CSV with one line a method and table, numbers in full; `NAME sd` is the deviation over seeds.
+    """Return CSV with one line per method and section, and numbers with four decimals.
 
-    A name that a spreadsheet would take for a formula gets an apostrophe in front.
+    Column `NAME sd` is the standard deviation over seeds.
     """
     rows: list[dict[str, Any]] = []
     for section in parts:
@@ -157,16 +165,17 @@ def comma_separated(parts: Sequence[Section]) -> str:
             row |= {"seeds": " ".join(map(str, summary.seeds)), "seconds": summary.seconds}
             row |= {"trained": summary.trained, "images": summary.images, "queries": summary.queries}
             row |= {"published in": summary.source}
-            rows.append({name: no_formula(cell) for name, cell in row.items()})
+            rows.append({name: escape_formula(cell) for name, cell in row.items()})
     out = io.StringIO()
     names = list({name: None for row in rows for name in row})
     writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writerow({name: no_formula(name) for name in names})
+    writer.writerow({name: escape_formula(name) for name in names})
     writer.writerows(rows)
     return out.getvalue()
 
 
-def no_formula(cell: Any) -> Any:
+def escape_formula(cell: Any) -> Any:
+    """Prefix a text that a spreadsheet would evaluate as a formula with an apostrophe."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell
 
 

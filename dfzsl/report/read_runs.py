@@ -1,4 +1,4 @@
-"""What was measured: one Outcome a method, data set and seed, from results.json files or from CoOp's logs."""
+"""Collect results of runs, one Outcome per method, data set and seed, from results.json or CoOp's logs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,30 @@ from dfzsl.utils.errors import UNPRINTABLE, UserError, one_line
 
 from .method_names import method_name
 
-# The folders (parts) of a protocol: where it trains, and where it tests what was trained.
-PROTOCOLS = {
+# The folders (parts) of each protocol: that of training, and those of further tests of the trained model.
+PROTOCOL_PARTS = {
     "base2new": ("train_base", "test_new"),
     "gzsl": ("train_base", "test_all"),
     "xd": ("train_all", "test_all"),
     "dg": ("train_all", "test_all"),
     "fewshot": ("train_all",),
 }
-PAIRED = ("base2new", "gzsl")  # two scores, and H of them
-TRANSFER = ("xd", "dg")  # a data set to train on and targets to test on
+PAIRED = ("base2new", "gzsl")  # protocols with two scores and their harmonic mean H
+TRANSFER = ("xd", "dg")  # protocols with one training data set and several target data sets
 
 Scores = dict[str, float]
 
 
 @dataclass(frozen=True, order=True)
-class Method:
-    """A trainer (`CoOp`, `CoOp@virtual`, `MaPLe@checkout-904dbd7`) with its shots and its config."""
+class MethodKey:
+    """A method as the folders of results identify it.
+
+    Attributes:
+        name: trainer, e.g. `CoOp`, `CoOp@virtual` or `MaPLe@checkout-904dbd7`.
+        shots: training images per class, or "all".
+        config: name of its config file.
+        from_log: whether its results come from logs of CoOp.
+    """
 
     name: str
     shots: str
@@ -45,34 +52,39 @@ class Method:
 
 @dataclass
 class Outcome:
-    """One method on one data set with one seed.
+    """Results of one method on one data set with one seed.
 
-    parts: what each part measured, {"train_base": results, "test_new": results}; `xd` and `dg` have one
-        entry for training and one for each target data set, `fewshot` one for each "N shots".
-    failure: why the run stopped, "" where it did not.
+    Attributes:
+        protocol: key of `PROTOCOL_PARTS`.
+        dataset: data set that the method trains on.
+        method: trainer, shots and config.
+        seed: seed of the run.
+        parts: results of each part, {"train_base": results, "test_new": results}; `xd` and `dg` have one
+            entry for training and one for each target data set, `fewshot` one for each "N shots".
+        failure: message of the error that stopped the run, or "".
     """
 
     protocol: str
     dataset: str
-    method: Method
+    method: MethodKey
     seed: int
     parts: dict[str, dict[str, Any]] = field(default_factory=dict)
     failure: str = ""
 
     @property
     def training(self) -> dict[str, Any]:
-        """The results of the part that trained, on the most images; it must not be missing."""
+        """Results of the training part, for `fewshot` that with the most images; it must exist."""
         if self.protocol == "fewshot":
             return self.parts[max(self.parts, key=shots_in)]
-        return self.parts[PROTOCOLS[self.protocol][0]]
+        return self.parts[PROTOCOL_PARTS[self.protocol][0]]
 
     @property
     def missing(self) -> list[str]:
-        """The parts that have no results, as far as the protocol alone says which are due."""
+        """Parts without results, among those that the protocol alone determines."""
         if self.protocol == "fewshot":
             return []
-        due = PROTOCOLS[self.protocol][: 1 if self.protocol in TRANSFER else 2]
-        return [part for part in due if part not in self.parts]
+        required = PROTOCOL_PARTS[self.protocol][: 1 if self.protocol in TRANSFER else 2]
+        return [part for part in required if part not in self.parts]
 
     @property
     def targets(self) -> Scores:
@@ -82,7 +94,7 @@ class Outcome:
         return {part: run["accuracy"] for part, run in self.parts.items() if part != "train_all"}
 
     def classes(self) -> dict[str, list[dict[str, Any]]]:
-        """The rows of classes (`per_class` of results) behind each score, and behind each target."""
+        """Return the rows of classes (`per_class` of results) of each score and each target."""
         if self.protocol == "base2new":
             named = {"base": "train_base", "new": "test_new"}
             return {name: self.parts[part]["per_class"] for name, part in named.items()}
@@ -95,10 +107,11 @@ class Outcome:
         return {"source" if p == "train_all" else p: run["per_class"] for p, run in self.parts.items()}
 
     def scores(self) -> Scores:
-        """The protocol's scores in percent; nothing may be missing.
+        """Return the scores of the protocol in percent; no part may be missing.
 
-        base2new: base, new. gzsl: seen S, unseen U (means over classes). xd, dg: source and means over
-        targets. fewshot: each number of shots.
+        Returns:
+            base2new: base, new. gzsl: seen S, unseen U (means over classes). xd, dg: source and means over
+            targets. fewshot: one score for each number of shots.
         """
         if self.protocol == "base2new":
             return {"base": self.parts["train_base"]["accuracy"], "new": self.parts["test_new"]["accuracy"]}
@@ -110,16 +123,21 @@ class Outcome:
 
 
 def shots_in(part: str) -> float:
-    """The number in "16 shots"; infinite for "all shots"."""
+    """Return the number in "16 shots"; infinity for "all shots"."""
     number = part.split()[0]
     return float(number) if number.isdecimal() else float("inf")
 
 
 def transfer_scores(dataset: str, source: Any, targets: dict[str, Any]) -> dict[str, Any]:
-    """The scores of `xd` and `dg`: accuracy on the source `dataset`, means over other data sets and over
-    shifted sources, whose names start with the source's, as imagenet_a does with imagenet.
+    """Return the scores of `xd` and `dg`.
 
-    Accuracies are numbers or arrays of equal shape.
+    Args:
+        dataset: name of the source. A target whose name starts with it (imagenet_a) is a shifted source.
+        source: accuracy on the source, a number or an array.
+        targets: accuracy on each target, of the same shape.
+
+    Returns:
+        The source's accuracy, and the means over other data sets and over shifted sources.
     """
     others = [value for name, value in targets.items() if not name.startswith(dataset)]
     shifted = [value for name, value in targets.items() if name.startswith(dataset)]
@@ -129,81 +147,89 @@ def transfer_scores(dataset: str, source: Any, targets: dict[str, Any]) -> dict[
 
 
 def protocol_folders(folder: Path) -> list[tuple[str, Path]]:
-    """(protocol, its folder) for an output folder or for the folder of one protocol; [] for any other."""
-    parts = {part for pair in PROTOCOLS.values() for part in pair}
-    found = []
+    """Return (protocol, folder) pairs below an output folder, or for the folder of one protocol."""
+    parts = {part for pair in PROTOCOL_PARTS.values() for part in pair}
+    folders = []
     for path in [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]:
         present = parts & {child.name for child in path.iterdir()}
-        if path.name in PROTOCOLS and present:
-            found.append((path.name, path))
+        if path.name in PROTOCOL_PARTS and present:
+            folders.append((path.name, path))
         elif present:
-            by_parts = "xd" if "train_all" in present else "gzsl" if "test_all" in present else "base2new"
-            found.append((by_parts, path))
-    return found
+            protocol = "xd" if "train_all" in present else "gzsl" if "test_all" in present else "base2new"
+            folders.append((protocol, path))
+    return folders
 
 
 def collect(folder: Path) -> list[Outcome]:
-    """Every outcome below an output folder or a protocol's folder, in order of data set, method and seed.
+    """Return all outcomes below an output folder or the folder of a protocol.
 
-    Raises UserError when there is none, and for a results.json that is broken or of another schema.
+    Returns:
+        Outcomes in order of protocol, data set, method and seed.
+
+    Raises:
+        UserError: there is no result, or a results.json is invalid or has another schema.
     """
     return _gather(folder, _read_run, "results")
 
 
 def collect_logs(folder: Path) -> list[Outcome]:
-    """Every outcome of a tree of CoOp's logs, train_base/DATASET/shots_16/TRAINER/CONFIG/seed1/log.txt.
+    """Return all outcomes of a tree of CoOp's logs.
 
-    Raises UserError when there is none.
+    Args:
+        folder: folder with train_base/DATASET/shots_16/TRAINER/CONFIG/seed1/log.txt, or a parent of it.
+
+    Raises:
+        UserError: there is no log.
     """
     return _gather(folder, read_log, "logs of CoOp")
 
 
 def _gather(
-    folder: Path, read: Callable[[Path], tuple[dict[str, Any] | None, str]], what: str
+    folder: Path, read: Callable[[Path], tuple[dict[str, Any] | None, str]], kind: str
 ) -> list[Outcome]:
-    """The outcomes below `folder`; `read` gives a run's results and why it failed, from its own folder."""
+    """Return the outcomes below `folder`; `read` returns (results, failure message) of a run's folder."""
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; give an output folder, such as output or output/base2new")
-    found: dict[tuple[str, str, Method, int], Outcome] = {}
+        raise UserError(f"{folder}: no such folder; give an output folder, e.g. output or output/base2new")
+    by_key: dict[tuple[str, str, MethodKey, int], Outcome] = {}
     for protocol, root in protocol_folders(folder):
         for run in sorted(root.glob("*/*/shots_*/*/*/seed*")):
             part, dataset, shots, name, config, seed = map(one_line, run.relative_to(root).parts)
-            if part not in PROTOCOLS[protocol] or not re.fullmatch("seed[0-9]{1,9}", seed):
+            if part not in PROTOCOL_PARTS[protocol] or not re.fullmatch("seed[0-9]{1,9}", seed):
                 continue
             results, failure = read(run)
             if results is None and not failure:
                 continue
-            of, shots = dataset, shots.removeprefix("shots_")
+            source, shots = dataset, shots.removeprefix("shots_")
             if protocol in TRANSFER:
-                of, part = _source(root), dataset if part == "test_all" else part
+                source, part = _source(root), dataset if part == "test_all" else part
             elif protocol == "fewshot":
                 part, shots = f"{shots} shot{'' if shots == '1' else 's'}", ""
-            key = protocol, of, Method(name, shots, config, read is read_log), int(seed[4:])
-            outcome = found.setdefault(key, Outcome(*key))
+            key = protocol, source, MethodKey(name, shots, config, read is read_log), int(seed[4:])
+            outcome = by_key.setdefault(key, Outcome(*key))
             if results is not None:
                 outcome.parts[part] = results
             outcome.failure = outcome.failure or failure
-    if not found:
-        raise UserError(f"{folder}: no {what} here; give an output folder, such as output or output/base2new")
-    outcomes = [found[key] for key in sorted(found)]
-    _repeat_without_images(outcomes)
+    if not by_key:
+        raise UserError(f"{folder}: no {kind} here; give an output folder, e.g. output or output/base2new")
+    outcomes = [by_key[key] for key in sorted(by_key)]
+    _repeat_zero_shots(outcomes)
     return outcomes
 
 
-def _repeat_without_images(outcomes: Sequence[Outcome]) -> None:
-    """What sees no image in `fewshot` ("0 shots") has the same results at every number the others have."""
-    few = [outcome for outcome in outcomes if outcome.protocol == "fewshot"]
-    for outcome in few:
-        numbers = {part for other in few if other.dataset == outcome.dataset for part in other.parts}
+def _repeat_zero_shots(outcomes: Sequence[Outcome]) -> None:
+    """Repeat the `fewshot` results of methods without images ("0 shots") at every number of shots."""
+    fewshot = [outcome for outcome in outcomes if outcome.protocol == "fewshot"]
+    for outcome in fewshot:
+        numbers = {part for other in fewshot if other.dataset == outcome.dataset for part in other.parts}
         if outcome.parts.keys() == {"0 shots"} != numbers:
             outcome.parts = dict.fromkeys(numbers - {"0 shots"}, outcome.parts["0 shots"])
 
 
 def _source(root: Path) -> str:
-    """The data set that the runs of a folder with targets train on."""
+    """Return the training data set of a folder of `xd` or `dg`."""
     names = sorted(path.name for path in root.glob("train_all/*"))
     if len(names) > 1:
-        raise UserError(f"{root}: runs of several sources share their tests' folders: {', '.join(names)}")
+        raise UserError(f"{root}: the folder has runs from several training data sets: {', '.join(names)}")
     return names[0] if names else "unknown source"
 
 
@@ -226,19 +252,19 @@ def _is_bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _list_of(is_right: Check) -> Check:
-    return lambda values: isinstance(values, list) and all(map(is_right, values))
+def _list_of(is_valid: Check) -> Check:
+    return lambda values: isinstance(values, list) and all(map(is_valid, values))
 
 
-def _dict_of(is_right: Check) -> Check:
-    return lambda values: isinstance(values, dict) and all(map(is_right, values.values()))
+def _dict_of(is_valid: Check) -> Check:
+    return lambda values: isinstance(values, dict) and all(map(is_valid, values.values()))
 
 
 def _row_of(**checks: Check) -> Check:
     return lambda row: isinstance(row, dict) and all(check(row.get(name)) for name, check in checks.items())
 
 
-FIELDS: dict[str, Check] = {
+REQUIRED_FIELDS: dict[str, Check] = {
     "accuracy": lambda value: _is_number(value) and 0 <= value <= 100,
     "per_class": _list_of(
         _row_of(**{"class": _is_text}, correct=_is_count, total=_is_count, new=_is_bool),
@@ -248,7 +274,7 @@ FIELDS: dict[str, Check] = {
     "seconds": _dict_of(_is_number),
     "notes": _list_of(_is_text),
 }
-OPTIONAL: dict[str, Check] = {
+OPTIONAL_FIELDS: dict[str, Check] = {
     "backbone": _is_text,
     "trained_parameters": _is_count,
     "versions": _dict_of(_is_text),
@@ -257,16 +283,18 @@ OPTIONAL: dict[str, Check] = {
 
 
 def _read_run(folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """(results, failure) of one run of ours."""
+    """Return (results, failure message) of a run with results.json or failed.txt."""
     path, failed = folder / RESULTS, folder / "failed.txt"
     failure = one_line(failed.read_text(encoding="utf-8", errors="replace")) if failed.exists() else ""
     if not path.exists():
         return None, failure
     results = read_results(path)
-    broken = [name for name, is_right in FIELDS.items() if not is_right(results.get(name))]
-    broken += [name for name, is_right in OPTIONAL.items() if name in results and not is_right(results[name])]
-    if broken:
-        raise UserError(f"{path}: a broken results file, see {', '.join(broken)}; run it again")
+    invalid = [name for name, is_valid in REQUIRED_FIELDS.items() if not is_valid(results.get(name))]
+    invalid += [
+        name for name, is_valid in OPTIONAL_FIELDS.items() if name in results and not is_valid(results[name])
+    ]
+    if invalid:
+        raise UserError(f"{path}: invalid {', '.join(invalid)}; delete the file and repeat the run")
     return results, failure
 
 
@@ -284,7 +312,7 @@ IMAGES = re.compile(r"# train_x\s+(\d[\d,]{0,14})", re.ASCII)
 
 
 def read_log(folder: Path) -> tuple[dict[str, Any] | None, str]:
-    """(results, failure) of one run of CoOp: the last of its log files that comes to a test result."""
+    """Return (results, failure message) of a run of CoOp, from its latest log with a test result."""
     failure = ""
     for path in sorted(folder.glob("log.txt*"), reverse=True):
         results = parse_log(path.read_text(encoding="utf-8", errors="replace"))
@@ -295,11 +323,11 @@ def read_log(folder: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def parse_log(text: str) -> dict[str, Any] | None:
-    """Results from the text of a log of CoOp; None where the run did not come to its test.
+    """Return the results in the text of a log of CoOp, None if the run did not reach its test.
 
-    A run that trains tests on validation images between its epochs, so that only what stands after
-    "Finish training" is its test result. Rows of classes are those that TEST.PER_CLASS_RESULT prints; which
-    of them are `new` a log does not tell.
+    Training prints accuracies on validation images between epochs, so only the text after "Finish training"
+    holds the test result. TEST.PER_CLASS_RESULT prints the rows of classes; a log does not contain which of
+    them are `new`.
     """
     ended = TRAINING_ENDED.search(text)
     if TRAINING.search(text) and not ended:
@@ -310,13 +338,15 @@ def parse_log(text: str) -> dict[str, Any] | None:
         return None
     results: dict[str, Any] = {"accuracy": float(accuracies[-1]), "notes": []}
     last = after[after.rfind("=> result") :]
-    total, correct = (_number(found[1]) if (found := of.search(last)) else 0 for of in (TOTAL, CORRECT))
-    # What is printed has one digit after the point.
+    total, correct = (
+        _number(match[1]) if (match := pattern.search(last)) else 0 for pattern in (TOTAL, CORRECT)
+    )
+    # The printed accuracy has one decimal; the counts give the exact one.
     if total and abs(100 * correct / total - results["accuracy"]) < 0.06:
         results["accuracy"] = 100 * correct / total
     results["per_class"] = [
-        {"class": one_line(name), "correct": _number(right), "total": _number(of), "new": False}
-        for name, of, right in CLASS.findall(last)
+        {"class": one_line(name), "correct": _number(right), "total": _number(tested), "new": False}
+        for name, tested, right in CLASS.findall(last)
     ]
     if ended and (elapsed := ELAPSED.search(after)):
         days, hours, minutes, seconds = (int(part or 0) for part in elapsed.groups())

@@ -1,4 +1,4 @@
-"""From outcomes to sections: all methods side by side, on one data set or averaged over several."""
+"""Summarize outcomes into sections, each comparing all methods on one data set or averaged over several."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from typing import Any
 from dfzsl.io.results import harmonic_mean
 from dfzsl.io.untrusted.yaml_reader import read_yaml
 
-from .method_names import NAMES, dataset_name, in_papers_order
-from .read_runs import PAIRED, PROTOCOLS, TRANSFER, Method, Outcome, Scores, transfer_scores
-from .significance import Draws, averaged, draws
+from .method_names import PROTOCOL_TITLES, dataset_name, sort_datasets
+from .read_runs import PAIRED, PROTOCOL_PARTS, TRANSFER, MethodKey, Outcome, Scores, transfer_scores
+from .significance import Draws, average_draws, bootstrap
 
-OTHERS = "other data sets"
+OTHER_DATASETS = "other data sets"
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A mean, and over several seeds their population standard deviation (CoOp's parse_test_res.py).
+    """A mean with its standard deviation over seeds.
 
-    rank: among the methods of a table, 1 for what it prints bold, 2 underlined.
+    Attributes:
+        mean: in percent.
+        deviation: population standard deviation, as CoOp's parse_test_res.py; None for a single seed.
+        rank: among the methods of a table: 1 printed bold, 2 underlined, 0 plain.
     """
 
     mean: float
@@ -34,31 +37,31 @@ class Spread:
 
 @dataclass(frozen=True)
 class Summary:
-    """One method over its seeds, and over data sets where there are several: a row of a table."""
+    """Results of one method, averaged over seeds and data sets: a row of a table."""
 
     label: str
     shots: str
     scores: dict[str, Spread]
-    h: float | None = None  # harmonic mean of the averaged scores, where there are two
+    h: float | None = None  # harmonic mean of the averaged scores, if there are two
     mean_h: Spread | None = None
     seeds: tuple[int, ...] = ()
     seconds: float | None = None
     trained: int | None = None
     images: int | None = None
     queries: int | None = None
-    source: str = ""  # where a published figure stands; "" for what was measured
+    source: str = ""  # publication of the result; "" for measured results
     targets: dict[str, Spread] = field(default_factory=dict)  # of `xd` and `dg`
 
     @property
     def headline_name(self) -> str:
-        """What methods are ranked by: H, the mean over other data sets, or the last score."""
+        """Name of the score that ranks methods: H, the mean over other data sets, or the last score."""
         if self.h is not None:
             return "H"
-        return OTHERS if OTHERS in self.scores else list(self.scores)[-1]
+        return OTHER_DATASETS if OTHER_DATASETS in self.scores else list(self.scores)[-1]
 
     @property
     def headline(self) -> Spread:
-        """The one number that methods are ranked by."""
+        """Score that ranks methods."""
         if self.h is None:
             return self.scores[self.headline_name]
         return Spread(self.h, self.mean_h.deviation if self.mean_h else None)
@@ -66,10 +69,16 @@ class Summary:
 
 @dataclass(frozen=True)
 class Section:
-    """All methods side by side on one data set, or averaged over several.
+    """Comparison of all methods on one data set, or averaged over several.
 
-    summaries: the best first. outcomes: by label, those that are finished and count. draws: what chance
-        makes of each method's scores, by label. members: of an average, the data sets' own sections.
+    Attributes:
+        protocol: key of `PROTOCOL_PARTS`.
+        datasets: data sets that the methods train on.
+        summaries: one per method, the best first.
+        notes: sentences below the table.
+        outcomes: finished runs in the summaries, by label.
+        draws: bootstrap draws of the scores, by label.
+        members: sections of the single data sets of an average.
     """
 
     protocol: str
@@ -87,92 +96,100 @@ class Section:
 
     @property
     def headline(self) -> str:
-        """The score that methods are ranked by: see Summary.headline_name."""
+        """Name of the score that ranks methods, see Summary.headline_name."""
         return self.summaries[0].headline_name if self.summaries else ""
 
     @property
     def subtitle(self) -> str:
-        return ", ".join([NAMES[self.protocol], *(f"backbone {name}" for name in _backbones(self.outcomes))])
+        return ", ".join(
+            [PROTOCOL_TITLES[self.protocol], *(f"backbone {name}" for name in _backbones(self.outcomes))]
+        )
 
 
 def sections(outcomes: Sequence[Outcome], published: bool = False) -> list[Section]:
-    """The average where there are several data sets, then one section for each; protocol after protocol."""
-    made = []
-    for protocol in PROTOCOLS:
-        mine = [outcome for outcome in outcomes if outcome.protocol == protocol]
-        labels = label_methods(mine)
-        datasets = in_papers_order({outcome.dataset for outcome in mine})
-        single = [_section(protocol, (name,), mine, labels, published) for name in datasets]
+    """Return the sections of all protocols, for several data sets their average first.
+
+    Args:
+        outcomes: results of runs.
+        published: whether to add published results.
+    """
+    result = []
+    for protocol in PROTOCOL_PARTS:
+        selected = [outcome for outcome in outcomes if outcome.protocol == protocol]
+        labels = label_methods(selected)
+        datasets = sort_datasets({outcome.dataset for outcome in selected})
+        single = [_section(protocol, (name,), selected, labels, published) for name in datasets]
         if len(datasets) > 1 and protocol not in TRANSFER:
-            average = _section(protocol, tuple(datasets), mine, labels, published)
-            noise = averaged(protocol, [part.draws for part in single])
-            made.append(replace(average, members=single, draws=noise))
-        made += single
-    return made
+            average = _section(protocol, tuple(datasets), selected, labels, published)
+            draws = average_draws(protocol, [part.draws for part in single])
+            result.append(replace(average, members=single, draws=draws))
+        result += single
+    return result
 
 
-def label_methods(outcomes: Sequence[Outcome]) -> dict[Method, str]:
-    """The name of each method, with its trainer, config or shots where it does not tell two apart."""
-    alike: dict[tuple[str, str], set[Method]] = defaultdict(set)
+def label_methods(outcomes: Sequence[Outcome]) -> dict[MethodKey, str]:
+    """Return a unique label of each method; trainer, config or shots are added only to ambiguous names."""
+    same_label: dict[tuple[str, str], set[MethodKey]] = defaultdict(set)
     for outcome in outcomes:
-        alike[outcome.dataset, outcome.method.label].add(outcome.method)
+        same_label[outcome.dataset, outcome.method.label].add(outcome.method)
 
-    def several(of: Callable[[Method], str]) -> set[str]:
-        return {label for (_, label), found in alike.items() if len(set(map(of, found))) > 1}
+    def labels_with_several(get: Callable[[MethodKey], str]) -> set[str]:
+        return {label for (_, label), methods in same_label.items() if len(set(map(get, methods))) > 1}
 
-    told = [(several(of), of) for of in (lambda m: m.name, lambda m: m.config, lambda m: f"{m.shots} shots")]
+    getters = (lambda m: m.name, lambda m: m.config, lambda m: f"{m.shots} shots")
+    ambiguous = [(labels_with_several(get), get) for get in getters]
 
-    def name(method: Method) -> str:
-        extras = [of(method) for labels, of in told if method.label in labels]
+    def unique_label(method: MethodKey) -> str:
+        extras = [get(method) for labels, get in ambiguous if method.label in labels]
         return f"{method.label} [{', '.join(extras)}]" if extras else method.label
 
-    return {method: name(method) for found in alike.values() for method in found}
+    return {method: unique_label(method) for methods in same_label.values() for method in methods}
 
 
 def _section(
     protocol: str,
     datasets: tuple[str, ...],
     outcomes: Sequence[Outcome],
-    labels: dict[Method, str],
+    labels: dict[MethodKey, str],
     with_published: bool,
 ) -> Section:
     members = [outcome for outcome in outcomes if outcome.dataset in datasets]
     targets = {name for outcome in members for name in outcome.targets}
     measured = {part for outcome in members for part in outcome.parts}
-    done: dict[str, list[Outcome]] = defaultdict(list)
+    finished: dict[str, list[Outcome]] = defaultdict(list)
     notes = []
     for outcome in members:
         missing = outcome.missing
-        missing += in_papers_order(measured - outcome.parts.keys() - {*missing})
+        missing += sort_datasets(measured - outcome.parts.keys() - {*missing})
         label = labels[outcome.method]
         where = f"{label}, seed {outcome.seed}" + (
             f" on {dataset_name(outcome.dataset)}" if len(datasets) > 1 else ""
         )
         if not missing:
-            done[label].append(outcome)
+            finished[label].append(outcome)
         elif outcome.failure:
-            notes.append(f"{where}: failed and left out: {outcome.failure}")
+            notes.append(f"{where}: failed, excluded: {outcome.failure}")
         else:
-            notes.append(f"{where}: not finished and left out, no {', '.join(missing)}")
+            notes.append(f"{where}: not finished, excluded: no {', '.join(missing)}")
         if not missing and outcome.failure:
             notes.append(f"{where}: stopped early: {outcome.failure}")
-    for label in sorted(done):
-        absent = set(datasets) - {outcome.dataset for outcome in done[label]}
+    for label in sorted(finished):
+        absent = set(datasets) - {outcome.dataset for outcome in finished[label]}
         if absent:
-            names = ", ".join(map(dataset_name, in_papers_order(absent)))
-            notes.append(f"{label}: left out of the average, no result on {names}")
-            del done[label]
-    notes += _differences(done, datasets)
-    summaries = [summarise(label, runs) for label, runs in done.items()]
+            names = ", ".join(map(dataset_name, sort_datasets(absent)))
+            notes.append(f"{label}: excluded from the average: no result on {names}")
+            del finished[label]
+    notes += _comparison_notes(finished, datasets)
+    summaries = [summarize(label, runs) for label, runs in finished.items()]
     if with_published:
         figures = published_summaries(protocol, datasets, targets)
         summaries += figures
-        others = [name for name in _backbones(done) if name.replace("/", "-") != "ViT-B-16"]
+        others = [name for name in _backbones(finished) if name.replace("/", "-") != "ViT-B-16"]
         if figures and others:
-            notes.append(f"Published figures are of ViT-B/16, runs here of {', '.join(others)}")
+            notes.append(f"Published results use ViT-B/16, the runs here {', '.join(others)}")
     summaries.sort(key=lambda row: -row.headline.mean)
-    noise = draws(done) if len(datasets) == 1 else {}
-    return Section(protocol, datasets, summaries, notes, dict(done), noise)
+    draws = bootstrap(finished) if len(datasets) == 1 else {}
+    return Section(protocol, datasets, summaries, notes, dict(finished), draws)
 
 
 def _backbones(outcomes: dict[str, list[Outcome]]) -> list[str]:
@@ -181,44 +198,47 @@ def _backbones(outcomes: dict[str, list[Outcome]]) -> list[str]:
 
 
 def sources(parts: Sequence[Section]) -> list[str]:
-    """Where the published figures stand."""
-    told = [
-        f"{row.label}, {NAMES[section.protocol]}: {row.source}"
+    """Return the publication of each published result."""
+    lines = [
+        f"{row.label}, {PROTOCOL_TITLES[section.protocol]}: {row.source}"
         for section in parts
         for row in section.summaries
         if row.source
     ]
-    return list(dict.fromkeys(told))
+    return list(dict.fromkeys(lines))
 
 
-def _differences(done: dict[str, list[Outcome]], datasets: tuple[str, ...]) -> list[str]:
-    """What makes a comparison of the methods unequal, and what the runs say of themselves."""
+def _comparison_notes(finished: dict[str, list[Outcome]], datasets: tuple[str, ...]) -> list[str]:
+    """Return notes on unequal seeds and backbones of the methods, and the notes of the runs."""
     notes = []
-    every_seed = {outcome.seed for runs in done.values() for outcome in runs}
+    every_seed = {outcome.seed for runs in finished.values() for outcome in runs}
     unequal: dict[str, list[str]] = defaultdict(list)
-    for label, runs in done.items():
+    for label, runs in finished.items():
         for dataset in datasets:
             seeds = {outcome.seed for outcome in runs if outcome.dataset == dataset}
-            if missing := _listed(every_seed - seeds):
+            if missing := _join(every_seed - seeds):
                 where = f" on {dataset_name(dataset)}" if len(datasets) > 1 else ""
-                unequal[f"no result for seed {missing}{where}; averaged over {_listed(seeds)}"].append(label)
-    notes += [f"{', '.join(labels)}: {what}, unlike the others" for what, labels in unequal.items()]
-    if len(_backbones(done)) > 1:
+                unequal[f"no result for seed {missing}{where}; averaged over {_join(seeds)}"].append(label)
+    notes += [
+        f"{', '.join(labels)}: {difference}, unlike the others" for difference, labels in unequal.items()
+    ]
+    if len(_backbones(finished)) > 1:
         notes += [
-            f"{label}: backbone {', '.join(sorted(_backbones({label: done[label]})))}" for label in done
+            f"{label}: backbone {', '.join(sorted(_backbones({label: finished[label]})))}"
+            for label in finished
         ]
-    for label, runs in done.items():
-        said = {note for outcome in runs for part in outcome.parts.values() for note in part["notes"]}
-        notes += [" ".join(f"{label}: {note}".split()) for note in sorted(said)]
+    for label, runs in finished.items():
+        run_notes = {note for outcome in runs for part in outcome.parts.values() for note in part["notes"]}
+        notes += [" ".join(f"{label}: {note}".split()) for note in sorted(run_notes)]
     return notes
 
 
-def _listed(numbers: set[int]) -> str:
+def _join(numbers: set[int]) -> str:
     return ", ".join(str(number) for number in sorted(numbers))
 
 
-def summarise(label: str, outcomes: Sequence[Outcome]) -> Summary:
-    """One method's row from its finished outcomes."""
+def summarize(label: str, outcomes: Sequence[Outcome]) -> Summary:
+    """Return the summary of one method from its finished outcomes."""
     scores = {(outcome.dataset, outcome.seed): outcome.scores() for outcome in outcomes}
     targets = {(outcome.dataset, outcome.seed): outcome.targets for outcome in outcomes}
     runs = [outcome.training for outcome in outcomes]
@@ -249,13 +269,18 @@ def _averages(scores: dict[tuple[str, int], Scores]) -> dict[str, Spread]:
 
 
 def average(values: dict[tuple[str, int], float]) -> Spread:
-    """Mean over data sets of means over seeds, from {(data set, seed): value}.
+    """Return the mean over data sets of means over seeds.
 
-    The deviation is over seeds, of each seed's mean over the data sets.
+    Args:
+        values: one number for each (data set, seed).
+
+    Returns:
+        The mean, and the standard deviation over seeds of each seed's mean over data sets.
     """
     datasets = {dataset for dataset, _ in values}
     mean = statistics.fmean(
-        statistics.fmean(value for (of, _), value in values.items() if of == dataset) for dataset in datasets
+        statistics.fmean(value for (name, _), value in values.items() if name == dataset)
+        for dataset in datasets
     )
     seeds = _common_seeds(values)
     per_seed = [statistics.fmean(values[dataset, seed] for dataset in datasets) for seed in seeds]
@@ -263,7 +288,7 @@ def average(values: dict[tuple[str, int], float]) -> Spread:
 
 
 def _common_seeds(keyed: dict[tuple[str, int], Any]) -> list[int]:
-    """The seeds that every data set has."""
+    """Return the seeds that every data set has."""
     datasets = {dataset for dataset, _ in keyed}
     return sorted({seed for _, seed in keyed if all((dataset, seed) in keyed for dataset in datasets)})
 
@@ -279,7 +304,7 @@ def _published() -> Any:
 
 
 def published_summaries(protocol: str, datasets: Sequence[str], targets: set[str]) -> list[Summary]:
-    """Published figures of the same data sets (and targets), of the methods that have them all."""
+    """Return published results of methods that have them for all these data sets (and targets)."""
     entries = _published().get("xd" if protocol == "dg" else protocol, [])
     every = {name for entry in entries for name in entry.get("figures", ())}
     rows = []
@@ -287,8 +312,8 @@ def published_summaries(protocol: str, datasets: Sequence[str], targets: set[str
         figures = entry.get("figures", {})
         h, mean_h = None, None
         if protocol in TRANSFER and {*datasets, *targets} <= figures.keys():
-            of = {name: figures[name] for name in targets}
-            scores = transfer_scores(datasets[0], figures[datasets[0]], of)
+            on_targets = {name: figures[name] for name in targets}
+            scores = transfer_scores(datasets[0], figures[datasets[0]], on_targets)
         elif protocol == "base2new" and figures.keys() >= set(datasets):
             pairs = [figures[name] for name in datasets]
             scores = dict(zip(("base", "new"), map(statistics.fmean, zip(*pairs, strict=True)), strict=True))

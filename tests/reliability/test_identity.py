@@ -1,4 +1,4 @@
-"""A run's identity: other data, another encoder or teacher of the same name are never taken for it."""
+"""Test that a run folder refuses other data, encoders or teachers of the same name."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_other_training_data_is_refused_where_it_is_read(tmp_path, tried):
     tried("identity", "data overwritten or another of the same name", 1, "refused, both named")
 
 
-def test_an_older_folder_that_does_not_say_is_gone_on_with(tmp_path, tried):
+def test_an_older_folder_without_checksums_resumes(tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     given = words("ZeroshotCLIP", path, tmp_path / "out", "--eval-only")
     train.main(given)
@@ -79,7 +79,7 @@ def test_an_older_folder_that_does_not_say_is_gone_on_with(tmp_path, tried):
 
 
 @pytest.mark.parametrize("kind", ["Folder", "Csv", "Features", "OxfordPets", "AWA2"])
-def test_data_is_known_by_its_content_and_not_by_its_place(kind, tmp_path, tried):
+def test_data_is_identified_by_content_and_not_by_location(kind, tmp_path, tried):
     config = {"Folder": "folder", "Csv": "csv", "Features": "features", "OxfordPets": "oxford_pets"}
 
     def sums(root: Path) -> list[str]:
@@ -100,7 +100,7 @@ def test_data_is_known_by_its_content_and_not_by_its_place(kind, tmp_path, tried
 
 
 @pytest.mark.parametrize("wrong", ["of another encoder", "of other classes"])
-def test_a_failed_start_claims_nothing(wrong, tmp_path, tried):
+def test_a_failed_start_leaves_the_folder_free(wrong, tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     train.main(words("TeacherZeroshot", path, tmp_path / "owner"))
     right = tmp_path / "owner/teacher.safetensors"
@@ -138,7 +138,7 @@ def test_no_new_class_is_a_legal_task(tmp_path):
         ("(1,2)", "class names"),
     ],
 )
-def test_names_of_new_classes_are_looked_at_before_any_work(names, said, tmp_path, tried):
+def test_names_of_new_classes_are_checked_before_any_work(names, said, tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     Teacher(torch.randn(4, 32), ["ant", "bee", "cat", "dog"]).save(tmp_path / "t.safetensors")
     given = words("DFZSL", path, tmp_path / "out", "TEACHER.FILE", tmp_path / "t.safetensors")
@@ -168,7 +168,7 @@ def sweep(folder: Path, data: str, *more: str) -> None:
 
 @pytest.fixture
 def images(tmp_path) -> Path:
-    """Two folders of pictures, of the same name, classes and files."""
+    """Two folders of images with the same name, classes and files."""
     for place, seed in (("a", 0), ("b", 7)):
         for label, name in enumerate(("ant", "bee", "cat", "dog")):
             for number in range(10):
@@ -176,7 +176,7 @@ def images(tmp_path) -> Path:
     return tmp_path
 
 
-def test_a_folder_of_the_same_name_is_refused_and_the_same_one_elsewhere_is_not(images, monkeypatch, tried):
+def test_another_folder_of_the_same_name_is_refused_and_a_moved_one_is_not(images, monkeypatch, tried):
     keys = ("1", "MODEL.BACKBONE.NAME", "shapes", "DATALOADER.NUM_WORKERS", "0")
     a, b, out = images / "a/images", images / "b/images", images / "out"
     sweep(out, f"folder:{a}", *keys)
@@ -193,7 +193,7 @@ def test_a_folder_of_the_same_name_is_refused_and_the_same_one_elsewhere_is_not(
     tried("identity", "data overwritten or another of the same name", 3, "refused, both named")
 
 
-def test_a_feature_file_that_is_overwritten_is_another_one(tmp_path, tried):
+def test_an_overwritten_feature_file_is_refused(tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     arrays = dict(np.load(path))
     sweep(tmp_path / "out", f"features:{path}", "1")
@@ -206,7 +206,7 @@ def test_a_feature_file_that_is_overwritten_is_another_one(tmp_path, tried):
     tried("identity", "data overwritten or another of the same name", 2, "refused, both named")
 
 
-def test_an_older_sweep_goes_on_with_the_data_of_its_place(tmp_path, tried):
+def test_an_older_sweep_resumes_with_data_at_the_same_path(tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     sweep(tmp_path / "out", f"features:{path}", "1")
     for config in (tmp_path / "out").rglob("config.yaml"):
@@ -241,7 +241,7 @@ def test_seeds_given_twice_are_run_once(tmp_path):
     ],
 )
 @pytest.mark.parametrize("dry", [True, False])
-def test_what_is_missing_is_told_before_anything_is_listed(words, fact, dry, tmp_path, capsys, tried):
+def test_missing_inputs_are_reported_before_any_output(words, fact, dry, tmp_path, capsys, tried):
     (tmp_path / "file").write_text("in the way", encoding="utf-8")
     fake_data.make("Folder", tmp_path)
     before = set(tmp_path.rglob("*"))
@@ -253,7 +253,7 @@ def test_what_is_missing_is_told_before_anything_is_listed(words, fact, dry, tmp
     tried("machine", "sweep without data, weights or an output to write to", 1, "told before any run")
 
 
-def test_what_killed_runs_left_half_written_goes_and_nothing_else(tmp_path, tried):
+def test_only_partial_files_of_killed_runs_are_removed(tmp_path, tried):
     path = write_features(tmp_path / "x.npz", per_class=8)
     out = tmp_path / "out"
     ours = [".a.json.0123abcd.tmp", "answers/.b.safetensors.00000000.tmp", "model/model.pth.tar-1.partial-77"]
@@ -284,14 +284,13 @@ def test_two_runs_in_one_folder_at_once_are_refused(tmp_path, tried):
 
 
 def one_run(path: Path, output: Path) -> list[Job]:
-    """The sweep of one method and one seed over a feature file."""
+    """Plan a sweep of one method and one seed over a feature file."""
     given = ["base2new", "--methods", "ZeroshotCLIP", "--output", str(output), f"features:{path}", "1"]
     return planned_jobs(given)
 
 
-def test_folders_of_workers_that_are_gone_are_removed(tmp_path, monkeypatch):
-    """Of this machine's, by sweeps that hold them no more: their process numbers may be others' by now. A
-    slurm job may still wait for its files."""
+def test_folders_of_ended_workers_are_removed(tmp_path, monkeypatch):
+    """Folders that are locked, of other machines or of slurm jobs stay; process ids are reused."""
     path = write_features(tmp_path / "x.npz", per_class=8)
     host = socket.gethostname()
     kept = [f"local-{host}-held", "local-elsewhere-1", f"slurm-{host}-1"]
@@ -323,7 +322,7 @@ def test_the_token_is_in_no_failure_note_and_no_traceback(tmp_path, monkeypatch,
     tried("HTTP teacher", "token echoed in an error, a note, a traceback", 3, "in none of them")
 
 
-def test_ctrl_c_twice_leaves_no_worker_behind(tmp_path, monkeypatch, tried):
+def test_a_second_ctrl_c_leaves_no_worker_running(tmp_path, monkeypatch, tried):
     class Task:
         cancelled = 0
 

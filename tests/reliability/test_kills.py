@@ -1,4 +1,4 @@
-"""Killed at any file operation, byte or moment, and started again: the end is that of an undisturbed run."""
+"""Kill runs at any file operation, byte or moment, resume them, and compare with uninterrupted runs."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def words(trainer: str, world: Path, **keys: object) -> list[str]:
 
 
 def results(folder: Path) -> dict:
-    """results.json without what the clock decides."""
+    """Return results.json without fields that depend on the clock."""
     found = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     return {key: value for key, value in found.items() if key not in (*VOLATILE_KEYS, "versions")}
 
 
 def made(folder: Path) -> dict[str, bytes]:
-    """What a run leaves, byte for byte: its stages and its checkpoints."""
+    """Return the files of a run's stages and checkpoints, byte for byte."""
     kept = [*folder.rglob("*.safetensors"), *folder.rglob("*.pth.tar*"), *folder.rglob("*.json")]
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -134,7 +134,7 @@ def kill_run(given: list[str], folder: Path, sizes: tuple[int, int] = (2_000, 60
     return kill_until_done(folder, run, compare, sizes), finished
 
 
-def test_a_used_folder_takes_no_other_teacher(world, teacher, tmp_path):
+def test_a_used_folder_refuses_another_teacher(world, teacher, tmp_path):
     """The folder's config.yaml names the same file; what is in the file has changed."""
     teacher.save(tmp_path / "teacher.safetensors")
     keys = {"TEACHER.FILE": tmp_path / "teacher.safetensors", "OPTIM.MAX_EPOCH": 1}
@@ -147,7 +147,7 @@ def test_a_used_folder_takes_no_other_teacher(world, teacher, tmp_path):
         train.main(given)
 
 
-def test_a_run_that_goes_on_keeps_its_curves_and_its_stages(world, teacher, tmp_path, monkeypatch):
+def test_a_resumed_run_keeps_its_curves_and_stages(world, teacher, tmp_path, monkeypatch):
     teacher.save(tmp_path / "teacher.safetensors")
     keys = {"TEACHER.FILE": tmp_path / "teacher.safetensors", "OPTIM.MAX_EPOCH": 2, "GENERATOR.NAME": "vmf"}
     given = words("DFZSL", world, **keys)
@@ -164,8 +164,8 @@ def test_a_run_that_goes_on_keeps_its_curves_and_its_stages(world, teacher, tmp_
 
 
 @pytest.mark.parametrize("at", [2, 5])
-def test_a_generator_that_was_cut_off_goes_on(at, world, teacher, tmp_path, monkeypatch):
-    """In the training of all weights, or in a calibration fold."""
+def test_an_interrupted_generator_resumes(at, world, teacher, tmp_path, monkeypatch):
+    """In training on all classes, or on a fold of the calibration."""
     teacher.save(tmp_path / "teacher.safetensors")
     keys = {"TEACHER.FILE": tmp_path / "teacher.safetensors", "OPTIM.MAX_EPOCH": 1, "GENERATOR.NAME": "cvae"}
     keys |= {"GENERATOR.EPOCHS": 3, "GENERATOR.HIDDEN": 8, "GENERATOR.CLASSIFIER_STEPS": 5}
@@ -197,8 +197,8 @@ def test_a_fitted_teacher_is_not_fitted_again(world, tmp_path, monkeypatch):
     assert results(tmp_path)["trained_parameters"] > 0
 
 
-def test_a_killed_sweep_knows_its_settings(tmp_path, monkeypatch):
-    """Killed after the results and before anything else: other settings must not pass for these."""
+def test_a_killed_sweep_has_recorded_its_settings(tmp_path, monkeypatch):
+    """A run killed directly after its results refuses other settings."""
     write_features(tmp_path / "animals.npz")
     given = ["base2new", "--methods", "ZeroshotCLIP", f"features:{tmp_path / 'animals.npz'}", "1"]
     given += ["--output", str(tmp_path / "output")]
@@ -236,7 +236,7 @@ def test_training_of_prompts(trainer, world, tmp_path, tried):
 
 
 class Server(ThreadingHTTPServer):
-    """A teacher that answers labels over HTTP and counts how often it was asked what."""
+    """Teacher that answers labels over HTTP and records the hash of each request."""
 
     def __init__(self, teacher: Teacher) -> None:
         self.asked: list[str] = []
@@ -321,7 +321,7 @@ def test_extraction(tmp_path, tried):
 
 @pytest.mark.slow
 def test_a_sweep(tmp_path, tried):
-    """Two workers at a time on one folder, one of them or both killed."""
+    """Kill one or both of two workers on the same folder."""
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     asked = ["1", "2", "GENERATOR.NAME", "vmf", "GENERATOR.CLASSIFIER_STEPS", "20"]
     given = ["base2new", "--methods", METHODS, "features:animals.npz", *asked, "RECOVERY.NUM_PER_CLASS", "20"]

@@ -1,4 +1,4 @@
-"""Sweeps whose workers are killed, whose disk knows no locks, whose clocks jump."""
+"""Test sweeps with killed workers, without file locks, and with wrong clocks."""
 
 from __future__ import annotations
 
@@ -60,8 +60,7 @@ def children(process: int) -> list[int]:
 @needs_proc
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_worker_that_the_system_kills(count, world, tried):
-    """The run that it was at is noted, or taken over by another worker; all others are made, by a new worker
-    where there was no other."""
+    """Another worker repeats its run, or the run is marked as failed; all other runs finish."""
     sweep = start(world, "1", methods=METHODS, workers=count)
     at: list[Path] = []
     while not at:
@@ -89,7 +88,7 @@ def test_a_worker_that_the_system_kills(count, world, tried):
 
 
 def test_a_killed_worker_is_replaced(world, monkeypatch):
-    """The run that it was at is noted as failed, and a new worker makes the others."""
+    """Its run is marked as failed, and a new worker does the rest."""
 
     class Worker:
         """A worker of submitit in this process; the first is killed at the last run."""
@@ -157,7 +156,7 @@ def no_locks(request, monkeypatch) -> None:
 
 
 def test_a_disk_without_locks(no_locks, world, monkeypatch, tried):
-    """Told before any run, where several workers would do the same; one worker needs no lock."""
+    """Several workers are refused before any run; one worker needs no lock."""
     assert not supports_locks(world)
     with pytest.raises(UserError, match=r"locks.* --workers 1"):
         launch.main(given(world, "--workers", "2"))
@@ -183,7 +182,7 @@ with lock(sys.argv[1]):
 
 @pytest.mark.parametrize("when", ["now", "in ten years", "in 1970"])
 def test_no_lock_is_stale(when, tmp_path, tried):
-    """Who holds is asked of the system: not of a file's age, of what it says, or of a process's number."""
+    """A lock is held by a process, whatever the age or the content of its file."""
     path = tmp_path / ".lock"
     path.write_text("elsewhere 1\n")
     moment = {"now": time.time(), "in ten years": time.time() + 3e8, "in 1970": 0}[when]
@@ -207,7 +206,7 @@ def test_no_lock_is_stale(when, tmp_path, tried):
 
 
 def test_a_thousand_runs_read_their_data_once(world, monkeypatch, tried):
-    """Plan, check and forecast; what they read does not grow with the seeds, where these draw no example."""
+    """Plan, check and forecast: data are read once if the seeds select no images."""
     seeds = [str(seed) for seed in range(1, 501)]
     words = ["base2new", "--methods", "ZeroshotCLIP,TextTeacherMix", "--output", str(world / "output")]
     planned = planned_jobs([*words, f"features:{world / 'animals.npz'}", *seeds])
@@ -216,13 +215,13 @@ def test_a_thousand_runs_read_their_data_once(world, monkeypatch, tried):
     monkeypatch.setattr(Features, "read", lambda self: read.append(self.dataset_dir) or real(self))
     check(planned)
     assert len(planned) == 1000 and 1 <= len(read) <= 4  # base and new classes
-    assert "How long: unknown" in forecast(planned, 2)
+    assert "Estimated time: unknown" in forecast(planned, 2)
     tried("sweeps", "1,000 runs: planned, looked at, forecast", len(planned), "data read once")
 
 
 @pytest.mark.parametrize("schema", [0, 2, "2", None, [1]])
 def test_results_of_another_version(schema, world, tried):
-    """Told before any run, by a sweep and by a report; a newer one asks for a newer project, and is kept."""
+    """Sweeps and reports refuse them before any run, and keep the file."""
     path = jobs(world)[0].parts()[0][0] / "results.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps({"schema": schema, "accuracy": 50.0}))
@@ -241,7 +240,7 @@ ODD = [-5.0, -1e9, 1e300, float("nan"), True, "12", None, [1]]
 
 
 @pytest.mark.parametrize("elapsed", ODD, ids=str)
-def test_a_forecast_rests_on_lengths_of_time(elapsed, world, tried):
+def test_a_forecast_ignores_invalid_durations(elapsed, world, tried):
     planned = jobs(world)
     for folder, _ in planned[1].parts():
         folder.mkdir(parents=True)
@@ -249,7 +248,7 @@ def test_a_forecast_rests_on_lengths_of_time(elapsed, world, tried):
     (again,) = [
         Job(**{**vars(planned[1]), "seed": 2}),
     ]
-    assert "How long: unknown" in forecast([again], 1)
+    assert "Estimated time: unknown" in forecast([again], 1)
     for folder, _ in planned[1].parts():
         write_json(folder / "results.json", {"schema": 1, "elapsed": 30})
     assert "About 0:01:00" in forecast([again], 1)
@@ -258,7 +257,7 @@ def test_a_forecast_rests_on_lengths_of_time(elapsed, world, tried):
 
 @pytest.mark.parametrize("ahead", [-86400, 0, 86400])
 def test_a_server_whose_clock_is_wrong(ahead, tried):
-    """A date is one of the server's clock, which its reply tells."""
+    """Dates are compared with the server's clock, which its reply contains."""
     headers = {
         "date": formatdate(time.time() + ahead, usegmt=True),
         "retry-after": formatdate(time.time() + ahead + 30, usegmt=True),
