@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -58,6 +59,11 @@ def isolated(tmp_path, tmp_path_factory, monkeypatch):
     """Give each test a home directory, caches and a working directory of its own."""
     isolate(monkeypatch, tmp_path_factory.mktemp("home"), tmp_path)
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # Dassl's logger replaces it
+    log = logging.getLogger("dfzsl")
+    handlers, level = list(log.handlers), log.level
+    yield
+    log.handlers[:] = handlers  # train.main adds one
+    log.setLevel(level)
 
 
 def unit(x: np.ndarray) -> np.ndarray:

@@ -397,8 +397,7 @@ def test_a_client_with_another_text_is_told(tmp_path, run):
     for text, warned in (("a drawn {}", False), ("ensemble", True)):
         code, out, errors = run(*words, "--text", text, *SMALL)
         assert code == 0, errors
-        told = "beside the text 'a drawn {}', not ensemble" in " ".join(out.split())
-        assert told == warned, out
+        assert ("with the prompts 'a drawn {}'" in " ".join(out.split())) == warned, out
 
 
 def test_show_tells_what_a_file_is(teacher, built, tmp_path, run):

@@ -33,7 +33,10 @@ from .runs import Job
 
 logger = logging.getLogger(__name__)
 
-KILLED_MESSAGE = f"its process was killed, probably because memory ran out (see dmesg); use fewer --workers, {MEMORY_ADVICE}"
+KILLED_MESSAGE = (
+    "its process was killed, probably because memory ran out (see dmesg); "
+    f"use fewer --workers, {MEMORY_ADVICE}"
+)
 
 
 def run(job: Job, gpus: int = 1, progress_file: Path | None = None) -> None:

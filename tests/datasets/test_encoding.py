@@ -26,7 +26,7 @@ from torchvision import transforms as T  # noqa: E402
 
 
 class Encoder:
-    """Mean colours: an encoder whose features can be worked out by hand. Counts the images it has seen."""
+    """Mean colors: an encoder whose features can be worked out by hand. Counts the images it has seen."""
 
     name, weights_id, precision, dim = "mean", "none", "fp32", 3
 
@@ -130,9 +130,9 @@ def steps(*last: object) -> T.Compose:
 
 TRANSFORMS = {
     "bytes": steps(T.ToTensor(), T.Normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))),
-    "grey": steps(T.Grayscale(), T.ToTensor(), T.Normalize((0.5,), (0.2,))),
+    "gray": steps(T.Grayscale(), T.ToTensor(), T.Normalize((0.5,), (0.2,))),
     "a wide mode": steps(T.Grayscale(), lambda x: x.convert("F"), T.ToTensor(), T.Normalize((9.0,), (7.0,))),
-    "not normalised": steps(T.ToTensor()),
+    "not normalized": steps(T.ToTensor()),
     "not last": steps(T.ToTensor(), T.Normalize((0.5,) * 3, (0.2,) * 3), torch.neg),
     "no list of steps": Pixels(),
 }

@@ -338,7 +338,7 @@ class Runs(torch.nn.Module):
 @pytest.mark.filterwarnings("ignore")
 def test_a_torchscript_that_runs_when_loaded_is_refused(tmp_path):
     torch.jit.script(Runs()).save(str(tmp_path / "w.pt"))
-    with pytest.raises(UserError, match=r"w\.pt.*program"):
+    with pytest.raises(UserError, match=r"w\.pt.*code"):
         _read_state(tmp_path / "w.pt")
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(tmp_path / "plain.pt"))
     assert set(_read_state(tmp_path / "plain.pt")) == {"weight", "bias"}

@@ -204,15 +204,15 @@ def test_a_row_without_direction_is_named(bad, tried):
     def spoilt(rows: Tensor) -> Tensor:
         return torch.cat([rows[:2], torch.full_like(rows[:1], bad), rows[3:]])
 
-    with pytest.raises(UserError, match=f"teacher.*'cat'.*row {how}"):
+    with pytest.raises(UserError, match=f"teacher.*'cat' {how}"):
         Teacher(spoilt(weight), NAMES)
-    with pytest.raises(UserError, match=f"stage 1.*'cat'.*text feature {how}"):
+    with pytest.raises(UserError, match=f"stage 1.*'cat' {how}"):
         stages(weight, spoilt(text), new)
-    with pytest.raises(UserError, match=f"stage 1.*new classes: row 2.*text feature {how}"):
+    with pytest.raises(UserError, match=f"stage 1.*new classes.*row 2 {how}"):
         stages(weight, text, spoilt(new))
     virtual, _ = stages(weight, text, new)
     for base_text, new_text, name in ((spoilt(text), new, "cat"), (text, spoilt(new), "ibis")):
-        with pytest.raises(UserError, match=f"stage 3.*'{name}'.*text feature {how}"):
+        with pytest.raises(UserError, match=f"stage 3.*'{name}' {how}"):
             generate(virtual, AlignedText(base_text, new_text, NEW), generator=stream())
     virtual.mu = spoilt(virtual.mu)
     with pytest.raises((UserError, ValueError), match=r"cat|loc must be finite and of non-zero length"):
@@ -228,7 +228,7 @@ def test_a_class_that_is_the_mean_of_all_has_no_row_of_its_own():
     weight[3] -= weight.sum(0)
     weight[2] = 1e-8
     stages(weight, text, new, level="probabilities", normalized=False)
-    with pytest.raises(UserError, match=r"'ant'.*mean direction is zero"):
+    with pytest.raises(UserError, match=r"mean direction of class 'ant' is zero"):
         stages(weight[:1], text[:1], new, level="probabilities", directions="teacher")
 
 

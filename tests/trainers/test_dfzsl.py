@@ -32,8 +32,8 @@ def data(tmp_path_factory) -> Path:
     noise = rng.normal(size=(2, len(labels), text.shape[1])) / text.shape[1] ** 0.5
     off, gap = rng.normal(size=text.shape), unit(rng.normal(size=text.shape[1]))
     # Near each other, off their text, in another cone than the texts: as CLIP's image features lie.
-    centre = text.mean(0)
-    moved = centre + 0.3 * (text - centre) + 0.7 * off / text.shape[1] ** 0.5 + 0.4 * gap
+    center = text.mean(0)
+    moved = center + 0.3 * (text - center) + 0.7 * off / text.shape[1] ** 0.5 + 0.4 * gap
     x = unit(moved[labels] + 0.6 * noise)
     path = tmp_path_factory.mktemp("world") / "objects.npz"
     np.savez(path, x_val=x[0], y_val=labels, x_test=x[1], y_test=labels, classnames=np.array(NAMES))

@@ -35,8 +35,10 @@ NAMES = ["cat", "dog", "red fox", "golden retriever"]
 
 
 def norm(layer, x: Tensor) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight + layer.bias
+    centered = x - x.mean(-1, keepdim=True)
+    return (
+        centered / (centered.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight + layer.bias
+    )
 
 
 def attention(layer, x: Tensor, causal: bool) -> Tensor:

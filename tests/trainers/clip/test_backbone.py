@@ -105,9 +105,9 @@ def test_random_weights_are_always_the_same_and_leave_the_random_stream_alone():
         assert torch.equal(a, b)
 
 
-def test_a_cpu_says_that_it_runs_in_fp32(capsys):
+def test_a_cpu_says_that_it_runs_in_fp32(caplog):
     backbone = load_backbone("shapes", precision="fp16")
-    assert "fp32" in capsys.readouterr().out
+    assert "fp32" in caplog.text
     assert backbone.precision == "fp32"
     with pytest.raises(UserError, match=r"'fp64'.*fp32, fp16, amp, bf16"):
         backbone.use_precision("fp64")
@@ -141,10 +141,10 @@ def test_bf16_on_a_cpu_that_has_it(name, monkeypatch):
     assert (one * two).sum(1).min() > 0.999
 
 
-def test_bf16_on_a_cpu_that_has_it_not(monkeypatch, capsys):
+def test_bf16_on_a_cpu_that_has_it_not(monkeypatch, caplog):
     monkeypatch.setattr("dfzsl.trainers.clip.backbone.cpu_has_bf16", lambda: False)
     assert load_backbone("shapes", precision="bf16").precision == "fp32"
-    assert "fp32" in capsys.readouterr().out
+    assert "fp32" in caplog.text
 
 
 # Weights

@@ -22,7 +22,7 @@ from dfzsl.utils.errors import UserError
 
 NAMES = ["red star", "blue_circle", "green square"]
 SAID = {
-    "Red star": ["a red star.", "five red points around a centre."],
+    "Red star": ["a red star.", "five red points around a center."],
     "blue circle": "a round blue thing.",
     "green square": ["four green sides."],
     "yellow ring": ["a yellow ring, hollow inside."],

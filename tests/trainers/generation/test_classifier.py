@@ -118,7 +118,7 @@ class TestClassifier:
             (lambda c: c.weight[1].zero_(), "class 'class 1' has norm 0"),
             (lambda c: c.weight[1].mul_(1e20), "has norm"),
             (lambda c: setattr(c, "text_shift", None), r"text_map of a classifier must be"),
-            (lambda c: c.classnames.__setitem__(0, "class_1"), "is the name of two classes"),
+            (lambda c: c.classnames.__setitem__(0, "class_1"), "class_1"),
         ],
         ids=range(7),
     )

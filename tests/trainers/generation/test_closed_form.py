@@ -40,7 +40,7 @@ def test_base_decisions_are_those_of_the_mixture(world, geometry):
     x = torch.randn(200, DIM, generator=rng(1))
     mixture = mix(text[:BASE], truth[:BASE], torch.linspace(-1, 1, BASE), geometry=geometry)
     rows = closed_form(text[:BASE], text[BASE:], truth[:BASE], torch.linspace(-1, 1, BASE), geometry=geometry)
-    expected = (x @ mixture.rows.T + mixture.bias).argmax(1)
+    expected = (x @ mixture.class_weights.T + mixture.bias).argmax(1)
     assert torch.equal((x @ rows.base_weight.T + rows.base_bias).argmax(1), expected)
 
 

@@ -60,9 +60,9 @@ class TestEvery:
         made = fitted[name].sample(conditions, 30, rng(2))
         assert made.shape == (12 * 30, DIM)
         assert torch.allclose(made.norm(dim=1), torch.ones(len(made)), atol=1e-5)
-        centred = made.view(12, 30, DIM).mean(1)
-        centred, target = centred - centred.mean(0), means - means.mean(0)
-        nearest = (F.normalize(centred, dim=1) @ F.normalize(target, dim=1).T).argmax(1)
+        centered = made.view(12, 30, DIM).mean(1)
+        centered, target = centered - centered.mean(0), means - means.mean(0)
+        nearest = (F.normalize(centered, dim=1) @ F.normalize(target, dim=1).T).argmax(1)
         assert (nearest[:10] == torch.arange(10)).float().mean() > 0.5
 
     def test_new_classes_differ_as_their_means_do(self, name, fitted, world):
