@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dassl.config import get_cfg_default
 from dassl.data.datasets import DATASET_REGISTRY
@@ -77,7 +79,7 @@ def setup_cfg(args: argparse.Namespace):
             cfg.merge_from_list([key, value])
     if args.seed == 0:
         cfg.SEED = 0
-    merge("command line", cfg.merge_from_list, args.opts)
+    merge_settings("command line", cfg, args.opts)
     cfg.freeze()
     return cfg
 
@@ -117,6 +119,18 @@ def merge(source: str, function, argument):
         raise
     except Exception as error:  # yacs and yaml raise many types for a mistake in a file
         raise UserError(f"{source}: {error.args[0] if error.args else error}") from None
+
+
+def merge_settings(source: str, cfg: CfgNode, settings: Sequence[str]) -> None:
+    """Merge KEY, VALUE, ... into a config. An integer is a valid value of a key whose type is float."""
+    settings = list(settings)
+    for place, key in enumerate(settings[:-1:2]):
+        value: Any = cfg
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, CfgNode) else None
+        if isinstance(value, float) and re.fullmatch(r"[+-]?\d+", settings[2 * place + 1]):
+            settings[2 * place + 1] += ".0"
+    merge(source, cfg.merge_from_list, settings)
 
 
 def check(cfg) -> None:

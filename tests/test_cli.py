@@ -265,6 +265,35 @@ class TestAdd:
         assert torch.allclose(whole.weight[5:], later.weight[5:], atol=1e-5)
 
 
+def test_an_export_keeps_a_file_that_is_not_its_own(built, tmp_path, run):
+    (tmp_path / "names.txt").write_text("mine")
+    code, _, errors = run("export", built, "-o", tmp_path / "names.pt")
+    assert code == 2 and "names.txt" in errors and (tmp_path / "names.txt").read_text() == "mine"
+    for _ in range(2):
+        assert run("export", built, "-o", tmp_path / "matrix.pt")[0] == 0
+
+
+def test_a_mistake_does_not_block_the_corrected_command(teacher, tmp_path, run):
+    words = ("build", "--teacher", teacher, "--new", ",".join(NEW), "-o", tmp_path / "c.safetensors", *SMALL)
+    code, _, errors = run(*words, "GENERATOR.NAME", "nosuch")
+    assert code == 2 and "nosuch" in errors
+    assert run(*words)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("evaluate", "folder", "--confusion", "c.txt"),
+        ("base2new", "shapes", "--workers", "-1"),
+        ("base2new", "shapes", "--gpus-per-run", "0"),
+        ("build", "--teacher", "t", "--new", "a", "--seed", "4294967296"),
+    ],
+)
+def test_values_out_of_range_are_one_line(words, run):
+    code, _, errors = run(*words)
+    assert code == 2 and errors.count("\n") == 1
+
+
 class TestPredict:
     def test_files_folders_and_globs_each_once(self, built, tmp_path, run):
         folder = pictures(tmp_path / "p", BASE[:3])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import subprocess
+import sys
 import tarfile
 import threading
 import zipfile
@@ -340,3 +342,10 @@ def test_every_data_set_can_be_checked(name, tmp_path):
     report = check(name, fake_data.make(name, tmp_path), 1)
     assert report.counts[0] >= 4 and not report.missing and not report.broken
     assert all("the published data set has" in said for said in report.problems)
+
+
+def test_the_command_needs_no_other_import(tmp_path):
+    """In a fresh process, where no trainer has added its config keys."""
+    command = [sys.executable, "-m", "dfzsl", "prepare", "nosuch", "--root", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "nosuch" in done.stderr and "Traceback" not in done.stderr

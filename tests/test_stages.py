@@ -94,6 +94,24 @@ def test_calls_leave_the_process_as_it_was(teacher, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_classifier_of_base_classes_alone(teacher):
+    built = dfzsl.build(teacher, [], settings=QUICK)
+    assert built.classnames == BASE and not built.is_new.any()
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_range_is_refused(teacher, seed):
+    with pytest.raises(UserError, match=str(seed)):
+        dfzsl.build(teacher, NEW, seed=seed, settings=QUICK)
+
+
+def test_an_integer_is_a_value_of_a_float_key(teacher):
+    built = dfzsl.build(teacher, NEW, settings=(*QUICK, "RECOVERY.THETA", "2"))
+    assert torch.equal(
+        built.weight, dfzsl.build(teacher, NEW, settings=(*QUICK, "RECOVERY.THETA", "2.0")).weight
+    )
+
+
 def test_class_names_are_a_data_set_without_images():
     names = ClassNames(BASE, NEW)
     assert names.classnames == BASE and names.num_classes == len(BASE)

@@ -295,11 +295,12 @@ class CLIPTrainer(TrainerX):
         # Stored responses belong to this run.
         if oracle.journal:
             self.folder.write_config()
+        new_classnames = self.configured_new_classnames or self.dm.dataset.new_classnames
         virtual = recover(
             oracle,
             self.text_of(self.classnames).cpu(),
             self.classnames,
-            new_text=self.text_of(self.configured_new_classnames or self.dm.dataset.new_classnames).cpu(),
+            new_text=self.text_of(new_classnames).cpu() if new_classnames else None,
             generator=self.stage_generator(),
             geometry=statistics,
             **settings,

@@ -35,8 +35,8 @@ def build(
 ) -> None:
     """Build a classifier from a teacher and new class names.
 
-    No data set and no image is needed. KEY VALUE pairs change the config (RECOVERY.THETA 2). The same command
-    resumes an interrupted build.
+    No data set and no image is needed. KEY VALUE pairs change the config (RECOVERY.THETA 2). The same
+    command resumes an interrupted build.
 
     \b
     Example:
@@ -163,7 +163,13 @@ def predict(
 @click.command()
 @click.argument("data", type=FILE, metavar="DATA")
 @options.classifier
-@click.option("--confusion", type=FILE, metavar="FILE", help="Write an image of the confusion matrix.")
+@click.option(
+    "--confusion",
+    type=FILE,
+    metavar="FILE",
+    callback=options.check_plot_file,
+    help="Write an image of the confusion matrix.",
+)
 @options.weights
 @options.batch_size
 @options.workers

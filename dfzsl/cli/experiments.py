@@ -15,7 +15,7 @@ import click
 
 from dfzsl.utils.errors import UserError
 
-from .options import FILE, HELP, OrderedGroup, SettingsCommand, resolve_device
+from .options import FILE, HELP, OrderedGroup, SettingsCommand, check_plot_file, resolve_device
 
 if TYPE_CHECKING:
     from dfzsl.launch.sweep import SweepOptions
@@ -144,11 +144,15 @@ def sweep_command(protocol: str, summary: str) -> click.Command:
     )
     @click.option("--launcher", type=click.Choice(["local", "slurm"]), default="local", show_default=True)
     @click.option(
-        "--workers", type=int, default=0, metavar="N", help="Runs at a time; 0: as GPUs or cores allow."
+        "--workers",
+        type=click.IntRange(0),
+        default=0,
+        metavar="N",
+        help="Runs at a time; 0: as GPUs or cores allow.",
     )
     @click.option(
         "--gpus-per-run",
-        type=int,
+        type=click.IntRange(1),
         default=1,
         show_default=True,
         metavar="N",
@@ -244,7 +248,13 @@ def report(
     metavar="N",
     help="Classes to plot.",
 )
-@click.option("--output", type=FILE, metavar="FILE", help="Image to write.  [default: RUN/virtual.png]")
+@click.option(
+    "--output",
+    type=FILE,
+    metavar="FILE",
+    callback=check_plot_file,
+    help="Image to write.  [default: RUN/virtual.png]",
+)
 def plot(run: Path, features: Path, classes: int, output: Path | None) -> None:
     """Plot real and virtual features.
 

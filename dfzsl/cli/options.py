@@ -12,6 +12,7 @@ import click
 from dfzsl.utils.errors import UserError
 
 FILE = click.Path(path_type=Path)
+PLOT_SUFFIXES = (".png", ".pdf", ".svg", ".jpg")
 KEY = re.compile(r"[A-Z]\w*(\.\w+)*")  # a config key, e.g. RECOVERY.THETA
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -49,7 +50,7 @@ workers = click.option(
     help="Processes that decode images.",
 )
 device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
-seed = click.option("--seed", type=click.IntRange(0), metavar="N", default=1, show_default=True)
+seed = click.option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", default=1, show_default=True)
 
 
 def resolve_device(name: str) -> str:
@@ -67,6 +68,13 @@ def resolve_device(name: str) -> str:
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name}: this machine has no such device") from None
     return name
+
+
+def check_plot_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Check that matplotlib writes files of this suffix."""
+    if value is not None and value.suffix not in PLOT_SUFFIXES:
+        raise click.BadParameter(f"{value}: give a file that ends in {', '.join(PLOT_SUFFIXES)}", ctx, param)
+    return value
 
 
 class OrderedGroup(click.Group):

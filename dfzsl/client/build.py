@@ -20,7 +20,7 @@ from yacs.config import CfgNode
 from dfzsl.configs import CONFIGS
 from dfzsl.io.class_names import check_class_names
 from dfzsl.io.files import digest
-from dfzsl.train import merge, read_config
+from dfzsl.train import merge, merge_settings, read_config
 from dfzsl.trainers.clip.aligned_text import AlignedText
 from dfzsl.trainers.clip.loading import BUILT_IN, parse_identity
 from dfzsl.trainers.dfzsl import DFZSL
@@ -33,6 +33,7 @@ from dfzsl.utils.errors import UserError
 from dfzsl.utils.log import logged_to_stdout
 from dfzsl.utils.progress import hide_progress_bars, progress_bar
 
+MAX_SEED = 2**32 - 1  # of numpy
 AnyFLPT = TypeVar("AnyFLPT", bound=FLPT)
 
 
@@ -77,6 +78,8 @@ def build(
     Raises:
         UserError: a mistake in the teacher, the names, the backbone or the settings.
     """
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"the seed must be 0 to {MAX_SEED}, got {seed}")
     overrides = {"TEACHER.ACCESS": access, "TEXT.PROMPTS": text, "GEOMETRY.FILE": os.fspath(geometry)}
     cfg = _read_settings("DFZSL", overrides, settings, seed)
     # For class names and backbone; the trainer opens its own, which keeps a server's responses in the folder.
@@ -145,7 +148,7 @@ def _read_settings(trainer: str, overrides: dict[str, str], settings: Sequence[s
     for path, keys in read_config(str(CONFIGS / "trainers/DFZSL" / f"{DFZSL.recipe}.yaml")):
         merge(path, cfg.merge_from_other_cfg, keys)
     _merge_overrides(cfg, overrides)
-    merge("KEY VALUE", cfg.merge_from_list, list(settings))
+    merge_settings("KEY VALUE", cfg, settings)
     cfg.TRAINER.NAME, cfg.SEED, cfg.TEST.NO_TEST = trainer, seed, True
     return cfg
 
@@ -206,13 +209,24 @@ def _write_teacher(teacher: Teacher, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def temporary_folder(output: str | os.PathLike[str], keep: Path | None = None) -> Iterator[Path]:
-    """Yield a folder for the results of a build's stages.
+    """Yield a folder for the results of a build's stages, from which an interrupted build resumes.
+
+    After a user's mistake it is deleted, unless it has responses of a server, which cost budget.
 
     Args:
         output: file that the build writes.
         keep: the folder; by default one beside `output`, which is deleted if the block succeeds.
     """
     folder = keep or Path(output).with_name(f".{Path(output).name}.build")
-    yield folder
-    if keep is None:
-        shutil.rmtree(folder, ignore_errors=True)
+    delete = True
+    try:
+        yield folder
+    except UserError:
+        delete = not (folder / "answers").exists()
+        raise
+    except BaseException:
+        delete = False
+        raise
+    finally:
+        if delete and keep is None:
+            shutil.rmtree(folder, ignore_errors=True)

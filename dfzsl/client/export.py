@@ -113,10 +113,16 @@ def export_matrix(classifier: Classifier, path: str | os.PathLike[str]) -> list[
 
     Returns:
         Descriptions of the parts of the classifier that a matrix cannot represent.
+
+    Raises:
+        UserError: the .txt file exists and is not that of an earlier export.
     """
+    names_file = Path(path).with_suffix(".txt")
+    if names_file.exists() and not Path(path).exists():
+        raise UserError(f"{names_file} exists, where the class names would be written; choose another output")
     with atomic(path) as temporary:
         torch.save(classifier.weight.T.contiguous(), temporary)
-    with atomic(Path(path).with_suffix(".txt")) as temporary:
+    with atomic(names_file) as temporary:
         temporary.write_text("".join(f"{name}\n" for name in classifier.classnames), encoding="utf-8")
     omitted = [] if classifier.shift is None else ["the shift of image features"]
     return omitted + (["the bias of new classes"] if bool(classifier.bias.any()) else [])

@@ -49,10 +49,10 @@ class RunDirectory:
         self.settings = normalized.dump()
         self.comments = "".join(f"{COMMENT_PREFIX}{line}\n" for line in [*list_changes(cfg), "All keys:"])
         self.inputs: dict[str, str] = {}
-        if self.path.exists() and read_run_config(self.path)[1] != self.settings:
+        if self.path.exists() and (settings := read_run_config(self.path)[1]) != self.settings:
             raise UserError(
-                f"{self.path.parent} holds another experiment with other settings (its {CONFIG}); choose "
-                "another --output-dir"
+                f"{self.path.parent} holds another experiment with other settings "
+                f"({_first_difference(settings, self.settings)}); choose another folder, or delete this one"
             )
         if os.path.isfile(cfg.TEACHER.FILE):
             self.add({"teacher weights": digest(cfg.TEACHER.FILE)})
@@ -104,6 +104,14 @@ class RunDirectory:
             lines = "".join(f"{INPUT_PREFIX}{name}: {value}\n" for name, value in inputs.items())
             with atomic(self.path) as temporary:
                 temporary.write_text(self.comments + lines + self.settings, encoding="utf-8")
+
+
+def _first_difference(existing: str, requested: str) -> str:
+    """Return the first lines of two configs that differ."""
+    for there, here in zip(existing.splitlines(), requested.splitlines(), strict=False):
+        if there != here:
+            return f"'{there.strip()}' there, '{here.strip()}' here"
+    return f"see its {CONFIG}"
 
 
 def read_run_config(config: Path) -> tuple[dict[str, str], str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from dassl.config import get_cfg_default
+from typing import Any, cast
 
 from dfzsl.configs import CONFIGS
+from dfzsl.io.untrusted.yaml_reader import read_yaml
 from dfzsl.utils.errors import unknown_name
 
 from .recipes import RECIPES
@@ -23,10 +23,9 @@ def dataset_names(given: Sequence[str]) -> list[str]:
     """
     known = {name.lower(): name for name in RECIPES}
     for config in (CONFIGS / "datasets").glob("*.yaml"):
-        cfg = get_cfg_default()
-        cfg.merge_from_file(str(config))
-        if cfg.DATASET.NAME in RECIPES:
-            known[config.stem] = cfg.DATASET.NAME
+        keys = cast(dict[str, Any], read_yaml(config))
+        if (name := keys["DATASET"]["NAME"]) in RECIPES:
+            known[config.stem] = name
     names: list[str] = []
     for word in given:
         if word.lower() != "all" and word.lower() not in known:

@@ -333,13 +333,17 @@ def _raise_mismatch(path: Path):
 
 @contextlib.contextmanager
 def logging_disabled():
-    """Disable logging up to level WARNING, for libraries that log what they build."""
-    level = logging.root.manager.disable
+    """Disable logging up to level WARNING, for libraries that log what they build.
+
+    The root logger's handlers are restored: open_clip logs through it, which adds one.
+    """
+    level, handlers = logging.root.manager.disable, list(logging.root.handlers)
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
         logging.disable(level)
+        logging.root.handlers[:] = handlers
 
 
 def _file_id(path: Path) -> str:
