@@ -21,7 +21,7 @@ DROP_IN = {"dfzsl.drop_in.dassl": "compat/dassl/dassl"}
 
 setup(
     name="dfzsl",
-    version="0.2.0",
+    version="0.3.0.dev0",
     description="Data-free generalized zero-shot learning for the CoOp/Dassl prompt-learning toolbox",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

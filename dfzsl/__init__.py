@@ -15,7 +15,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-__version__ = "0.2.0"
+__version__ = "0.3.0.dev0"
 
 if importlib.util.find_spec("dassl") is None:
     # The replacement is part of the installed package, or of its checkout.
