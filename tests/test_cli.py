@@ -284,6 +284,9 @@ def test_a_mistake_does_not_block_the_corrected_command(teacher, tmp_path, run):
     "words",
     [
         ("evaluate", "folder", "--confusion", "c.txt"),
+        ("build", "--teacher", "t", "--new", "a", "-o", "."),
+        ("teacher", "fit", "folder", "-o", "."),
+        ("extract", "dtd", "--output", "."),
         ("base2new", "shapes", "--workers", "-1"),
         ("base2new", "shapes", "--gpus-per-run", "0"),
         ("build", "--teacher", "t", "--new", "a", "--seed", "4294967296"),

@@ -11,7 +11,7 @@ import click
 from dfzsl.utils.errors import UserError
 
 from . import options
-from .options import FILE, SettingsCommand, resolve_device
+from .options import FILE, OUTPUT_FILE, SettingsCommand, resolve_device
 
 
 @click.command(cls=SettingsCommand)
@@ -28,7 +28,7 @@ from .options import FILE, SettingsCommand, resolve_device
 @click.option("--access", default="", help="What a query returns: weights, logits, probabilities or labels.")
 @options.seed
 @click.option("--keep", type=FILE, metavar="FOLDER", help="Keep the results of the three stages here.")
-@click.option("-o", "--output", type=FILE, default=Path("classifier.safetensors"), show_default=True)
+@click.option("-o", "--output", type=OUTPUT_FILE, default=Path("classifier.safetensors"), show_default=True)
 @click.argument("settings", nargs=-1, metavar="[KEY VALUE]...")
 def build(
     teacher: str, new: str, keep: Path | None, output: Path, settings: tuple[str, ...], **named: Any
@@ -67,7 +67,7 @@ def build(
 @options.new
 @options.text
 @options.weights
-@click.option("-o", "--output", type=FILE, help="File to write.  [default: CLASSIFIER]")
+@click.option("-o", "--output", type=OUTPUT_FILE, help="File to write.  [default: CLASSIFIER]")
 def add(classifier: Path, new: str, text: str, weights: str, output: Path | None) -> None:
     """Add classes to a classifier by name.
 
@@ -165,7 +165,7 @@ def predict(
 @options.classifier
 @click.option(
     "--confusion",
-    type=FILE,
+    type=OUTPUT_FILE,
     metavar="FILE",
     callback=options.check_plot_file,
     help="Write an image of the confusion matrix.",
@@ -224,7 +224,7 @@ def evaluate(
 @click.argument("classifier", type=FILE)
 @click.option("--with-encoder", is_flag=True, help="Include the image encoder: images in, logits out.")
 @options.weights
-@click.option("-o", "--output", type=FILE, default=Path("classifier.onnx"), show_default=True)
+@click.option("-o", "--output", type=OUTPUT_FILE, default=Path("classifier.onnx"), show_default=True)
 def export(classifier: Path, with_encoder: bool, weights: str, output: Path) -> None:
     """Export a classifier to ONNX or to a weight matrix.
 

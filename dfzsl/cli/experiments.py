@@ -15,7 +15,7 @@ import click
 
 from dfzsl.utils.errors import UserError
 
-from .options import FILE, HELP, OrderedGroup, SettingsCommand, check_plot_file, resolve_device
+from .options import FILE, HELP, OUTPUT_FILE, OrderedGroup, SettingsCommand, check_plot_file, resolve_device
 
 if TYPE_CHECKING:
     from dfzsl.launch.sweep import SweepOptions
@@ -193,7 +193,9 @@ def echo_tables(sections: Sequence[Section]) -> None:
     show_default=True,
     help="Format of the tables.",
 )
-@click.option("--html", type=FILE, metavar="FILE", help="Also write an HTML page with tables and plots.")
+@click.option(
+    "--html", type=OUTPUT_FILE, metavar="FILE", help="Also write an HTML page with tables and plots."
+)
 @click.option("--published", is_flag=True, help="Show published results next to the measured ones.")
 @click.option("--logs", type=FILE, metavar="FOLDER", help="Also read CoOp's logs in FOLDER (train_base/...).")
 @click.option("--glossary", is_flag=True, help="Print the meaning of methods and columns, and stop.")
@@ -250,7 +252,7 @@ def report(
 )
 @click.option(
     "--output",
-    type=FILE,
+    type=OUTPUT_FILE,
     metavar="FILE",
     callback=check_plot_file,
     help="Image to write.  [default: RUN/virtual.png]",
@@ -321,7 +323,9 @@ def prepare(datasets: tuple[str, ...], root: Path, check: bool, source: str, wor
 @click.command()
 @click.argument("data")
 @click.option("--root", default="", help="Data folder, for a data set that DATA names by its config.")
-@click.option("--output", type=FILE, required=True, metavar="FILE", help="The .safetensors file to write.")
+@click.option(
+    "--output", type=OUTPUT_FILE, required=True, metavar="FILE", help="The .safetensors file to write."
+)
 @click.option("--backbone", default="ViT-B-16", show_default=True, help="open_clip's name of the model.")
 @click.option("--weights", default="openai", show_default=True, help="Pretrained tag or weights file.")
 @click.option(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from .options import FILE
+from .options import FILE, OUTPUT_FILE
 
 
 @click.command()
@@ -29,7 +29,7 @@ def show(file: Path) -> None:
 @click.argument("images", nargs=-1, required=True, type=FILE, metavar="IMAGES...")
 @click.option("--backbone", default="", help="open_clip's name of the model; not for feature files.")
 @click.option("--weights", default="openai", show_default=True, help="Pretrained tag or weights file.")
-@click.option("-o", "--output", type=FILE, required=True, metavar="FILE")
+@click.option("-o", "--output", type=OUTPUT_FILE, required=True, metavar="FILE")
 def geometry(images: tuple[Path, ...], backbone: str, weights: str, output: Path) -> None:
     """Measure the feature statistics of an encoder.
 

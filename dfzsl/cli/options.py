@@ -12,6 +12,7 @@ import click
 from dfzsl.utils.errors import UserError
 
 FILE = click.Path(path_type=Path)
+OUTPUT_FILE = click.Path(dir_okay=False, path_type=Path)
 PLOT_SUFFIXES = (".png", ".pdf", ".svg", ".jpg")
 KEY = re.compile(r"[A-Z]\w*(\.\w+)*")  # a config key, e.g. RECOVERY.THETA
 HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

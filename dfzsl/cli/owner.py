@@ -12,9 +12,11 @@ import click
 from dfzsl.utils.errors import UserError
 
 from . import options
-from .options import FILE, OrderedGroup, resolve_device
+from .options import FILE, OUTPUT_FILE, OrderedGroup, resolve_device
 
-output = click.option("-o", "--output", type=FILE, default=Path("teacher.safetensors"), show_default=True)
+output = click.option(
+    "-o", "--output", type=OUTPUT_FILE, default=Path("teacher.safetensors"), show_default=True
+)
 ledger = click.option(
     "--ledger",
     default="",
