@@ -67,7 +67,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 def torchrun(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`code` on two ranks of the real launcher; it finds `arguments` in sys.argv."""
-    script = Path(os.environ["DFZSL_CACHE"]) / "ranks.py"
+    script = Path("ranks.py")  # each test has a working directory of its own
     script.write_text(code, encoding="utf-8")
     return subprocess.run(
         [*TORCHRUN, str(script), *arguments],
