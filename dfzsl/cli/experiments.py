@@ -15,6 +15,7 @@ import click
 
 from dfzsl.utils.errors import UserError
 
+from . import options
 from .options import FILE, HELP, OUTPUT_FILE, OrderedGroup, SettingsCommand, check_plot_file, resolve_device
 
 if TYPE_CHECKING:
@@ -343,7 +344,7 @@ def prepare(datasets: tuple[str, ...], root: Path, check: bool, source: str, wor
     show_default="all cores",
     help="Processes per rank that decode images.",
 )
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, ...")
+@options.device
 @click.option(
     "--cache", type=FILE, metavar="FOLDER", help="Feature cache.  [default: $DFZSL_CACHE or ~/.cache/dfzsl]"
 )

@@ -78,8 +78,6 @@ def build(
     Raises:
         UserError: a mistake in the teacher, the names, the backbone or the settings.
     """
-    if not 0 <= seed <= MAX_SEED:
-        raise UserError(f"the seed must be 0 to {MAX_SEED}, got {seed}")
     overrides = {"TEACHER.ACCESS": access, "TEXT.PROMPTS": text, "GEOMETRY.FILE": os.fspath(geometry)}
     cfg = _read_settings("DFZSL", overrides, settings, seed)
     # For class names and backbone; the trainer opens its own, which keeps a server's responses in the folder.
@@ -144,6 +142,8 @@ def _run(folder: str | os.PathLike[str] | None, quiet: bool) -> Iterator[Path]:
 
 def _read_settings(trainer: str, overrides: dict[str, str], settings: Sequence[str], seed: int) -> CfgNode:
     """Return the config of a run without a data set: DFZSL's file, overrides, KEY VALUE pairs."""
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"the seed must be 0 to {MAX_SEED}, got {seed}")
     cfg = get_cfg_default()
     for path, keys in read_config(str(CONFIGS / "trainers/DFZSL" / f"{DFZSL.recipe}.yaml")):
         merge(path, cfg.merge_from_other_cfg, keys)
